@@ -1,0 +1,326 @@
+package fsbroker
+
+import (
+	"container/list"
+	"crypto/sha256"
+	"encoding/binary"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	gocache "github.com/patrickmn/go-cache"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+// Cache says what is kept of the nodes' answers, and for how long. All `fsbroker_task` handlers of a process share one
+// cache, which lives on when the configuration is reloaded.
+type Cache struct {
+	// How long a finished report is kept, and what a submission resolved to. Neither ever changes: the time only
+	// bounds memory. Default: `24h`
+	TTL caddy.Duration `json:"ttl,omitempty"`
+
+	// How many bytes all that is kept may take, bookkeeping included. When it is more, what is asked for least goes
+	// first. Where handlers differ, the largest counts. Default: 268435456 (256 MiB)
+	MaxSize int64 `json:"max_size,omitempty"`
+}
+
+const (
+	defaultTTL     = 24 * time.Hour
+	defaultMaxSize = 256 << 20
+)
+
+// key names what is kept: a hash, so that every key costs the same, however long the IDs in it are.
+type key [sha256.Size]byte
+
+// newKey hashes parts so that no two lists of parts run into one.
+func newKey(parts ...string) key {
+	buf := make([]byte, 0, 512)
+	for _, part := range parts {
+		buf = binary.AppendUvarint(buf, uint64(len(part)))
+		buf = append(buf, part...)
+	}
+	return sha256.Sum256(buf)
+}
+
+// reportKey is the key of a report: the high-level and the complete one of a task are two. A node goes by its address,
+// since two sites may give different nodes one name.
+func reportKey(nodeAddress, taskID string, all bool) key {
+	if all {
+		return newKey("complete report", nodeAddress, taskID)
+	}
+	return newKey("report", nodeAddress, taskID)
+}
+
+// submissionKey is the key of what a submission resolved to.
+func submissionKey(brokerAddress, submitID string) key {
+	return newKey("submission", brokerAddress, submitID)
+}
+
+// entryOverhead is what an entry costs beside its documents, in bytes: its key, its places in go-cache's map and in the
+// eviction order, its timer, and the structs themselves. TestCacheBoundsHeap measures that it is enough.
+const entryOverhead = 1024
+
+// cache keeps reports and submissions in go-cache, and adds to it what it has not: a bound in bytes. What has to go is
+// chosen by SIEVE (Zhang et al., NSDI '24): a hit only leaves a mark, so it needs no lock but go-cache's own.
+type cache struct {
+	kept *gocache.Cache // key -> *entry
+
+	mu     sync.Mutex // guards all below; taken to write, never to read
+	limit  int64
+	used   int64
+	first  sieve // the plain forms of reports that are also kept compressed: they can be made again
+	second sieve // the entries themselves
+}
+
+// entry is something kept.
+type entry struct {
+	key   key
+	value keepable
+	timer *time.Timer
+
+	whole slot // the entry's place in the eviction order
+	plain slot // that of its report's plain form, where there is a gzip form too
+}
+
+// keepable is what can be kept: a *report or a *submission.
+type keepable interface {
+	// answers tells whether it is good enough for a caller, who may want nothing that is only kept.
+	answers(nocache bool) bool
+	// isReport tells whether a caller could be given it.
+	isReport() bool
+}
+
+func (e *entry) report() *report         { return e.value.(*report) }
+func (e *entry) submission() *submission { return e.value.(*submission) }
+
+// slot is a place in an eviction order.
+type slot struct {
+	entry   *entry
+	size    int64
+	visited atomic.Bool
+	element *list.Element // nil when it has no place
+}
+
+// visit leaves the mark by which SIEVE knows what is asked for. Reading first keeps the cache line shared.
+func (s *slot) visit() {
+	if !s.visited.Load() {
+		s.visited.Store(true)
+	}
+}
+
+func newCache(limit int64) *cache {
+	// No cleanup interval: entries leave by their own timers, so there is no janitor to outlive the cache, and none
+	// that would lock the whole map to look for what has expired.
+	return &cache{kept: gocache.New(gocache.NoExpiration, 0), limit: limit}
+}
+
+// get finds what is kept under k.
+func (c *cache) get(k key) (*entry, bool) {
+	v, ok := c.kept.Get(string(k[:]))
+	if !ok {
+		return nil, false
+	}
+	e := v.(*entry)
+	e.whole.visit()
+	return e, true
+}
+
+// put keeps value under k for ttl, in place of what was there. What is larger than the whole cache is not kept.
+func (c *cache) put(k key, value keepable, size int, ttl time.Duration) *entry {
+	e := &entry{key: k, value: value}
+	e.whole = slot{entry: e, size: int64(size) + entryOverhead}
+	e.plain = slot{entry: e}
+
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if old, ok := c.kept.Get(string(k[:])); ok {
+		c.drop(old.(*entry))
+	}
+	if e.whole.size > c.limit {
+		return e
+	}
+	e.timer = time.AfterFunc(ttl, func() { c.remove(e) })
+	c.kept.Set(string(k[:]), e, ttl)
+	c.second.add(&e.whole)
+	c.used += e.whole.size
+	c.shrink()
+	return e
+}
+
+// addPlain notes that an entry's report has its plain form beside the compressed one.
+func (c *cache) addPlain(e *entry, size int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if e.whole.element == nil || e.plain.element != nil {
+		return
+	}
+	e.plain.size = int64(size)
+	c.first.add(&e.plain)
+	c.used += e.plain.size
+	c.shrink()
+}
+
+// remove takes e out, if it is still in.
+func (c *cache) remove(e *entry) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.drop(e)
+}
+
+// drop is remove for who has the lock.
+func (c *cache) drop(e *entry) {
+	if e.whole.element == nil {
+		return
+	}
+	e.timer.Stop()
+	c.dropPlain(e)
+	c.second.remove(&e.whole)
+	c.used -= e.whole.size
+	// Where e has expired and was replaced before its timer came, the key is no longer its own.
+	if current, ok := c.kept.Get(string(e.key[:])); !ok || current == any(e) {
+		c.kept.Delete(string(e.key[:]))
+	}
+}
+
+func (c *cache) dropPlain(e *entry) {
+	if e.plain.element == nil {
+		return
+	}
+	c.first.remove(&e.plain)
+	c.used -= e.plain.size
+	e.report().plain.Store(nil)
+}
+
+// shrink evicts until what is left is within the limit: first what can be made again.
+func (c *cache) shrink() {
+	for c.used > c.limit {
+		if s := c.first.next(); s != nil {
+			c.dropPlain(s.entry)
+		} else {
+			c.drop(c.second.next().entry)
+		}
+	}
+}
+
+// setLimit changes the bound.
+func (c *cache) setLimit(limit int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.limit = limit
+	c.shrink()
+}
+
+// close lets go of everything, and of every timer, and keeps nothing from now on.
+func (c *cache) close() { c.setLimit(0) }
+
+// sieve is an eviction order. The zero value is empty.
+type sieve struct {
+	order list.List     // of *slot, the newest in front
+	hand  *list.Element // the next candidate; nil means the oldest
+}
+
+// add gives s the place of the newest.
+func (s *sieve) add(x *slot) { x.element = s.order.PushFront(x) }
+
+// remove takes x out.
+func (s *sieve) remove(x *slot) {
+	if s.hand == x.element {
+		s.hand = x.element.Prev()
+	}
+	s.order.Remove(x.element)
+	x.element = nil
+}
+
+// next is what has to go next, or nil when there is nothing. The hand moves from the oldest to the newest and spares
+// what was visited since it last came by.
+func (s *sieve) next() *slot {
+	if s.order.Len() == 0 {
+		return nil
+	}
+	for {
+		if s.hand == nil {
+			s.hand = s.order.Back()
+		}
+		x := s.hand.Value.(*slot)
+		if !x.visited.Swap(false) {
+			return x
+		}
+		s.hand = s.hand.Prev()
+	}
+}
+
+// store is what all handlers of a process share: the cache, and the questions that are under way to fill it. It holds
+// nothing of a configuration, so that it can outlive each of them.
+type store struct {
+	*cache
+	flights flights[flightKey, fetched]
+
+	limitsMu sync.Mutex
+	limits   map[*Handler]int64
+}
+
+// flightKey is the key of what is asked for, and the identity of who is asked: handlers that ask one node in the same
+// way share a question, and one with a wrong secret does not spoil it for the others.
+type flightKey struct{ kept, peer key }
+
+// stores pools the one store, by a key of no meaning, for as long as some configuration uses it: a new configuration
+// is provisioned before the old one is cleaned up.
+var stores = caddy.NewUsagePool()
+
+const storeKey = "fsbroker"
+
+// joinStore makes h a user of the store, which its first user has made.
+func joinStore(h *Handler) (*store, error) {
+	v, _, err := stores.LoadOrNew(storeKey, func() (caddy.Destructor, error) {
+		return &store{cache: newCache(0), limits: make(map[*Handler]int64)}, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	s := v.(*store)
+	s.setLimitOf(h, h.Cache.MaxSize)
+	return s, nil
+}
+
+// leave ends what joinStore began.
+func (s *store) leave(h *Handler) error {
+	s.setLimitOf(h, 0)
+	_, err := stores.Delete(storeKey)
+	return err
+}
+
+// setLimitOf notes what h would let the cache have, 0 when it is gone. The largest counts; when the last handler goes,
+// the limit stays, for the sake of one that comes at once.
+func (s *store) setLimitOf(h *Handler, limit int64) {
+	s.limitsMu.Lock()
+	defer s.limitsMu.Unlock()
+	if limit > 0 {
+		s.limits[h] = limit
+	} else {
+		delete(s.limits, h)
+	}
+	for _, l := range s.limits {
+		limit = max(limit, l)
+	}
+	if limit > 0 {
+		s.setLimit(limit)
+	}
+}
+
+// Destruct implements caddy.Destructor.
+func (s *store) Destruct() error {
+	s.cache.close()
+	return nil
+}
+
+// plain gives the plain form of e's report, and keeps it when it had to be made.
+func (s *store) plain(e *entry) ([]byte, error) {
+	document, made, err := e.report().inflated()
+	if made {
+		s.addPlain(e, len(document))
+	} else {
+		e.plain.visit()
+	}
+	return document, err
+}

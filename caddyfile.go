@@ -1,0 +1,300 @@
+package fsbroker
+
+import (
+	"errors"
+	"math"
+	"net/http"
+	"strings"
+
+	"github.com/dustin/go-humanize"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+func init() {
+	httpcaddyfile.RegisterDirective("fsbroker_task", parseDirective)
+	httpcaddyfile.RegisterDirectiveOrder("fsbroker_task", httpcaddyfile.Before, "respond")
+}
+
+// parseDirective makes a route of the directive. Without a matcher it is for the path /task alone.
+func parseDirective(helper httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, error) {
+	helper.Next() // the directive's name
+	matchers, given, err := helper.MatcherToken()
+	if err != nil {
+		return nil, err
+	}
+	if given {
+		helper.Delete()
+	} else {
+		matchers = caddy.ModuleMap{"path": helper.JSON(caddyhttp.MatchPath{"/task"})}
+	}
+	helper.Reset()
+
+	h := new(Handler)
+	if err := h.UnmarshalCaddyfile(helper.Dispenser); err != nil {
+		return nil, err
+	}
+	return helper.NewRoute(matchers, h), nil
+}
+
+// UnmarshalCaddyfile sets up the handler from Caddyfile tokens. Syntax:
+//
+//	fsbroker_task [<matcher>] {
+//	    secret [<client name>] <secret>
+//	    node   <appServerID> <address> [<secret>] {
+//	        secret       <secret>
+//	        secret_param serect|secret
+//	    }
+//	    broker <address> [<secret>] {
+//	        secret       <secret>
+//	        secret_param serect|secret
+//	    }
+//	    transport     <name> { ... }
+//	    timeout       <duration>
+//	    poll_interval <duration>
+//	    max_report    <size>
+//	    fail_duration <duration>
+//	    cache {
+//	        ttl      <duration>
+//	        max_size <size>
+//	    }
+//	}
+//
+// secret and node can be repeated; one of each is needed. Without a matcher, the handler is for the path /task alone.
+func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
+	d.Next() // the directive's name
+	if d.CountRemainingArgs() > 0 {
+		return d.Err("fsbroker_task takes no arguments but a matcher: put its options into a block")
+	}
+	for nesting := d.Nesting(); d.NextBlock(nesting); {
+		if err := h.unmarshalOption(d); err != nil {
+			return err
+		}
+	}
+	if len(h.Secrets) == 0 {
+		return d.Err("fsbroker_task wants at least one secret, or nobody could be let in")
+	}
+	if len(h.Nodes) == 0 {
+		return d.Err("fsbroker_task wants at least one node")
+	}
+	return nil
+}
+
+func (h *Handler) unmarshalOption(d *caddyfile.Dispenser) error {
+	switch option := d.Val(); option {
+	case "secret":
+		return h.unmarshalSecret(d)
+	case "node":
+		return h.unmarshalNode(d)
+	case "broker":
+		return h.unmarshalBroker(d)
+	case "transport":
+		return h.unmarshalTransport(d)
+	case "timeout":
+		return unmarshalDuration(d, &h.Timeout)
+	case "poll_interval":
+		return unmarshalDuration(d, &h.PollInterval)
+	case "max_report":
+		return unmarshalSize(d, &h.MaxReport)
+	case "fail_duration":
+		return unmarshalDuration(d, &h.FailDuration)
+	case "cache":
+		return h.unmarshalCache(d)
+	default:
+		return d.Errf("unknown option %s: fsbroker_task wants secret, node, broker, transport, timeout, poll_interval, max_report, fail_duration or cache", option)
+	}
+}
+
+// arguments takes between least and most arguments. Unlike d.ArgErr, its error does not show the last of them, which
+// may be a secret.
+func arguments(d *caddyfile.Dispenser, least, most int, syntax string) ([]string, error) {
+	args := d.RemainingArgs()
+	if len(args) < least || len(args) > most {
+		return nil, d.Errf("wrong number of arguments: it wants %s", syntax)
+	}
+	return args, nil
+}
+
+func (h *Handler) unmarshalSecret(d *caddyfile.Dispenser) error {
+	args, err := arguments(d, 1, 2, "secret [<client name>] <secret>")
+	if err != nil {
+		return err
+	}
+	s := Secret{Secret: args[len(args)-1]}
+	if len(args) == 2 {
+		s.Client = args[0]
+		if !clientName.MatchString(s.Client) {
+			return d.WrapErr(errClientName)
+		}
+	}
+	if s.Secret == "" {
+		return d.Err("the secret is empty")
+	}
+	h.Secrets = append(h.Secrets, s)
+	return noBlock(d, "secret")
+}
+
+func (h *Handler) unmarshalNode(d *caddyfile.Dispenser) error {
+	args, err := arguments(d, 2, 3, "node <appServerID> <address> [<secret>]")
+	if err != nil {
+		return err
+	}
+	n := Node{AppServerID: args[0]}
+	if !validID(n.AppServerID) {
+		return d.Errf("the application server ID wants 1 to %d bytes without control characters", maxIDLength)
+	}
+	for _, other := range h.Nodes {
+		if other.AppServerID == n.AppServerID {
+			return d.Errf("node %s is configured twice", n.AppServerID)
+		}
+	}
+	if err := n.unmarshal(d, args[1:]); err != nil {
+		return err
+	}
+	h.Nodes = append(h.Nodes, n)
+	return nil
+}
+
+func (h *Handler) unmarshalBroker(d *caddyfile.Dispenser) error {
+	if h.Broker != nil {
+		return d.Err("broker is given more than once")
+	}
+	args, err := arguments(d, 1, 2, "broker <address> [<secret>]")
+	if err != nil {
+		return err
+	}
+	h.Broker = new(Endpoint)
+	return h.Broker.unmarshal(d, args)
+}
+
+// unmarshal reads what a node's and the broker's options have in common, the block included.
+func (e *Endpoint) unmarshal(d *caddyfile.Dispenser, args []string) error {
+	e.Address = args[0]
+	if !strings.Contains(e.Address, "{") { // or else it is seen when the placeholder is resolved
+		if _, err := parseAddress(e.Address, "http"); err != nil {
+			return d.WrapErr(err)
+		}
+	}
+	if len(args) == 2 {
+		e.Secret = args[1]
+	}
+	for nesting := d.Nesting(); d.NextBlock(nesting); {
+		switch option := d.Val(); option {
+		case "secret":
+			if e.Secret != "" {
+				return d.Err("the secret is given more than once")
+			}
+			args, err := arguments(d, 1, 1, "secret <secret>")
+			if err != nil {
+				return err
+			}
+			e.Secret = args[0]
+		case "secret_param":
+			args, err := arguments(d, 1, 1, "secret_param serect|secret")
+			if err != nil {
+				return err
+			}
+			e.SecretParam = args[0]
+			if _, err := e.secretParams(); err != nil {
+				return d.WrapErr(err)
+			}
+		default:
+			return d.Errf("unknown option %s: it wants secret or secret_param", option)
+		}
+	}
+	return nil
+}
+
+func (h *Handler) unmarshalTransport(d *caddyfile.Dispenser) error {
+	if h.TransportRaw != nil {
+		return d.Err("transport is given more than once")
+	}
+	if !d.NextArg() {
+		return d.Err("transport wants a name, such as http")
+	}
+	name := d.Val()
+	mod, err := caddyfile.UnmarshalModule(d, "http.reverse_proxy.transport."+name)
+	if err != nil {
+		return err
+	}
+	if _, ok := mod.(http.RoundTripper); !ok {
+		return d.Errf("transport %s makes no HTTP requests: use http", name)
+	}
+	h.TransportRaw = caddyconfig.JSONModuleObject(mod, "protocol", name, nil)
+	return nil
+}
+
+func (h *Handler) unmarshalCache(d *caddyfile.Dispenser) error {
+	if h.Cache != nil {
+		return d.Err("cache is given more than once")
+	}
+	if _, err := arguments(d, 0, 0, "cache { … }"); err != nil {
+		return err
+	}
+	h.Cache = new(Cache)
+	for nesting := d.Nesting(); d.NextBlock(nesting); {
+		var err error
+		switch option := d.Val(); option {
+		case "ttl":
+			err = unmarshalDuration(d, &h.Cache.TTL)
+		case "max_size":
+			err = unmarshalSize(d, &h.Cache.MaxSize)
+		default:
+			err = d.Errf("unknown option %s: cache wants ttl or max_size", option)
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+func unmarshalDuration(d *caddyfile.Dispenser, option *caddy.Duration) error {
+	return unmarshalOnce(d, option, "a duration of more than 0, such as 30s or 24h", func(s string) (caddy.Duration, error) {
+		duration, err := caddy.ParseDuration(s)
+		return caddy.Duration(duration), err
+	})
+}
+
+func unmarshalSize(d *caddyfile.Dispenser, option *int64) error {
+	return unmarshalOnce(d, option, "a size of more than 0, such as 64MiB", func(s string) (int64, error) {
+		size, err := humanize.ParseBytes(s)
+		if size > math.MaxInt64 {
+			return 0, errors.New("too large")
+		}
+		return int64(size), err
+	})
+}
+
+// unmarshalOnce reads an option that has one value, more than 0, and is given once.
+func unmarshalOnce[T ~int64](d *caddyfile.Dispenser, option *T, wanted string, parse func(string) (T, error)) error {
+	name := d.Val()
+	if *option != 0 {
+		return d.Errf("%s is given more than once", name)
+	}
+	args, err := arguments(d, 1, 1, name+" with "+wanted)
+	if err != nil {
+		return err
+	}
+	value, err := parse(args[0])
+	if err != nil || value <= 0 {
+		return d.Errf("%s wants %s, not %s", name, wanted, args[0])
+	}
+	*option = value
+	return noBlock(d, name)
+}
+
+// noBlock refuses a block after an option that has none.
+func noBlock(d *caddyfile.Dispenser, name string) error {
+	if d.NextBlock(d.Nesting()) {
+		return d.Errf("%s takes no block", name)
+	}
+	return nil
+}
+
+// Interface guard
+var _ caddyfile.Unmarshaler = (*Handler)(nil)

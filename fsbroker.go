@@ -1,0 +1,401 @@
+// Package fsbroker is a plugin for the Caddy web server. Its HTTP handler, fsbroker_task, serves the fsBroker Task API
+// (GET /task): the report of a file-analysis task, fetched from the processor node that holds it and kept in memory.
+//
+// The Task API is the one of OPSWAT Filescan's fsBroker, documented at https://www.opswat.com/docs/filescan.
+package fsbroker
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	// the default transport
+	_ "github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+)
+
+func init() {
+	caddy.RegisterModule(Handler{})
+}
+
+// Handler serves the fsBroker Task API, `GET /task`: it checks the caller's secret, and answers with the report of a
+// file-analysis task, which it keeps in memory, or else asks the processor node for that holds it.
+//
+// Callers name the report by the submission (`submitID`), for which a broker has to be configured, or by the node and
+// its task (`appServerID` and `taskID`), choose the complete one with `all=true`, and get past what is kept with
+// `nocache=true`. They authenticate with `Authorization: Bearer <secret>`, or with the query parameter `secret` or
+// `serect`, which ends up in logs.
+//
+// A finished report is kept for the cache's TTL, whatever the node does with it meanwhile. One that is not finished is
+// kept for the poll interval, so that any number of pollers costs the node one question. Errors are never kept, and are
+// answered as problem documents (RFC 9457) with a stable code.
+//
+// The placeholder `{http.fsbroker.client}` holds the name of the client whose secret was presented, as does
+// `{http.auth.user.id}`, which Caddy's access log shows as `user_id`.
+//
+// The handler answers every request that reaches it: put a path matcher in front of it, as the Caddyfile directive does
+// by itself.
+type Handler struct {
+	// The secrets of the callers. At least one is needed.
+	Secrets []Secret `json:"secrets,omitempty"`
+
+	// The processor nodes whose reports are served.
+	Nodes []Node `json:"nodes,omitempty"`
+
+	// The broker, which knows where a submission went. Without one, `submitID` is refused.
+	Broker *Endpoint `json:"broker,omitempty"`
+
+	// How the nodes and the broker are connected to: a transport of `reverse_proxy`. Default: `http` with its
+	// defaults
+	TransportRaw json.RawMessage `json:"transport,omitempty" caddy:"namespace=http.reverse_proxy.transport inline_key=protocol"`
+
+	// How long one question to a node or the broker may take, the body of its answer included. Default: `30s`
+	Timeout caddy.Duration `json:"timeout,omitempty"`
+
+	// How long a report that is not finished is kept, and that a submission is still queued. Default: `2s`
+	PollInterval caddy.Duration `json:"poll_interval,omitempty"`
+
+	// How many bytes an answer of a node or the broker may have, inflated. Default: 67108864 (64 MiB)
+	MaxReport int64 `json:"max_report,omitempty"`
+
+	// How long a node or the broker is not asked again when it could not be connected to. Default: `10s`
+	FailDuration caddy.Duration `json:"fail_duration,omitempty"`
+
+	// What is kept, and for how long.
+	Cache *Cache `json:"cache,omitempty"`
+
+	logger    *zap.Logger
+	transport http.RoundTripper
+	clients   clients
+	nodes     map[string]*peer
+	broker    *peer
+	store     *store
+	retired   atomic.Bool // cleaned up; requests that came before may still be under way
+}
+
+const (
+	defaultTimeout      = 30 * time.Second
+	defaultPollInterval = 2 * time.Second
+	defaultMaxReport    = 64 << 20
+	defaultFailDuration = 10 * time.Second
+)
+
+// CaddyModule returns the Caddy module information.
+func (Handler) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{
+		ID:  "http.handlers.fsbroker_task",
+		New: func() caddy.Module { return new(Handler) },
+	}
+}
+
+// Provision sets up the handler.
+func (h *Handler) Provision(ctx caddy.Context) error {
+	h.logger = ctx.Logger()
+	h.setDefaults()
+	if err := h.provisionTransport(ctx); err != nil {
+		return err
+	}
+	repl := caddy.NewReplacer()
+	var err error
+	if h.clients, err = newClients(repl, h.Secrets); err != nil {
+		return err
+	}
+	if err := h.provisionPeers(repl); err != nil {
+		return err
+	}
+	h.store, err = joinStore(h)
+	return err
+}
+
+func (h *Handler) setDefaults() {
+	if h.Cache == nil {
+		h.Cache = new(Cache)
+	}
+	setDefault(&h.Timeout, caddy.Duration(defaultTimeout))
+	setDefault(&h.PollInterval, caddy.Duration(defaultPollInterval))
+	setDefault(&h.MaxReport, defaultMaxReport)
+	setDefault(&h.FailDuration, caddy.Duration(defaultFailDuration))
+	setDefault(&h.Cache.TTL, caddy.Duration(defaultTTL))
+	setDefault(&h.Cache.MaxSize, defaultMaxSize)
+}
+
+func setDefault[T comparable](option *T, value T) {
+	var unset T
+	if *option == unset {
+		*option = value
+	}
+}
+
+func (h *Handler) provisionTransport(ctx caddy.Context) error {
+	if h.TransportRaw == nil {
+		h.TransportRaw = json.RawMessage(`{"protocol":"http"}`)
+	}
+	mod, err := ctx.LoadModule(h, "TransportRaw")
+	if err != nil {
+		return fmt.Errorf("loading the transport: %w", err)
+	}
+	transport, ok := mod.(http.RoundTripper)
+	if !ok {
+		return fmt.Errorf("the transport %T makes no HTTP requests: use http", mod)
+	}
+	if t, ok := mod.(interface{ ProxyProtocolEnabled() bool }); ok && t.ProxyProtocolEnabled() {
+		return errors.New("the transport's proxy_protocol cannot be used: a question to a node has no one client whose address could be sent")
+	}
+	h.transport = transport
+	return nil
+}
+
+func (h *Handler) provisionPeers(repl *caddy.Replacer) error {
+	if len(h.Nodes) == 0 {
+		return errors.New("no node is configured: name at least one, with its application server ID and its address")
+	}
+	h.nodes = make(map[string]*peer, len(h.Nodes))
+	for i, n := range h.Nodes {
+		if !validID(n.AppServerID) {
+			return fmt.Errorf("node %d: the application server ID wants 1 to %d bytes without control characters", i+1, maxIDLength)
+		}
+		if _, exists := h.nodes[n.AppServerID]; exists {
+			return fmt.Errorf("node %q is configured twice", n.AppServerID)
+		}
+		node, err := h.newPeer(repl, "node", n.AppServerID, n.Endpoint)
+		if err != nil {
+			return fmt.Errorf("node %q: %w", n.AppServerID, err)
+		}
+		h.nodes[n.AppServerID] = node
+	}
+	if h.Broker == nil {
+		return nil
+	}
+	var err error
+	if h.broker, err = h.newPeer(repl, "broker", "", *h.Broker); err != nil {
+		return fmt.Errorf("broker: %w", err)
+	}
+	return nil
+}
+
+// Validate checks the numbers: those of a Caddyfile have been, those of JSON have not.
+func (h *Handler) Validate() error {
+	for name, value := range map[string]int64{
+		"timeout":        int64(h.Timeout),
+		"poll_interval":  int64(h.PollInterval),
+		"max_report":     h.MaxReport,
+		"fail_duration":  int64(h.FailDuration),
+		"cache.ttl":      int64(h.Cache.TTL),
+		"cache.max_size": h.Cache.MaxSize,
+	} {
+		if value < 0 {
+			return fmt.Errorf("%s wants to be more than 0 (or left out, for its default)", name)
+		}
+	}
+	return nil
+}
+
+// Cleanup lets go of the store. Requests that came before may still be under way, and are answered.
+func (h *Handler) Cleanup() error {
+	h.retired.Store(true)
+	if h.store == nil {
+		return nil
+	}
+	return h.store.leave(h)
+}
+
+// ServeHTTP answers with a report: the request is authenticated, the question read, its task found, the report got,
+// and written.
+func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
+	q := readQuestion(r.URL.RawQuery)
+	if p := h.admit(r, q); p != nil {
+		p.write(w, r, (&finding{}).cacheStatus(p))
+		return nil
+	}
+	found, err := h.find(r.Context(), q)
+	var p *problem
+	switch {
+	case err == nil:
+		h.write(w, r, found)
+	case errors.As(err, &p):
+		p.write(w, r, found.cacheStatus(p))
+	default: // the caller has left; this is for the access log
+		w.WriteHeader(statusClientClosedRequest)
+	}
+	return nil
+}
+
+// admit says what keeps a request from being looked into: first of all, that it has no right secret.
+func (h *Handler) admit(r *http.Request, q question) *problem {
+	c := h.clients.authenticate(r.Header, q)
+	if c == nil {
+		return &problem{
+			status: http.StatusUnauthorized, code: "unauthorized",
+			detail: "send a valid secret: Authorization: Bearer <secret>",
+		}
+	}
+	if repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
+		repl.Set("http.fsbroker.client", c.name)
+		repl.Set("http.auth.user.id", c.name)
+	}
+	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+		return &problem{
+			status: http.StatusMethodNotAllowed, code: "method_not_allowed",
+			detail: "a report can only be read: use GET or HEAD",
+		}
+	}
+	return q.bad
+}
+
+// statusClientClosedRequest is what nginx and Caddy log for a client that did not wait.
+const statusClientClosedRequest = 499
+
+// finding is a report, and how it was come by.
+type finding struct {
+	fetched
+	hit     bool // it was kept
+	joined  bool // it came with the question of another caller
+	nocache bool
+}
+
+// fetched is a node's answer as it is handed to all who wait for it.
+type fetched struct {
+	entry    *entry // what is kept of it
+	document []byte // the document as it came; nil where it is only kept, or there is none yet
+}
+
+// find looks up the report that q asks for.
+func (h *Handler) find(ctx context.Context, q question) (finding, error) {
+	if q.submitID != "" {
+		found, err := h.findSubmission(ctx, q)
+		if err != nil {
+			return found, err
+		}
+		sub := found.entry.submission()
+		if sub.queued {
+			found.entry = &entry{value: nothingYet(sub.at)}
+			return found, nil
+		}
+		q.appServerID, q.taskID = sub.appServerID, sub.taskID
+	}
+	node, ok := h.nodes[q.appServerID]
+	if !ok {
+		return finding{}, unknownNode(q)
+	}
+	return h.lookUp(ctx, node, reportKey(node.address(), q.taskID, q.all), q, (*Handler).fetchReport)
+}
+
+// findSubmission looks up which task a submission became.
+func (h *Handler) findSubmission(ctx context.Context, q question) (finding, error) {
+	if h.broker == nil {
+		return finding{}, &problem{
+			status: http.StatusBadRequest, code: "no_broker",
+			detail: "submitID cannot be looked up here, since no broker is configured: give appServerID and taskID",
+		}
+	}
+	return h.lookUp(ctx, h.broker, submissionKey(h.broker.address(), q.submitID), q, (*Handler).fetchSubmission)
+}
+
+// fetcher asks a peer for what q wants, and keeps the answer under k.
+type fetcher func(h *Handler, ctx context.Context, p *peer, k key, q question) (fetched, error)
+
+// lookUp gives what is kept under k, if that will do, or else what p answers.
+func (h *Handler) lookUp(ctx context.Context, p *peer, k key, q question, fetch fetcher) (finding, error) {
+	if e, ok := h.store.get(k); ok && e.value.answers(q.nocache) {
+		return finding{fetched: fetched{entry: e}, hit: true}, nil
+	}
+	return h.ask(ctx, p, k, q, fetch)
+}
+
+// ask has p asked for what is wanted, together with all others who want the same.
+func (h *Handler) ask(ctx context.Context, p *peer, k key, q question, fetch fetcher) (finding, error) {
+	got, joined, err := h.store.flights.do(ctx, flightKey{k, p.identity}, q.nocache,
+		func(ctx context.Context, fresh bool) (fetched, error) {
+			// It may have come while this question waited for its turn.
+			if e, ok := h.store.get(k); ok && e.value.answers(fresh) {
+				return fetched{entry: e}, nil
+			}
+			return fetch(h, ctx, p, k, q)
+		})
+	if q.nocache {
+		err = h.mentionKept(err, k)
+	}
+	if h.retired.Load() {
+		h.closeIdleConnections()
+	}
+	return finding{fetched: got, joined: joined, nocache: q.nocache}, err
+}
+
+// closeIdleConnections ends the connections of a transport that has been cleaned up and was used again since.
+func (h *Handler) closeIdleConnections() {
+	if t, ok := h.transport.(caddy.CleanerUpper); ok {
+		_ = t.Cleanup()
+	}
+}
+
+// fetchReport is the fetcher of reports. One that is not finished does not replace one that is.
+func (h *Handler) fetchReport(ctx context.Context, node *peer, k key, q question) (fetched, error) {
+	r, document, err := node.askTask(ctx, q.taskID, q.all)
+	if err != nil {
+		return fetched{}, err
+	}
+	got := fetched{document: document}
+	switch kept, ok := h.store.get(k); {
+	case r.finished:
+		r.compress()
+		got.entry = h.store.put(k, r, r.size(), time.Duration(h.Cache.TTL))
+	case ok && kept.report().finished:
+		got.entry = &entry{value: r}
+	default:
+		got.entry = h.store.put(k, r, r.size(), time.Duration(h.PollInterval))
+	}
+	return got, nil
+}
+
+// fetchSubmission is the fetcher of submissions. What one became never changes.
+func (h *Handler) fetchSubmission(ctx context.Context, broker *peer, k key, q question) (fetched, error) {
+	sub, err := broker.askSubmission(ctx, q.submitID)
+	if err != nil {
+		return fetched{}, err
+	}
+	ttl := h.Cache.TTL
+	if sub.queued {
+		ttl = h.PollInterval
+	}
+	return fetched{entry: h.store.put(k, sub, sub.size(), time.Duration(ttl))}, nil
+}
+
+// unknownNode says which of the two has to be corrected: the question or the configuration.
+func unknownNode(q question) *problem {
+	p := &problem{status: http.StatusNotFound, code: "unknown_node", detail: "no node goes by this appServerID: check it"}
+	if q.submitID != "" {
+		p.detail = "the submission went to a node that is not configured here: the operator has to add it"
+	}
+	return p
+}
+
+// mentionKept tells a caller who wanted no kept report that there is one, when there is no other.
+func (h *Handler) mentionKept(err error, k key) error {
+	var p *problem
+	if !errors.As(err, &p) {
+		return err
+	}
+	if e, ok := h.store.get(k); !ok || !e.value.isReport() {
+		return err
+	}
+	told := *p // the others who got p may not have asked for this
+	told.detail += "; a report is kept here: ask without nocache to get it"
+	return &told
+}
+
+// Interface guards
+var (
+	_ caddy.Module                = (*Handler)(nil)
+	_ caddy.Provisioner           = (*Handler)(nil)
+	_ caddy.Validator             = (*Handler)(nil)
+	_ caddy.CleanerUpper          = (*Handler)(nil)
+	_ caddyhttp.MiddlewareHandler = (*Handler)(nil)
+)

@@ -1,0 +1,350 @@
+package fsbroker_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"go.uber.org/goleak"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
+
+	_ "github.com/caddyserver/caddy/v2/modules/standard"
+
+	_ "github.com/caddy-fsbroker/caddy-fsbroker"
+)
+
+// The secrets of the tests, which configurations have as placeholders, since Caddy logs a whole configuration at debug
+// level. None of them may be found in any answer or log.
+const (
+	callerSecret = "the-callers-own-secret"
+	nodeSecret   = "the-nodes-own-secret"
+	brokerSecret = "the-brokers-own-secret"
+)
+
+var allSecrets = []string{callerSecret, nodeSecret, brokerSecret}
+
+func TestMain(m *testing.M) {
+	for name, secret := range map[string]string{"CALLER": callerSecret, "NODE": nodeSecret, "BROKER": brokerSecret} {
+		if err := os.Setenv(name+"_SECRET", secret); err != nil {
+			panic(err)
+		}
+	}
+	goleak.VerifyTestMain(m,
+		// What Caddy and its libraries start once for a process.
+		goleak.IgnoreAnyFunction("github.com/caddyserver/caddy/v2.trapSignalsCrossPlatform.func1"),
+		goleak.IgnoreAnyFunction("github.com/caddyserver/certmagic.(*Cache).maintainAssets"),
+		goleak.IgnoreTopFunction("github.com/golang/glog.(*fileSink).flushDaemon"),
+	)
+}
+
+// backend is a node or a broker over real HTTP, which does what a test tells it to.
+type backend struct {
+	*httptest.Server
+
+	mu     sync.Mutex
+	asked  []*url.URL
+	answer http.HandlerFunc
+}
+
+// newBackend starts a backend. It closes with the test.
+func newBackend(t testing.TB, answer http.HandlerFunc) *backend {
+	t.Helper()
+	b := &backend{answer: answer}
+	b.Server = httptest.NewServer(http.HandlerFunc(b.serve))
+	t.Cleanup(b.Close)
+	return b
+}
+
+func (b *backend) serve(w http.ResponseWriter, r *http.Request) {
+	b.mu.Lock()
+	b.asked = append(b.asked, r.URL)
+	answer := b.answer
+	b.mu.Unlock()
+	answer(w, r)
+}
+
+// becomes changes what the backend does from now on.
+func (b *backend) becomes(answer http.HandlerFunc) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.answer = answer
+}
+
+// questions is what the backend was asked so far.
+func (b *backend) questions() []*url.URL {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return append([]*url.URL(nil), b.asked...)
+}
+
+func (b *backend) wantQuestions(t *testing.T, want int) {
+	t.Helper()
+	if got := len(b.questions()); got != want {
+		t.Errorf("the backend was asked %d questions, want %d: %v", got, want, b.questions())
+	}
+}
+
+// says answers with a status and a body.
+func says(status int, body string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		w.WriteHeader(status)
+		_, _ = io.WriteString(w, body)
+	}
+}
+
+// reportOf is a document in the form of a node's, with the states of a task and its subtasks.
+func reportOf(taskID, taskState string, subtaskStates ...string) string {
+	subtasks := make([]map[string]any, 0, len(subtaskStates))
+	for _, s := range subtaskStates {
+		subtasks = append(subtasks, map[string]any{"name": "osint", "state": s})
+	}
+	document, err := json.Marshal(map[string]any{
+		"processTime": 7,
+		"result": map[string]any{
+			"taskReference":     map[string]any{"name": "transform-file", "ID": taskID, "state": taskState},
+			"subtaskReferences": subtasks,
+			"resources": map[string]any{"r1": map[string]any{
+				"additionalTasks": []any{map[string]any{"state": "IN_PROGRESS"}},
+				"strings":         strings.Repeat("the quick brown fox ", 40),
+			}},
+		},
+	})
+	if err != nil {
+		panic(err)
+	}
+	return string(document)
+}
+
+// site is a Caddy that serves the handler over TLS.
+type site struct {
+	t      testing.TB
+	base   string
+	client *http.Client
+	port   int
+	dir    string // its storage and its log
+}
+
+// startSite runs Caddy with directives in a site of its own, until the test ends.
+func startSite(t testing.TB, directives string) *site {
+	t.Helper()
+	s := newSite(t)
+	s.load(directives)
+	s.trust()
+	return s
+}
+
+func newSite(t testing.TB) *site {
+	t.Helper()
+	port := freePort(t)
+	s := &site{t: t, port: port, base: fmt.Sprintf("https://localhost:%d", port), dir: t.TempDir()}
+	t.Cleanup(func() {
+		if s.client != nil {
+			s.client.CloseIdleConnections()
+		}
+		if err := caddy.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	return s
+}
+
+// load makes directives the site's, like a reload when it runs already.
+func (s *site) load(directives string) {
+	s.t.Helper()
+	if err := s.tryLoad(directives); err != nil {
+		s.t.Fatal(err)
+	}
+}
+
+func (s *site) tryLoad(directives string) error {
+	return s.loadCaddyfile(s.caddyfile(directives))
+}
+
+// caddyfile puts directives into a site that needs nothing of the machine.
+func (s *site) caddyfile(directives string) string {
+	return fmt.Sprintf(`{
+	admin off
+	persist_config off
+	skip_install_trust
+	auto_https disable_redirects
+	storage file_system %[1]s
+	grace_period 5s
+	log {
+		output file %[2]s {
+			mode 0600
+		}
+		level DEBUG
+	}
+}
+https://localhost:%[3]d {
+	tls internal
+	log
+	%[4]s
+}`, filepath.ToSlash(s.dir), filepath.ToSlash(s.logFile()), s.port, directives)
+}
+
+func (s *site) logFile() string { return filepath.Join(s.dir, "caddy.log") }
+
+func (s *site) loadCaddyfile(text string) error {
+	config, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(text), map[string]any{"filename": "Caddyfile"})
+	if err != nil {
+		return err
+	}
+	return caddy.Load(config, true)
+}
+
+// trust makes a client that trusts the site's own CA.
+func (s *site) trust() {
+	s.t.Helper()
+	root, err := os.ReadFile(filepath.Join(s.dir, "pki", "authorities", "local", "root.crt"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM(root)
+	s.client = &http.Client{
+		Transport: &http.Transport{
+			TLSClientConfig:     &tls.Config{RootCAs: pool},
+			DisableCompression:  true, // the tests say themselves what they accept
+			MaxIdleConnsPerHost: 300,
+		},
+		Timeout: 20 * time.Second,
+	}
+	// The certificate is made in the background.
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+		resp, err := s.client.Get(s.base + "/warm-up")
+		if err == nil {
+			_ = resp.Body.Close()
+			return
+		}
+		if time.Now().After(deadline) {
+			s.t.Fatal(err)
+		}
+	}
+}
+
+// reply is a response, read.
+type reply struct {
+	status int
+	header http.Header
+	body   []byte
+}
+
+// get asks with the caller's secret, and with header fields as "Name: value".
+func (s *site) get(path string, header ...string) reply {
+	s.t.Helper()
+	return s.do(s.t.Context(), http.MethodGet, path, append(header, "Authorization: Bearer "+callerSecret)...)
+}
+
+// do asks with nothing but what is given.
+func (s *site) do(ctx context.Context, method, path string, header ...string) reply {
+	s.t.Helper()
+	r, err := s.try(ctx, method, path, header...)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	return r
+}
+
+func (s *site) try(ctx context.Context, method, path string, header ...string) (reply, error) {
+	req, err := http.NewRequestWithContext(ctx, method, s.base+path, nil)
+	if err != nil {
+		return reply{}, err
+	}
+	for _, field := range header {
+		name, value, _ := strings.Cut(field, ": ")
+		req.Header.Add(name, value)
+	}
+	resp, err := s.client.Do(req)
+	if err != nil {
+		return reply{}, err
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		return reply{}, err
+	}
+	for _, secret := range allSecrets {
+		if bytes.Contains(body, []byte(secret)) || strings.Contains(fmt.Sprint(resp.Header), secret) {
+			s.t.Errorf("%s %s: the answer holds a secret: %v %s", method, path, resp.Header, body)
+		}
+	}
+	return reply{resp.StatusCode, resp.Header, body}, nil
+}
+
+// wantStatus checks a reply's status.
+func (r reply) wantStatus(t *testing.T, want int) {
+	t.Helper()
+	if r.status != want {
+		t.Fatalf("status %d, want %d: %s", r.status, want, r.body)
+	}
+}
+
+// wantHeader checks a field of a reply.
+func (r reply) wantHeader(t *testing.T, name, want string) {
+	t.Helper()
+	if got := r.header.Get(name); got != want {
+		t.Errorf("%s: %q, want %q", name, got, want)
+	}
+}
+
+// wantProblem checks that a reply is a whole problem document.
+func (r reply) wantProblem(t *testing.T, status int, code string) {
+	t.Helper()
+	r.wantStatus(t, status)
+	r.wantHeader(t, "Content-Type", "application/problem+json")
+	r.wantHeader(t, "Cache-Control", "no-store")
+	var doc struct {
+		Type, Title, Detail, Code string
+		Status                    int
+	}
+	if err := json.Unmarshal(r.body, &doc); err != nil {
+		t.Fatalf("%v: %s", err, r.body)
+	}
+	if doc.Code != code || doc.Status != status || doc.Title != http.StatusText(status) || doc.Detail == "" || !strings.HasSuffix(doc.Type, "#"+code) {
+		t.Errorf("the problem is %+v, want code %s", doc, code)
+	}
+}
+
+// wantNoSecretIn checks that a log holds none, and that there is one.
+func (s *site) wantNoSecretInLog() {
+	s.t.Helper()
+	log, err := os.ReadFile(s.logFile())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	if len(log) == 0 {
+		s.t.Error("the log is empty")
+	}
+	for _, secret := range allSecrets {
+		if i := bytes.Index(log, []byte(secret)); i >= 0 {
+			s.t.Errorf("the log holds a secret: …%s…", log[max(0, i-300):min(len(log), i+100)])
+		}
+	}
+}
+
+func freePort(t testing.TB) int {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	return l.Addr().(*net.TCPAddr).Port
+}

@@ -1,0 +1,504 @@
+package fsbroker
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"net/url"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+)
+
+// Node is a processor node: it holds the reports of the tasks it was given.
+type Node struct {
+	// The node's application server ID, as submissions name it.
+	AppServerID string `json:"app_server_id"`
+
+	Endpoint
+}
+
+// Endpoint says where a node or the broker is asked, and with which secret.
+type Endpoint struct {
+	// `host:port`, or a URL with the scheme `http` or `https` and perhaps a path to go before `/task` or
+	// `/submit-result`. Without a scheme it is HTTP, or HTTPS where the transport has TLS configured. Placeholders
+	// such as `{env.NAME}` are resolved when the configuration is loaded.
+	Address string `json:"address"`
+
+	// The secret that it is asked with, if it wants one. Placeholders are resolved as those of the callers' secrets.
+	Secret string `json:"secret,omitempty"`
+
+	// The query parameter for the secret: `serect`, as it is spelled up to version 1.9, or `secret`, from 2.x on.
+	// Default: both are sent
+	SecretParam string `json:"secret_param,omitempty"`
+}
+
+// secretParams are the spellings under which a secret is sent.
+func (e Endpoint) secretParams() ([]string, error) {
+	switch e.SecretParam {
+	case "":
+		return []string{"serect", "secret"}, nil
+	case "serect", "secret":
+		return []string{e.SecretParam}, nil
+	}
+	return nil, errors.New("secret_param wants serect or secret")
+}
+
+// errAddress does not show the address: who wrote a password into it must not find it in a log.
+var errAddress = errors.New("the address wants host:port, or http://host:port/path or https://…, without user, query and fragment")
+
+// parseAddress reads an address, and completes it so that one place always has one name.
+func parseAddress(address, defaultScheme string) (*url.URL, error) {
+	if !strings.Contains(address, "://") {
+		address = defaultScheme + "://" + address
+	}
+	u, err := url.Parse(address)
+	if err != nil || u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.ForceQuery || u.Fragment != "" {
+		return nil, errAddress
+	}
+	port := u.Port()
+	switch u.Scheme {
+	case "http":
+		if port == "" {
+			port = "80"
+		}
+	case "https":
+		if port == "" {
+			port = "443"
+		}
+	default:
+		return nil, errAddress
+	}
+	if _, err := net.LookupPort("tcp", port); err != nil {
+		return nil, errAddress
+	}
+	u.Host = net.JoinHostPort(strings.ToLower(u.Hostname()), port)
+	u.Path = strings.TrimRight(u.Path, "/")
+	u.RawPath = ""
+	return u, nil
+}
+
+// peer is a node or the broker as it is asked.
+type peer struct {
+	role   string // "node" or "broker": in codes, details and logs
+	name   string // the node's application server ID
+	base   *url.URL
+	secret *url.Values // behind a pointer, so that nobody who prints a peer prints it
+
+	// identity tells peers apart that may not share an answer: another address, or another secret.
+	identity key
+
+	transport    http.RoundTripper
+	timeout      time.Duration // for one question, body included
+	failDuration time.Duration
+	maxAnswer    int64
+	logger       *zap.Logger
+
+	failed atomic.Int64           // when it last could not be connected to, in Unix nanoseconds; 0 when it could
+	health atomic.Pointer[string] // the code of what is wrong with it, as last logged; nil when nothing is
+}
+
+// newPeer resolves and checks what an Endpoint says.
+func (h *Handler) newPeer(repl *caddy.Replacer, role, name string, e Endpoint) (*peer, error) {
+	address, err := repl.ReplaceOrErr(e.Address, true, true)
+	if err != nil {
+		return nil, fmt.Errorf("resolving the address: %w", err)
+	}
+	scheme := "http"
+	if t, ok := h.transport.(interface{ TLSEnabled() bool }); ok && t.TLSEnabled() {
+		scheme = "https"
+	}
+	base, err := parseAddress(address, scheme)
+	if err != nil {
+		return nil, err
+	}
+	params, err := e.secretParams()
+	if err != nil {
+		return nil, err
+	}
+	secret := make(url.Values)
+	if e.Secret != "" {
+		value, err := resolveSecret(repl, e.Secret)
+		if err != nil {
+			return nil, err
+		}
+		for _, param := range params {
+			secret.Set(param, value)
+		}
+	}
+	logger := h.logger.With(zap.String("role", role), zap.String("address", base.Host))
+	if name != "" {
+		logger = logger.With(zap.String("node", name))
+	}
+	return &peer{
+		role:         role,
+		name:         name,
+		base:         base,
+		secret:       &secret,
+		identity:     sha256.Sum256([]byte(base.String() + "?" + secret.Encode())),
+		transport:    h.transport,
+		timeout:      time.Duration(h.Timeout),
+		failDuration: time.Duration(h.FailDuration),
+		maxAnswer:    h.MaxReport,
+		logger:       logger,
+	}, nil
+}
+
+// address names the peer in keys.
+func (p *peer) address() string { return p.base.String() }
+
+// problem words a problem with the peer: its code and its detail begin with the peer's role.
+func (p *peer) problem(status int, code, detail string) *problem {
+	return &problem{status: status, code: p.role + "_" + code, detail: "the " + p.role + " " + detail, asked: true}
+}
+
+// down tells whether the peer could not be connected to a short while ago: then nobody has to wait to see it again.
+func (p *peer) down(now time.Time) *problem {
+	failed := p.failed.Load()
+	if failed == 0 {
+		return nil
+	}
+	left := time.Unix(0, failed).Add(p.failDuration).Sub(now)
+	if left <= 0 {
+		return nil
+	}
+	down := p.problem(http.StatusServiceUnavailable, "down", "could not be connected to a moment ago: ask again after Retry-After")
+	down.retryAfter = left
+	down.asked = false
+	return down
+}
+
+// answer is what a peer said with 200, or that it said 204 or 404.
+type answer struct {
+	status int
+	body   []byte // with 200
+	at     time.Time
+}
+
+// ask asks the peer one question and reads its whole answer. ctx is a question's, never a caller's: the transport reads
+// values from it, and the answer belongs to all who wait for it. Errors other than a *problem say that ctx has ended.
+func (p *peer) ask(ctx context.Context, path string, query url.Values) (answer, error) {
+	start := time.Now()
+	if down := p.down(start); down != nil {
+		return answer{}, down
+	}
+	for param, value := range *p.secret {
+		query[param] = value
+	}
+	u := p.base.JoinPath(path)
+	u.RawQuery = query.Encode()
+
+	asked := ctx
+	ctx, cancel := context.WithTimeout(ctx, p.timeout)
+	defer cancel()
+	// Caddy's transport takes these two from the context, and would find those of the caller there.
+	ctx = context.WithValue(ctx, caddyhttp.VarsCtxKey, make(map[string]any))
+	ctx = context.WithValue(ctx, caddy.ReplacerCtxKey, caddy.NewReplacer())
+	var dial dialWatch
+	req, err := http.NewRequestWithContext(httptrace.WithClientTrace(ctx, dial.trace()), http.MethodGet, u.String(), nil)
+	if err != nil {
+		return answer{}, p.problem(http.StatusBadGateway, "unreachable", "could not be asked: its address does not make a URL")
+	}
+	req.Header.Set("Accept", "application/json")
+	req.Header.Set("User-Agent", "caddy-fsbroker")
+
+	ans, err := p.roundTrip(req, &dial)
+	var trouble *problem
+	switch {
+	case err == nil:
+		ans.at = time.Now()
+	case asked.Err() != nil:
+		return answer{}, context.Cause(asked)
+	case errors.As(err, &trouble):
+	case dial.failed():
+		p.failed.Store(time.Now().UnixNano())
+		trouble = p.problem(http.StatusBadGateway, "unreachable", "could not be connected to: ask again in a while; its operator finds the reason in the log")
+		if isTimeout(err) {
+			trouble = p.problem(http.StatusGatewayTimeout, "timeout", "could not be connected to in time: ask again in a while")
+		}
+	case isTimeout(err):
+		trouble = p.problem(http.StatusGatewayTimeout, "timeout", "did not answer in time: ask again in a while")
+	default:
+		trouble = p.problem(http.StatusBadGateway, "bad_answer", "broke off its answer: ask again in a while")
+	}
+	p.note(trouble, err, dial.failed())
+	p.logger.Debug("asked",
+		zap.String("path", path),
+		zap.Int("status", ans.status),
+		zap.Int("size", len(ans.body)),
+		zap.Duration("duration", time.Since(start)),
+		zap.NamedError("problem", nilOr(trouble)))
+	if trouble != nil {
+		return answer{}, trouble
+	}
+	return ans, nil
+}
+
+// nilOr keeps a nil *problem from becoming an error that is not nil.
+func nilOr(p *problem) error {
+	if p == nil {
+		return nil
+	}
+	return p
+}
+
+// roundTrip sends req and reads the answer. It uses the transport itself, since an http.Client would follow redirects,
+// secret and all, and write the URL into its errors.
+func (p *peer) roundTrip(req *http.Request, dial *dialWatch) (answer, error) {
+	resp, err := p.transport.RoundTrip(req)
+	if err != nil {
+		return answer{}, err
+	}
+	defer resp.Body.Close()
+	p.failed.Store(0)
+	switch resp.StatusCode {
+	case http.StatusOK:
+		body, err := p.readBody(resp)
+		return answer{status: resp.StatusCode, body: body}, err
+	case http.StatusNoContent:
+		return answer{status: resp.StatusCode}, nil
+	case http.StatusNotFound:
+		drain(resp.Body)
+		return answer{status: resp.StatusCode}, nil
+	case http.StatusUnauthorized, http.StatusForbidden:
+		drain(resp.Body)
+		return answer{status: resp.StatusCode}, p.problem(http.StatusBadGateway, "refused_secret", "did not take the secret it is configured with: its operator has to correct that")
+	}
+	drain(resp.Body)
+	return answer{status: resp.StatusCode}, p.problem(http.StatusBadGateway, "bad_answer",
+		fmt.Sprintf("answered with status %d, which is no answer to this question: ask again in a while", resp.StatusCode))
+}
+
+// readBody reads a whole body within the bound, inflated size included.
+func (p *peer) readBody(resp *http.Response) ([]byte, error) {
+	tooLarge := p.problem(http.StatusBadGateway, "answer_too_large",
+		fmt.Sprintf("sent more than %d bytes: its operator may raise max_report", p.maxAnswer))
+	if resp.ContentLength > p.maxAnswer {
+		return nil, tooLarge
+	}
+	if encoding := resp.Header.Get("Content-Encoding"); encoding != "" && !strings.EqualFold(encoding, "identity") {
+		return nil, p.problem(http.StatusBadGateway, "bad_answer", "sent an encoding that was not asked for: its operator has to correct that")
+	}
+	var buf bytes.Buffer
+	if resp.ContentLength > 0 {
+		buf.Grow(int(resp.ContentLength) + bytes.MinRead) // what ReadFrom wants to have left to see the end
+	}
+	if _, err := buf.ReadFrom(io.LimitReader(resp.Body, p.maxAnswer+1)); err != nil {
+		return nil, err
+	}
+	if int64(buf.Len()) > p.maxAnswer {
+		return nil, tooLarge
+	}
+	return buf.Bytes(), nil
+}
+
+// drain reads a little of a body that nobody wants, so that the connection can be used again.
+func drain(body io.Reader) { _, _ = io.CopyN(io.Discard, body, 4<<10) }
+
+// note logs what has changed about the peer: that it fails, and that it no longer does. A slow or senseless answer is
+// one report's trouble and changes nothing. The errors of dialing hold no more than an address; others might hold what
+// the peer sent, and are not logged.
+func (p *peer) note(trouble *problem, cause error, dialFailed bool) {
+	refused := trouble != nil && strings.HasSuffix(trouble.code, "_refused_secret")
+	switch {
+	case trouble == nil:
+		if p.health.Swap(nil) != nil {
+			p.logger.Info("answers again")
+		}
+	case dialFailed || refused:
+		if last := p.health.Swap(&trouble.code); last != nil && *last == trouble.code {
+			return
+		}
+		fields := []zap.Field{zap.String("code", trouble.code)}
+		if dialFailed {
+			fields = append(fields, zap.NamedError("cause", cause), zap.Duration("fail_duration", p.failDuration))
+		}
+		p.logger.Warn("fails", fields...)
+	}
+}
+
+// isTimeout tells whether err says that something took too long.
+func isTimeout(err error) bool {
+	var timeout interface{ Timeout() bool }
+	return errors.Is(err, context.DeadlineExceeded) || (errors.As(err, &timeout) && timeout.Timeout())
+}
+
+// dialWatch sees whether a question got a connection. The transport's errors do not tell it when time runs out first.
+type dialWatch struct{ dialing, connected atomic.Bool }
+
+func (d *dialWatch) trace() *httptrace.ClientTrace {
+	return &httptrace.ClientTrace{
+		GetConn: func(string) { // once for every try
+			d.dialing.Store(false)
+			d.connected.Store(false)
+		},
+		DNSStart:     func(httptrace.DNSStartInfo) { d.dialing.Store(true) },
+		ConnectStart: func(string, string) { d.dialing.Store(true) },
+		GotConn:      func(httptrace.GotConnInfo) { d.connected.Store(true) },
+	}
+}
+
+// failed tells whether connecting was tried, name resolution and TLS included, and came to nothing.
+func (d *dialWatch) failed() bool { return d.dialing.Load() && !d.connected.Load() }
+
+// askTask asks a node for the report of one of its tasks. The document comes beside it, as it was sent.
+func (p *peer) askTask(ctx context.Context, taskID string, all bool) (*report, []byte, error) {
+	query := url.Values{"taskID": {taskID}, "all": {"false"}}
+	if all {
+		query.Set("all", "true")
+	}
+	ans, err := p.ask(ctx, "task", query)
+	if err != nil {
+		return nil, nil, err
+	}
+	switch ans.status {
+	case http.StatusNoContent:
+		return nothingYet(ans.at), nil, nil
+	case http.StatusNotFound:
+		return nil, nil, &problem{
+			status: http.StatusNotFound, code: "unknown_task", asked: true,
+			detail: "the node does not know this task, or has forgotten it: check the IDs, or submit the file again",
+		}
+	}
+	r, err := newReport(ans.body, ans.at)
+	if err != nil {
+		return nil, nil, p.problem(http.StatusBadGateway, "bad_answer",
+			fmt.Sprintf("sent something that is not a report: %s. Ask again in a while", err))
+	}
+	return r, ans.body, nil
+}
+
+// submission is what the broker did with one.
+type submission struct {
+	at          time.Time
+	queued      bool // not with a node yet
+	appServerID string
+	taskID      string
+}
+
+// answers implements keepable. What became of a submission never changes, so that is good enough for everybody.
+func (s *submission) answers(nocache bool) bool { return !nocache || !s.queued }
+
+// isReport implements keepable.
+func (s *submission) isReport() bool { return false }
+
+// size is what the submission takes as it is kept, in bytes.
+func (s *submission) size() int { return len(s.appServerID) + len(s.taskID) }
+
+// askSubmission asks the broker which node a submission went to, and as which task.
+func (p *peer) askSubmission(ctx context.Context, submitID string) (*submission, error) {
+	ans, err := p.ask(ctx, "submit-result", url.Values{"submitID": {submitID}})
+	if err != nil {
+		return nil, err
+	}
+	switch ans.status {
+	case http.StatusNoContent:
+		return &submission{at: ans.at, queued: true}, nil
+	case http.StatusNotFound:
+		return nil, &problem{
+			status: http.StatusNotFound, code: "unknown_submission", asked: true,
+			detail: "the broker does not know this submission: check submitID, or submit the file again",
+		}
+	}
+	return p.readSubmission(ans)
+}
+
+// readSubmission reads the broker's answer. Its exact form is not documented, so what matters is looked for in every
+// place where brokers are known or likely to have it.
+func (p *peer) readSubmission(ans answer) (*submission, error) {
+	var doc object
+	if err := json.Unmarshal(ans.body, &doc); err != nil || doc == nil {
+		return nil, p.problem(http.StatusBadGateway, "bad_answer", "sent something that is not a JSON object: ask again in a while")
+	}
+	result := doc.object("result")
+	s := state(doc.id("state"))
+	if s == "" {
+		s = state(result.id("state"))
+	}
+	if strings.EqualFold(string(s), "FAILED") {
+		return nil, &problem{
+			status: http.StatusNotFound, code: "submission_failed", asked: true,
+			detail: "the broker could not pass this submission to a node: submit the file again",
+		}
+	}
+	if s != "" && !s.finished() {
+		return &submission{at: ans.at, queued: true}, nil
+	}
+	sub := &submission{
+		at:          ans.at,
+		appServerID: firstOf(doc.id("appServerID"), result.id("appServerID")),
+		taskID:      firstOf(doc.id("taskID"), result.id("taskID"), scanTaskID(map[string]any(doc))),
+	}
+	switch {
+	case !validID(sub.appServerID):
+		return nil, p.problem(http.StatusBadGateway, "bad_answer", "named no node: appServerID is missing in its answer, or is no ID")
+	case !validID(sub.taskID):
+		return nil, p.problem(http.StatusBadGateway, "bad_answer",
+			"named no task: its answer has no ID at taskID, result.taskID or scanTasks[0].taskReference.ID")
+	}
+	return sub, nil
+}
+
+// object is a JSON object of which little is known; nil is one without members.
+type object map[string]any
+
+// member finds a member, whatever the case of its name.
+func (o object) member(name string) any {
+	if v, ok := o[name]; ok {
+		return v
+	}
+	for k, v := range o {
+		if strings.EqualFold(k, name) {
+			return v
+		}
+	}
+	return nil
+}
+
+func (o object) object(name string) object {
+	child, _ := o.member(name).(map[string]any)
+	return child
+}
+
+// id is a member that is a string, or else empty.
+func (o object) id(name string) string {
+	s, _ := o.member(name).(string)
+	return s
+}
+
+// scanTaskID finds scanTasks[0].taskReference.ID, however deep the scanTasks are.
+func scanTaskID(o object) string {
+	if tasks, ok := o.member("scanTasks").([]any); ok && len(tasks) > 0 {
+		task, _ := tasks[0].(map[string]any)
+		return object(task).object("taskReference").id("ID")
+	}
+	for _, v := range o {
+		if child, ok := v.(map[string]any); ok {
+			if id := scanTaskID(child); id != "" {
+				return id
+			}
+		}
+	}
+	return ""
+}
+
+func firstOf(candidates ...string) string {
+	for _, c := range candidates {
+		if c != "" {
+			return c
+		}
+	}
+	return ""
+}
