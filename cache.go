@@ -59,7 +59,7 @@ func submissionKey(brokerAddress, submitID string) key {
 
 // entryOverhead is what an entry costs beside its documents, in bytes: its key, its places in go-cache's map and in the
 // eviction order, its timer, and the structs themselves. TestCacheBoundsHeap measures that it is enough.
-const entryOverhead = 1024
+const entryOverhead = 768
 
 // cache keeps reports and submissions in go-cache, and adds to it what it has not: a bound in bytes. What has to go is
 // chosen by SIEVE (Zhang et al., NSDI '24): a hit only leaves a mark, so it needs no lock but go-cache's own.
@@ -254,7 +254,7 @@ func (s *sieve) next() *slot {
 // nothing of a configuration, so that it can outlive each of them.
 type store struct {
 	*cache
-	flights flights[flightKey, fetched]
+	flights *flights[flightKey, fetched]
 
 	limitsMu sync.Mutex
 	limits   map[*Handler]int64
@@ -273,7 +273,11 @@ const storeKey = "fsbroker"
 // joinStore makes h a user of the store, which its first user has made.
 func joinStore(h *Handler) (*store, error) {
 	v, _, err := stores.LoadOrNew(storeKey, func() (caddy.Destructor, error) {
-		return &store{cache: newCache(0), limits: make(map[*Handler]int64)}, nil
+		return &store{
+			cache:   newCache(0),
+			flights: newFlights[flightKey, fetched](),
+			limits:  make(map[*Handler]int64),
+		}, nil
 	})
 	if err != nil {
 		return nil, err
@@ -318,7 +322,7 @@ func (s *store) Destruct() error {
 func (s *store) plain(e *entry) ([]byte, error) {
 	document, made, err := e.report().inflated()
 	if made {
-		s.addPlain(e, len(document))
+		s.addPlain(e, cap(document))
 	} else {
 		e.plain.visit()
 	}

@@ -3,7 +3,6 @@ package fsbroker
 import (
 	"errors"
 	"math"
-	"net/http"
 	"strings"
 
 	"github.com/dustin/go-humanize"
@@ -13,6 +12,7 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
 
 func init() {
@@ -53,7 +53,7 @@ func parseDirective(helper httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, e
 //	        secret       <secret>
 //	        secret_param serect|secret
 //	    }
-//	    transport     <name> { ... }
+//	    transport http { ... }
 //	    timeout       <duration>
 //	    poll_interval <duration>
 //	    max_report    <size>
@@ -213,18 +213,14 @@ func (h *Handler) unmarshalTransport(d *caddyfile.Dispenser) error {
 	if h.TransportRaw != nil {
 		return d.Err("transport is given more than once")
 	}
-	if !d.NextArg() {
-		return d.Err("transport wants a name, such as http")
+	if !d.NextArg() || d.Val() != "http" {
+		return d.Err("transport wants to be http, and perhaps a block as in reverse_proxy")
 	}
-	name := d.Val()
-	mod, err := caddyfile.UnmarshalModule(d, "http.reverse_proxy.transport."+name)
-	if err != nil {
+	transport := new(reverseproxy.HTTPTransport)
+	if err := transport.UnmarshalCaddyfile(d.NewFromNextSegment()); err != nil {
 		return err
 	}
-	if _, ok := mod.(http.RoundTripper); !ok {
-		return d.Errf("transport %s makes no HTTP requests: use http", name)
-	}
-	h.TransportRaw = caddyconfig.JSONModuleObject(mod, "protocol", name, nil)
+	h.TransportRaw = caddyconfig.JSONModuleObject(transport, "protocol", "http", nil)
 	return nil
 }
 

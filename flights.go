@@ -17,6 +17,10 @@ type flights[K comparable, V any] struct {
 	lanes map[K]*lane[V]
 }
 
+func newFlights[K comparable, V any]() *flights[K, V] {
+	return &flights[K, V]{lanes: make(map[K]*lane[V])}
+}
+
 // lane is the questions of one key: the one under way, and the one to ask after it, if anybody waits for that.
 type lane[V any] struct {
 	current, next *flight[V]
@@ -56,22 +60,19 @@ func (fs *flights[K, V]) board(k K, fresh bool, ask func(context.Context, bool) 
 	switch {
 	case l == nil:
 		f = newFlight(ask)
-		l = &lane[V]{current: f}
-		if fs.lanes == nil {
-			fs.lanes = make(map[K]*lane[V])
-		}
-		fs.lanes[k] = l
 		f.fresh = fresh
-		go fs.fly(k, l, f)
+		fs.lanes[k] = &lane[V]{current: f}
+		go fs.fly(k, fs.lanes[k])
 	case !fresh && l.current.waiting > 0:
 		f, joined = l.current, true
-	case l.next == nil:
-		f = newFlight(ask)
-		l.next = f
 	default:
-		f, joined = l.next, true
+		joined = l.next != nil
+		if !joined {
+			l.next = newFlight(ask)
+		}
+		f = l.next
+		f.fresh = f.fresh || fresh
 	}
-	f.fresh = f.fresh || (fresh && f == l.next)
 	f.waiting++
 	return f, joined
 }
@@ -82,15 +83,15 @@ func newFlight[V any](ask func(context.Context, bool) (V, error)) *flight[V] {
 	return f
 }
 
-// fly asks f's question, and after it the ones that have come up meanwhile.
-func (fs *flights[K, V]) fly(k K, l *lane[V], f *flight[V]) {
-	for f != nil {
+// fly asks the current question of a lane, and after it the one that has come up meanwhile, until there is none.
+func (fs *flights[K, V]) fly(k K, l *lane[V]) {
+	for f := l.current; f != nil; {
 		f.value, f.err = f.ask(f.ctx, f.fresh)
 		f.cancel(nil)
 
+		landed := f
 		fs.mu.Lock()
 		l.current, l.next = l.next, nil
-		landed := f
 		if f = l.current; f == nil {
 			delete(fs.lanes, k)
 		}

@@ -17,13 +17,11 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
-
-	// the default transport
-	_ "github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
 
 func init() {
-	caddy.RegisterModule(Handler{})
+	caddy.RegisterModule(new(Handler))
 }
 
 // Handler serves the fsBroker Task API, `GET /task`: it checks the caller's secret, and answers with the report of a
@@ -53,8 +51,8 @@ type Handler struct {
 	// The broker, which knows where a submission went. Without one, `submitID` is refused.
 	Broker *Endpoint `json:"broker,omitempty"`
 
-	// How the nodes and the broker are connected to: a transport of `reverse_proxy`. Default: `http` with its
-	// defaults
+	// How the nodes and the broker are connected to: the `http` transport of `reverse_proxy`, without its
+	// `proxy_protocol`. Default: `http` with its defaults
 	TransportRaw json.RawMessage `json:"transport,omitempty" caddy:"namespace=http.reverse_proxy.transport inline_key=protocol"`
 
 	// How long one question to a node or the broker may take, the body of its answer included. Default: `30s`
@@ -73,7 +71,7 @@ type Handler struct {
 	Cache *Cache `json:"cache,omitempty"`
 
 	logger    *zap.Logger
-	transport http.RoundTripper
+	transport *reverseproxy.HTTPTransport
 	clients   clients
 	nodes     map[string]*peer
 	broker    *peer
@@ -89,7 +87,7 @@ const (
 )
 
 // CaddyModule returns the Caddy module information.
-func (Handler) CaddyModule() caddy.ModuleInfo {
+func (*Handler) CaddyModule() caddy.ModuleInfo {
 	return caddy.ModuleInfo{
 		ID:  "http.handlers.fsbroker_task",
 		New: func() caddy.Module { return new(Handler) },
@@ -142,11 +140,11 @@ func (h *Handler) provisionTransport(ctx caddy.Context) error {
 	if err != nil {
 		return fmt.Errorf("loading the transport: %w", err)
 	}
-	transport, ok := mod.(http.RoundTripper)
-	if !ok {
-		return fmt.Errorf("the transport %T makes no HTTP requests: use http", mod)
+	transport, ok := mod.(*reverseproxy.HTTPTransport)
+	if !ok { // others rely on a caller's request, which a question is not
+		return fmt.Errorf("the transport %T cannot be used: use http", mod)
 	}
-	if t, ok := mod.(interface{ ProxyProtocolEnabled() bool }); ok && t.ProxyProtocolEnabled() {
+	if transport.ProxyProtocolEnabled() {
 		return errors.New("the transport's proxy_protocol cannot be used: a question to a node has no one client whose address could be sent")
 	}
 	h.transport = transport
@@ -323,17 +321,10 @@ func (h *Handler) ask(ctx context.Context, p *peer, k key, q question, fetch fet
 	if q.nocache {
 		err = h.mentionKept(err, k)
 	}
-	if h.retired.Load() {
-		h.closeIdleConnections()
+	if h.retired.Load() { // the transport has been cleaned up before
+		h.transport.Transport.CloseIdleConnections()
 	}
 	return finding{fetched: got, joined: joined, nocache: q.nocache}, err
-}
-
-// closeIdleConnections ends the connections of a transport that has been cleaned up and was used again since.
-func (h *Handler) closeIdleConnections() {
-	if t, ok := h.transport.(caddy.CleanerUpper); ok {
-		_ = t.Cleanup()
-	}
 }
 
 // fetchReport is the fetcher of reports. One that is not finished does not replace one that is.

@@ -62,6 +62,9 @@ var errAddress = errors.New("the address wants host:port, or http://host:port/pa
 // parseAddress reads an address, and completes it so that one place always has one name.
 func parseAddress(address, defaultScheme string) (*url.URL, error) {
 	if !strings.Contains(address, "://") {
+		if strings.Contains(address, "/") {
+			return nil, errAddress
+		}
 		address = defaultScheme + "://" + address
 	}
 	u, err := url.Parse(address)
@@ -117,7 +120,7 @@ func (h *Handler) newPeer(repl *caddy.Replacer, role, name string, e Endpoint) (
 		return nil, fmt.Errorf("resolving the address: %w", err)
 	}
 	scheme := "http"
-	if t, ok := h.transport.(interface{ TLSEnabled() bool }); ok && t.TLSEnabled() {
+	if h.transport.TLSEnabled() {
 		scheme = "https"
 	}
 	base, err := parseAddress(address, scheme)

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -59,12 +60,15 @@ func (r *report) answers(nocache bool) bool { return !nocache }
 // isReport implements keepable.
 func (r *report) isReport() bool { return !r.isEmpty() }
 
-// size is what the report takes as it is kept first, in bytes.
+// size is what the report's document takes as it is kept first, in bytes: those of its capacity, which is what Go's
+// allocator rounds a length up to.
 func (r *report) size() int {
-	if gzipped := r.gzipped.Load(); gzipped != nil {
-		return len(*gzipped)
+	for _, form := range []*[]byte{r.gzipped.Load(), r.plain.Load()} {
+		if form != nil {
+			return cap(*form)
+		}
 	}
-	return r.plainSize
+	return 0
 }
 
 // state is the name of a task's state, or empty where the document has none.
@@ -166,7 +170,7 @@ func (r *report) inflated() (plain []byte, made bool, err error) {
 	if err != nil {
 		return nil, false, fmt.Errorf("inflating a kept report: %w", err)
 	}
-	plain = make([]byte, r.plainSize)
+	plain = slices.Grow([]byte(nil), r.plainSize)[:r.plainSize]
 	if _, err := io.ReadFull(zr, plain); err != nil {
 		return nil, false, fmt.Errorf("inflating a kept report: %w", err)
 	}

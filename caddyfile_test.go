@@ -1,0 +1,222 @@
+package fsbroker
+
+import (
+	"encoding/json"
+	"fmt"
+	"strings"
+	"testing"
+
+	"github.com/caddyserver/caddy/v2/caddyconfig"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+
+	_ "github.com/caddyserver/caddy/v2/modules/standard"
+)
+
+func TestCaddyfileToJSON(t *testing.T) {
+	for name, test := range map[string]struct{ options, want string }{
+		"the least": {
+			`secret s1
+			node n1 10.0.0.1:22001`,
+			`{"secrets":[{"secret":"s1"}],"nodes":[{"app_server_id":"n1","address":"10.0.0.1:22001"}]}`,
+		},
+		"everything": {
+			`secret {env.A}
+			secret portal {file./run/secrets/portal}
+			node n1 http://10.0.0.1:22001 {env.N1}
+			node n2 https://node-2/base {
+				secret {env.N2}
+				secret_param serect
+			}
+			node n3 {env.N3_ADDRESS} {
+			}
+			broker 10.0.0.9 {env.B} {
+				secret_param secret
+			}
+			transport http {
+				dial_timeout 2s
+			}
+			timeout 1m
+			poll_interval 500ms
+			max_report 1MiB
+			fail_duration 1d
+			cache {
+				ttl 7d
+				max_size 1GB
+			}`,
+			`{"secrets":[{"secret":"{env.A}"},{"client":"portal","secret":"{file./run/secrets/portal}"}],
+			"nodes":[{"app_server_id":"n1","address":"http://10.0.0.1:22001","secret":"{env.N1}"},
+				{"app_server_id":"n2","address":"https://node-2/base","secret":"{env.N2}","secret_param":"serect"},
+				{"app_server_id":"n3","address":"{env.N3_ADDRESS}"}],
+			"broker":{"address":"10.0.0.9","secret":"{env.B}","secret_param":"secret"},
+			"transport":{"dial_timeout":2000000000,"protocol":"http"},
+			"timeout":60000000000,"poll_interval":500000000,"max_report":1048576,"fail_duration":86400000000000,
+			"cache":{"ttl":604800000000000,"max_size":1000000000}}`,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var h Handler
+			if err := h.UnmarshalCaddyfile(caddyfile.NewTestDispenser("fsbroker_task {\n" + test.options + "\n}")); err != nil {
+				t.Fatal(err)
+			}
+			got, err := json.Marshal(&h)
+			if err != nil {
+				t.Fatal(err)
+			}
+			var want strings.Builder
+			for line := range strings.Lines(test.want) {
+				want.WriteString(strings.TrimSpace(line))
+			}
+			if string(got) != want.String() {
+				t.Errorf("got  %s\nwant %s", got, want.String())
+			}
+		})
+	}
+}
+
+func TestCaddyfileErrors(t *testing.T) {
+	const rest = "\nsecret s\nnode n1 a:1"
+	for options, want := range map[string]string{
+		"":                                       "fsbroker_task wants at least one secret, or nobody could be let in",
+		"secret s1":                              "fsbroker_task wants at least one node",
+		"node n1 a:1":                            "fsbroker_task wants at least one secret, or nobody could be let in",
+		"secret":                                 "wrong number of arguments: it wants secret [<client name>] <secret>",
+		"secret a b hush":                        "wrong number of arguments: it wants secret [<client name>] <secret>",
+		`secret ""`:                              "the secret is empty",
+		`secret a ""`:                            "the secret is empty",
+		"secret {env.HUSH} a":                    "a client's name wants 1 to 64 letters, digits, dots, dashes, underscores or @, and comes before the secret",
+		"secret a {\nx\n}":                       "secret takes no block",
+		"node":                                   "wrong number of arguments: it wants node <appServerID> <address> [<secret>]",
+		"node n1":                                "wrong number of arguments: it wants node <appServerID> <address> [<secret>]",
+		"node n1 a:1 hush more":                  "wrong number of arguments: it wants node <appServerID> <address> [<secret>]",
+		`node "" a:1`:                            "the application server ID wants 1 to 256 bytes without control characters",
+		"node n1 ftp://a":                        errAddress.Error(),
+		"node n1 http://":                        errAddress.Error(),
+		"node n1 http://u:hush@a":                errAddress.Error(),
+		"node n1 http://a/?hush=1":               errAddress.Error(),
+		"node n1 http://a/?":                     errAddress.Error(),
+		"node n1 http://a/#hush":                 errAddress.Error(),
+		"node n1 a:99999":                        errAddress.Error(),
+		"node n1 a:b":                            errAddress.Error(),
+		"node n1 :80":                            errAddress.Error(),
+		"node n1 unix//a/b":                      errAddress.Error(),
+		"node n1 a:1\nnode n1 b:1":               "node n1 is configured twice",
+		"node n1 a:1 hush {\nsecret hush\n}":     "the secret is given more than once",
+		"node n1 a:1 {\nsecret\n}":               "wrong number of arguments: it wants secret <secret>",
+		"node n1 a:1 {\nsecret hush hush\n}":     "wrong number of arguments: it wants secret <secret>",
+		"node n1 a:1 {\nsecret_param\n}":         "wrong number of arguments: it wants secret_param serect|secret",
+		"node n1 a:1 {\nsecret_param both\n}":    "secret_param wants serect or secret",
+		"node n1 a:1 {\nweight 3\n}":             "unknown option weight: it wants secret or secret_param",
+		"broker":                                 "wrong number of arguments: it wants broker <address> [<secret>]",
+		"broker a:1 hush more":                   "wrong number of arguments: it wants broker <address> [<secret>]",
+		"broker a:1\nbroker a:1":                 "broker is given more than once",
+		"broker //":                              errAddress.Error(),
+		"transport":                              "transport wants to be http, and perhaps a block as in reverse_proxy",
+		"transport fastcgi":                      "transport wants to be http, and perhaps a block as in reverse_proxy",
+		"transport http\ntransport http":         "transport is given more than once",
+		"transport http {\nnope\n}":              "unrecognized subdirective nope",
+		"timeout":                                "wrong number of arguments: it wants timeout with a duration of more than 0, such as 30s or 24h",
+		"timeout soon":                           "timeout wants a duration of more than 0, such as 30s or 24h, not soon",
+		"timeout 30":                             "timeout wants a duration of more than 0, such as 30s or 24h, not 30",
+		"timeout 0":                              "timeout wants a duration of more than 0, such as 30s or 24h, not 0",
+		"timeout -1s":                            "timeout wants a duration of more than 0, such as 30s or 24h, not -1s",
+		"timeout 1s 2s":                          "wrong number of arguments: it wants timeout with a duration of more than 0, such as 30s or 24h",
+		"timeout 1s\ntimeout 1s":                 "timeout is given more than once",
+		"timeout 1s {\nx\n}":                     "timeout takes no block",
+		"poll_interval x":                        "poll_interval wants a duration of more than 0, such as 30s or 24h, not x",
+		"fail_duration x":                        "fail_duration wants a duration of more than 0, such as 30s or 24h, not x",
+		"max_report":                             "wrong number of arguments: it wants max_report with a size of more than 0, such as 64MiB",
+		"max_report much":                        "max_report wants a size of more than 0, such as 64MiB, not much",
+		"max_report 0":                           "max_report wants a size of more than 0, such as 64MiB, not 0",
+		"max_report -1":                          "max_report wants a size of more than 0, such as 64MiB, not -1",
+		"max_report 16EB":                        "max_report wants a size of more than 0, such as 64MiB, not 16EB",
+		"cache on":                               "wrong number of arguments: it wants cache { … }",
+		"cache {\nttl 1h\n}\ncache {\nttl 1h\n}": "cache is given more than once",
+		"cache {\nttl x\n}":                      "ttl wants a duration of more than 0, such as 30s or 24h, not x",
+		"cache {\nmax_size x\n}":                 "max_size wants a size of more than 0, such as 64MiB, not x",
+		"cache {\nsize 1\n}":                     "unknown option size: cache wants ttl or max_size",
+		"nodes a b":                              "unknown option nodes: fsbroker_task wants secret, node, broker, transport, timeout, poll_interval, max_report, fail_duration or cache",
+	} {
+		t.Run(options, func(t *testing.T) {
+			text := "fsbroker_task {\n" + options
+			if !strings.Contains(want, "at least one") {
+				text += strings.Replace(rest, "node n1", "node other", 1)
+			}
+			err := new(Handler).UnmarshalCaddyfile(caddyfile.NewTestDispenser(text + "\n}"))
+			if err == nil {
+				t.Fatalf("it was taken, want %q", want)
+			}
+			message, place, ok := strings.Cut(err.Error(), ", at Testfile:")
+			if !ok || place == "" {
+				t.Errorf("the error does not name the line: %s", err)
+			}
+			if message != want {
+				t.Errorf("got  %s\nwant %s", message, want)
+			}
+			if strings.Contains(err.Error(), "hush") {
+				t.Errorf("the error shows what may be a secret: %s", err)
+			}
+		})
+	}
+}
+
+func TestDirective(t *testing.T) {
+	const options = "{\nsecret s\nnode n1 a:1\n}"
+	const handler = `{"handler":"fsbroker_task","nodes":[{"address":"a:1","app_server_id":"n1"}],"secrets":[{"secret":"s"}]}`
+	const respond = `{"handler":"static_response","status_code":404}`
+	for name, test := range map[string]struct{ directives, want string }{
+		"without a matcher": {"fsbroker_task " + options, `[{"match":[{"path":["/task"]}],"handle":[` + handler + `]}]`},
+		"with a path":       {"fsbroker_task /x " + options, `[{"match":[{"path":["/x"]}],"handle":[` + handler + `]}]`},
+		"for everything":    {"fsbroker_task * " + options, `[{"handle":[` + handler + `]}]`},
+		"named": {
+			"@m method GET\nfsbroker_task @m " + options,
+			`[{"match":[{"method":["GET"]}],"handle":[` + handler + `]}]`,
+		},
+		"before respond": {
+			"respond 404\nfsbroker_task " + options,
+			`[{"match":[{"path":["/task"]}],"handle":[` + handler + `]},{"handle":[` + respond + `]}]`,
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			config, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(":80 {\n"+test.directives+"\n}"), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if want := fmt.Sprintf(`{"apps":{"http":{"servers":{"srv0":{"listen":[":80"],"routes":%s}}}}}`, test.want); string(config) != want {
+				t.Errorf("got  %s\nwant %s", config, want)
+			}
+		})
+	}
+	for directive, want := range map[string]string{
+		"fsbroker_task hush {\n}": "fsbroker_task takes no arguments but a matcher: put its options into a block, at Caddyfile:2",
+		"fsbroker_task":           "fsbroker_task wants at least one secret, or nobody could be let in, at Caddyfile:2",
+		"fsbroker_task @no {\n}":  "unrecognized matcher name: @no",
+	} {
+		_, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(":80 {\n"+directive+"\n}"), map[string]any{"filename": "Caddyfile"})
+		if want = "parsing caddyfile tokens for 'fsbroker_task': " + want; err == nil || err.Error() != want {
+			t.Errorf("got  %v\nwant %s", err, want)
+		}
+	}
+}
+
+func FuzzCaddyfile(f *testing.F) {
+	f.Add("secret a\nnode n1 10.0.0.1:22001 s {\nsecret_param serect\n}\nbroker http://b\ncache {\nttl 1h\nmax_size 1MiB\n}")
+	f.Add("secret a {env.B}\nnode n1 https://[::1]:1/x {\nsecret {file./a}\n}\ntransport http {\ntls\n}\ntimeout 3d")
+	f.Fuzz(func(t *testing.T, options string) {
+		h := new(Handler)
+		if h.UnmarshalCaddyfile(caddyfile.NewTestDispenser("fsbroker_task {\n"+options+"\n}")) != nil {
+			return
+		}
+		// What a Caddyfile says, JSON says too.
+		text, err := json.Marshal(h)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var again Handler
+		if err := json.Unmarshal(text, &again); err != nil {
+			t.Fatalf("%s: %v", text, err)
+		}
+		if err := func() error { again.setDefaults(); return again.Validate() }(); err != nil {
+			t.Errorf("%s: %v", text, err)
+		}
+	})
+}
