@@ -59,25 +59,27 @@ func submissionKey(brokerAddress, submitID string) key {
 
 // entryOverhead is what an entry costs beside its documents, in bytes: its key, its places in go-cache's map and in the
 // eviction order, its timer, and the structs themselves. TestCacheBoundsHeap measures that it is enough.
-const entryOverhead = 768
+const entryOverhead = 1024
 
 // cache keeps reports and submissions in go-cache, and adds to it what it has not: a bound in bytes. What has to go is
 // chosen by SIEVE (Zhang et al., NSDI '24): a hit only leaves a mark, so it needs no lock but go-cache's own.
 type cache struct {
 	kept *gocache.Cache // key -> *entry
 
-	mu     sync.Mutex // guards all below; taken to write, never to read
-	limit  int64
-	used   int64
-	first  sieve // the plain forms of reports that are also kept compressed: they can be made again
-	second sieve // the entries themselves
+	mu      sync.Mutex // guards all below; taken to write, never to read
+	limit   int64
+	used    int64
+	entries uint64 // how many there ever were
+	first   sieve  // the plain forms of reports that are also kept compressed: they can be made again
+	second  sieve  // the entries themselves
 }
 
 // entry is something kept.
 type entry struct {
-	key   key
-	value keepable
-	timer *time.Timer
+	key    key
+	value  keepable
+	number uint64 // of all entries there ever were
+	timer  *time.Timer
 
 	whole slot // the entry's place in the eviction order
 	plain slot // that of its report's plain form, where there is a gzip form too
@@ -112,7 +114,9 @@ func (s *slot) visit() {
 func newCache(limit int64) *cache {
 	// No cleanup interval: entries leave by their own timers, so there is no janitor to outlive the cache, and none
 	// that would lock the whole map to look for what has expired.
-	return &cache{kept: gocache.New(gocache.NoExpiration, 0), limit: limit}
+	c := &cache{kept: gocache.New(gocache.NoExpiration, 0), limit: limit}
+	c.kept.OnEvicted(func(_ string, v any) { c.unlink(v.(*entry)) })
+	return c
 }
 
 // get finds what is kept under k.
@@ -134,18 +138,31 @@ func (c *cache) put(k key, value keepable, size int, ttl time.Duration) *entry {
 
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if old, ok := c.kept.Get(string(k[:])); ok {
-		c.drop(old.(*entry))
-	}
+	c.kept.Delete(string(k[:]))
 	if e.whole.size > c.limit {
 		return e
 	}
-	e.timer = time.AfterFunc(ttl, func() { c.remove(e) })
+	c.entries++
+	e.number = c.entries
+	e.timer = time.AfterFunc(ttl, c.expire(k, e.number))
 	c.kept.Set(string(k[:]), e, ttl)
 	c.second.add(&e.whole)
 	c.used += e.whole.size
 	c.shrink()
 	return e
+}
+
+// expire takes an entry out when its time has come. It knows the entry by its number alone: the runtime holds on to
+// stopped timers for a while, and would hold on to the document too.
+func (c *cache) expire(k key, number uint64) func() {
+	return func() {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		if v, ok := c.kept.Get(string(k[:])); ok && v.(*entry).number != number {
+			return // another has taken its place
+		}
+		c.kept.Delete(string(k[:]))
+	}
 }
 
 // addPlain notes that an entry's report has its plain form beside the compressed one.
@@ -161,26 +178,12 @@ func (c *cache) addPlain(e *entry, size int) {
 	c.shrink()
 }
 
-// remove takes e out, if it is still in.
-func (c *cache) remove(e *entry) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.drop(e)
-}
-
-// drop is remove for who has the lock.
-func (c *cache) drop(e *entry) {
-	if e.whole.element == nil {
-		return
-	}
+// unlink takes an entry out of the books after go-cache has let it go, which only who has the lock tells it to.
+func (c *cache) unlink(e *entry) {
 	e.timer.Stop()
 	c.dropPlain(e)
 	c.second.remove(&e.whole)
 	c.used -= e.whole.size
-	// Where e has expired and was replaced before its timer came, the key is no longer its own.
-	if current, ok := c.kept.Get(string(e.key[:])); !ok || current == any(e) {
-		c.kept.Delete(string(e.key[:]))
-	}
 }
 
 func (c *cache) dropPlain(e *entry) {
@@ -198,7 +201,8 @@ func (c *cache) shrink() {
 		if s := c.first.next(); s != nil {
 			c.dropPlain(s.entry)
 		} else {
-			c.drop(c.second.next().entry)
+			k := c.second.next().entry.key
+			c.kept.Delete(string(k[:]))
 		}
 	}
 }

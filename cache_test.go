@@ -133,7 +133,7 @@ func TestCacheConcurrently(t *testing.T) {
 	var wg sync.WaitGroup
 	for worker := range 8 {
 		wg.Go(func() {
-			for i := range 2000 {
+			for i := range 500 {
 				k := numbered((i * (worker + 1)) % 100)
 				if e, ok := s.get(k); ok {
 					if _, err := s.plain(e); err != nil {
@@ -159,6 +159,9 @@ func TestCacheConcurrently(t *testing.T) {
 }
 
 func TestCacheBoundsHeap(t *testing.T) {
+	if raceDetector {
+		t.Skip("the race detector makes every allocation larger")
+	}
 	for _, size := range []int{0, 1 << 10, 15 << 10, 220 << 10} {
 		t.Run(fmt.Sprint(size), func(t *testing.T) {
 			const limit = 32 << 20

@@ -22,6 +22,8 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+
+	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
 )
 
 // options are those of a site with one node, named node-1.
@@ -1002,6 +1004,16 @@ func TestReloadKeepsReports(t *testing.T) {
 	}
 	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
 	node.wantQuestions(t, 1)
+	if n := fsbroker.StoreUsers(); n != 1 {
+		t.Errorf("%d handlers hold the store, want the one that runs", n)
+	}
+	// When the last handler is gone, so is what was kept.
+	if err := caddy.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if n := fsbroker.StoreUsers(); n != 0 {
+		t.Errorf("%d handlers hold the store, though none runs", n)
+	}
 }
 
 func TestReloadWhileRequestsAreInFlight(t *testing.T) {

@@ -25,8 +25,6 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
-
-	_ "github.com/caddy-fsbroker/caddy-fsbroker"
 )
 
 // The secrets of the tests, which configurations have as placeholders, since Caddy logs a whole configuration at debug

@@ -1,0 +1,5 @@
+//go:build !race
+
+package fsbroker
+
+const raceDetector = false
