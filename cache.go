@@ -207,6 +207,13 @@ func (c *cache) shrink() {
 	}
 }
 
+// largest is the bound.
+func (c *cache) largest() int64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.limit
+}
+
 // setLimit changes the bound.
 func (c *cache) setLimit(limit int64) {
 	c.mu.Lock()
@@ -262,6 +269,8 @@ type store struct {
 
 	limitsMu sync.Mutex
 	limits   map[*Handler]int64
+
+	reading atomic.Int64 // bytes that answers take while they are read
 }
 
 // flightKey is the key of what is asked for, and the identity of who is asked: handlers that ask one node in the same
@@ -315,6 +324,28 @@ func (s *store) setLimitOf(h *Handler, limit int64) {
 		s.setLimit(limit)
 	}
 }
+
+// lease is room for one answer, out of what all answers may take together while they are read: as much again as the
+// cache may take. Many callers who ask for different large reports at once must not exhaust memory.
+type lease struct {
+	store *store
+	taken int64
+}
+
+func (s *store) lease() *lease { return &lease{store: s} }
+
+// take wants room for n bytes more. One answer always has room, however large it is.
+func (l *lease) take(n int64) bool {
+	if reading := l.store.reading.Add(n); reading > l.store.largest() && reading > l.taken+n {
+		l.store.reading.Add(-n)
+		return false
+	}
+	l.taken += n
+	return true
+}
+
+// release gives back all that was taken.
+func (l *lease) release() { l.store.reading.Add(-l.taken) }
 
 // Destruct implements caddy.Destructor.
 func (s *store) Destruct() error {

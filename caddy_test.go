@@ -765,6 +765,30 @@ func TestGzippingNode(t *testing.T) {
 	}
 }
 
+func TestAnswersBeingReadAreBounded(t *testing.T) {
+	document := reportOf("t1", "SUCCESS") + strings.Repeat(" ", 600<<10)
+	g := newGate()
+	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Length", fmt.Sprint(len(document)))
+		_, _ = io.WriteString(w, document[:1000])
+		_ = http.NewResponseController(w).Flush()
+		g.then(says(http.StatusOK, document[1000:]))(w, r)
+	})
+	s := startSite(t, options(node, "max_report 1MiB\ncache {\n max_size 1MiB\n }"))
+
+	first := make(chan reply, 1)
+	go func() { first <- s.get(pair) }()
+	within(t, "the first answer", g.entered)
+	for i := range 20 {
+		r := s.get(fmt.Sprintf("/task?appServerID=node-1&taskID=other-%d", i))
+		r.wantProblem(t, http.StatusServiceUnavailable, "busy")
+		r.wantHeader(t, "Retry-After", "1")
+	}
+	close(g.open)
+	(<-first).wantStatus(t, http.StatusOK)
+	s.get("/task?appServerID=node-1&taskID=other").wantStatus(t, http.StatusOK)
+}
+
 func TestFailDuration(t *testing.T) {
 	address := fmt.Sprintf("127.0.0.1:%d", freePort(t))
 	s := startSite(t, fmt.Sprintf(`fsbroker_task {

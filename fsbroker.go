@@ -329,7 +329,9 @@ func (h *Handler) ask(ctx context.Context, p *peer, k key, q question, fetch fet
 
 // fetchReport is the fetcher of reports. One that is not finished does not replace one that is.
 func (h *Handler) fetchReport(ctx context.Context, node *peer, k key, q question) (fetched, error) {
-	r, document, err := node.askTask(ctx, q.taskID, q.all)
+	room := h.store.lease()
+	defer room.release()
+	r, document, err := node.askTask(ctx, q.taskID, q.all, room)
 	if err != nil {
 		return fetched{}, err
 	}
@@ -348,7 +350,9 @@ func (h *Handler) fetchReport(ctx context.Context, node *peer, k key, q question
 
 // fetchSubmission is the fetcher of submissions. What one became never changes.
 func (h *Handler) fetchSubmission(ctx context.Context, broker *peer, k key, q question) (fetched, error) {
-	sub, err := broker.askSubmission(ctx, q.submitID)
+	room := h.store.lease()
+	defer room.release()
+	sub, err := broker.askSubmission(ctx, q.submitID, room)
 	if err != nil {
 		return fetched{}, err
 	}

@@ -1,7 +1,6 @@
 package fsbroker
 
 import (
-	"bytes"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -190,9 +189,9 @@ type answer struct {
 	at     time.Time
 }
 
-// ask asks the peer one question and reads its whole answer. ctx is a question's, never a caller's: the transport reads
+// ask asks the peer one question and reads its whole answer into the room it is given. ctx is a question's, never a caller's: the transport reads
 // values from it, and the answer belongs to all who wait for it. Errors other than a *problem say that ctx has ended.
-func (p *peer) ask(ctx context.Context, path string, query url.Values) (answer, error) {
+func (p *peer) ask(ctx context.Context, path string, query url.Values, room *lease) (answer, error) {
 	start := time.Now()
 	if down := p.down(start); down != nil {
 		return answer{}, down
@@ -217,7 +216,7 @@ func (p *peer) ask(ctx context.Context, path string, query url.Values) (answer, 
 	req.Header.Set("Accept", "application/json")
 	req.Header.Set("User-Agent", "caddy-fsbroker")
 
-	ans, err := p.roundTrip(req, &dial)
+	ans, err := p.roundTrip(req, room)
 	var trouble *problem
 	switch {
 	case err == nil:
@@ -259,7 +258,7 @@ func nilOr(p *problem) error {
 
 // roundTrip sends req and reads the answer. It uses the transport itself, since an http.Client would follow redirects,
 // secret and all, and write the URL into its errors.
-func (p *peer) roundTrip(req *http.Request, dial *dialWatch) (answer, error) {
+func (p *peer) roundTrip(req *http.Request, room *lease) (answer, error) {
 	resp, err := p.transport.RoundTrip(req)
 	if err != nil {
 		return answer{}, err
@@ -268,7 +267,7 @@ func (p *peer) roundTrip(req *http.Request, dial *dialWatch) (answer, error) {
 	p.failed.Store(0)
 	switch resp.StatusCode {
 	case http.StatusOK:
-		body, err := p.readBody(resp)
+		body, err := p.readBody(resp, room)
 		return answer{status: resp.StatusCode, body: body}, err
 	case http.StatusNoContent:
 		return answer{status: resp.StatusCode}, nil
@@ -284,8 +283,8 @@ func (p *peer) roundTrip(req *http.Request, dial *dialWatch) (answer, error) {
 		fmt.Sprintf("answered with status %d, which is no answer to this question: ask again in a while", resp.StatusCode))
 }
 
-// readBody reads a whole body within the bound, inflated size included.
-func (p *peer) readBody(resp *http.Response) ([]byte, error) {
+// readBody reads a whole body within the bound, inflated size included, and within what the budget has left.
+func (p *peer) readBody(resp *http.Response, room *lease) ([]byte, error) {
 	tooLarge := p.problem(http.StatusBadGateway, "answer_too_large",
 		fmt.Sprintf("sent more than %d bytes: its operator may raise max_report", p.maxAnswer))
 	if resp.ContentLength > p.maxAnswer {
@@ -294,17 +293,41 @@ func (p *peer) readBody(resp *http.Response) ([]byte, error) {
 	if encoding := resp.Header.Get("Content-Encoding"); encoding != "" && !strings.EqualFold(encoding, "identity") {
 		return nil, p.problem(http.StatusBadGateway, "bad_answer", "sent an encoding that was not asked for: its operator has to correct that")
 	}
-	var buf bytes.Buffer
-	if resp.ContentLength > 0 {
-		buf.Grow(int(resp.ContentLength) + bytes.MinRead) // what ReadFrom wants to have left to see the end
+	// The length that is promised, within the bounds, is believed; where none is, the room doubles. One byte more lets
+	// the end be seen, or that there is more than may be.
+	size := int64(firstRead)
+	if resp.ContentLength >= 0 {
+		size = resp.ContentLength + 1
 	}
-	if _, err := buf.ReadFrom(io.LimitReader(resp.Body, p.maxAnswer+1)); err != nil {
-		return nil, err
+	var body []byte
+	for {
+		if len(body) == cap(body) {
+			if !room.take(size) {
+				return nil, busy
+			}
+			body = append(make([]byte, 0, size), body...)
+			size = min(2*size, p.maxAnswer+1)
+		}
+		n, err := resp.Body.Read(body[len(body):cap(body)])
+		body = body[:len(body)+n]
+		switch {
+		case errors.Is(err, io.EOF):
+			return body, nil
+		case err != nil:
+			return nil, err
+		case int64(len(body)) > p.maxAnswer:
+			return nil, tooLarge
+		}
 	}
-	if int64(buf.Len()) > p.maxAnswer {
-		return nil, tooLarge
-	}
-	return buf.Bytes(), nil
+}
+
+// firstRead is the room for an answer whose length is not known, in bytes.
+const firstRead = 64 << 10
+
+// busy is for what would take more memory than there is for all questions together.
+var busy = &problem{
+	status: http.StatusServiceUnavailable, code: "busy", retryAfter: time.Second,
+	detail: "the answers that are being read fill the memory there is for them: ask again after Retry-After",
 }
 
 // drain reads a little of a body that nobody wants, so that the connection can be used again.
@@ -357,12 +380,12 @@ func (d *dialWatch) trace() *httptrace.ClientTrace {
 func (d *dialWatch) failed() bool { return d.dialing.Load() && !d.connected.Load() }
 
 // askTask asks a node for the report of one of its tasks. The document comes beside it, as it was sent.
-func (p *peer) askTask(ctx context.Context, taskID string, all bool) (*report, []byte, error) {
+func (p *peer) askTask(ctx context.Context, taskID string, all bool, room *lease) (*report, []byte, error) {
 	query := url.Values{"taskID": {taskID}, "all": {"false"}}
 	if all {
 		query.Set("all", "true")
 	}
-	ans, err := p.ask(ctx, "task", query)
+	ans, err := p.ask(ctx, "task", query, room)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -401,8 +424,8 @@ func (s *submission) isReport() bool { return false }
 func (s *submission) size() int { return len(s.appServerID) + len(s.taskID) }
 
 // askSubmission asks the broker which node a submission went to, and as which task.
-func (p *peer) askSubmission(ctx context.Context, submitID string) (*submission, error) {
-	ans, err := p.ask(ctx, "submit-result", url.Values{"submitID": {submitID}})
+func (p *peer) askSubmission(ctx context.Context, submitID string, room *lease) (*submission, error) {
+	ans, err := p.ask(ctx, "submit-result", url.Values{"submitID": {submitID}}, room)
 	if err != nil {
 		return nil, err
 	}
