@@ -214,13 +214,11 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 		return nil
 	}
 	found, err := h.find(r.Context(), q)
-	var p *problem
-	switch {
-	case err == nil:
+	if err == nil {
 		h.write(w, r, found)
-	case errors.As(err, &p):
+	} else if p, ok := errors.AsType[*problem](err); ok {
 		p.write(w, r, found.cacheStatus(p))
-	default: // the caller has left; this is for the access log
+	} else { // the caller has left; this is for the access log
 		w.WriteHeader(statusClientClosedRequest)
 	}
 	return nil
@@ -374,8 +372,8 @@ func unknownNode(q question) *problem {
 
 // mentionKept tells a caller who wanted no kept report that there is one, when there is no other.
 func (h *Handler) mentionKept(err error, k key) error {
-	var p *problem
-	if !errors.As(err, &p) {
+	p, ok := errors.AsType[*problem](err)
+	if !ok {
 		return err
 	}
 	if e, ok := h.store.get(k); !ok || !e.value.isReport() {

@@ -7,10 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/http/httptrace"
 	"net/url"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -83,7 +85,7 @@ func parseAddress(address, defaultScheme string) (*url.URL, error) {
 	default:
 		return nil, errAddress
 	}
-	if _, err := net.LookupPort("tcp", port); err != nil {
+	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
 		return nil, errAddress
 	}
 	u.Host = net.JoinHostPort(strings.ToLower(u.Hostname()), port)
@@ -189,71 +191,76 @@ type answer struct {
 	at     time.Time
 }
 
-// ask asks the peer one question and reads its whole answer into the room it is given. ctx is a question's, never a caller's: the transport reads
-// values from it, and the answer belongs to all who wait for it. Errors other than a *problem say that ctx has ended.
+// ask asks the peer one question and reads its whole answer into the room it is given. ctx is a question's, never a
+// caller's: the transport reads values from it, and the answer belongs to all who wait for it. Errors other than a
+// *problem say that ctx has ended.
 func (p *peer) ask(ctx context.Context, path string, query url.Values, room *lease) (answer, error) {
 	start := time.Now()
 	if down := p.down(start); down != nil {
 		return answer{}, down
 	}
-	for param, value := range *p.secret {
-		query[param] = value
-	}
-	u := p.base.JoinPath(path)
-	u.RawQuery = query.Encode()
-
-	asked := ctx
-	ctx, cancel := context.WithTimeout(ctx, p.timeout)
+	timed, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
-	// Caddy's transport takes these two from the context, and would find those of the caller there.
-	ctx = context.WithValue(ctx, caddyhttp.VarsCtxKey, make(map[string]any))
-	ctx = context.WithValue(ctx, caddy.ReplacerCtxKey, caddy.NewReplacer())
 	var dial dialWatch
-	req, err := http.NewRequestWithContext(httptrace.WithClientTrace(ctx, dial.trace()), http.MethodGet, u.String(), nil)
-	if err != nil {
-		return answer{}, p.problem(http.StatusBadGateway, "unreachable", "could not be asked: its address does not make a URL")
+	ans, err := p.roundTrip(p.request(httptrace.WithClientTrace(timed, dial.trace()), path, query), room)
+	if err != nil && ctx.Err() != nil {
+		return answer{}, context.Cause(ctx)
 	}
-	req.Header.Set("Accept", "application/json")
-	req.Header.Set("User-Agent", "caddy-fsbroker")
-
-	ans, err := p.roundTrip(req, room)
-	var trouble *problem
-	switch {
-	case err == nil:
-		ans.at = time.Now()
-	case asked.Err() != nil:
-		return answer{}, context.Cause(asked)
-	case errors.As(err, &trouble):
-	case dial.failed():
-		p.failed.Store(time.Now().UnixNano())
-		trouble = p.problem(http.StatusBadGateway, "unreachable", "could not be connected to: ask again in a while; its operator finds the reason in the log")
-		if isTimeout(err) {
-			trouble = p.problem(http.StatusGatewayTimeout, "timeout", "could not be connected to in time: ask again in a while")
-		}
-	case isTimeout(err):
-		trouble = p.problem(http.StatusGatewayTimeout, "timeout", "did not answer in time: ask again in a while")
-	default:
-		trouble = p.problem(http.StatusBadGateway, "bad_answer", "broke off its answer: ask again in a while")
-	}
+	trouble := p.diagnose(err, &dial)
 	p.note(trouble, err, dial.failed())
-	p.logger.Debug("asked",
-		zap.String("path", path),
-		zap.Int("status", ans.status),
-		zap.Int("size", len(ans.body)),
-		zap.Duration("duration", time.Since(start)),
-		zap.NamedError("problem", nilOr(trouble)))
+	if ce := p.logger.Check(zap.DebugLevel, "asked"); ce != nil {
+		code := ""
+		if trouble != nil {
+			code = trouble.code
+		}
+		ce.Write(zap.String("path", path), zap.Int("status", ans.status), zap.Int("size", len(ans.body)),
+			zap.Duration("duration", time.Since(start)), zap.String("problem", code))
+	}
 	if trouble != nil {
 		return answer{}, trouble
 	}
+	ans.at = time.Now()
 	return ans, nil
 }
 
-// nilOr keeps a nil *problem from becoming an error that is not nil.
-func nilOr(p *problem) error {
-	if p == nil {
+// request is a question to the peer, with its secret.
+func (p *peer) request(ctx context.Context, path string, query url.Values) *http.Request {
+	maps.Copy(query, *p.secret)
+	u := *p.base
+	u.Path += "/" + path
+	u.RawQuery = query.Encode()
+	// Caddy's transport takes these two from the context, and would find a caller's there.
+	ctx = context.WithValue(ctx, caddyhttp.VarsCtxKey, make(map[string]any))
+	ctx = context.WithValue(ctx, caddy.ReplacerCtxKey, caddy.NewReplacer())
+	req := &http.Request{
+		Method: http.MethodGet,
+		URL:    &u,
+		Header: http.Header{"Accept": {"application/json"}, "User-Agent": {"caddy-fsbroker"}},
+	}
+	return req.WithContext(ctx)
+}
+
+// diagnose says what an error of roundTrip means to a caller. Only a failure to connect is held against the peer.
+func (p *peer) diagnose(err error, dial *dialWatch) *problem {
+	if err == nil {
 		return nil
 	}
-	return p
+	if trouble, ok := errors.AsType[*problem](err); ok {
+		return trouble
+	}
+	timeout, dialFailed := isTimeout(err), dial.failed()
+	if dialFailed {
+		p.failed.Store(time.Now().UnixNano())
+	}
+	switch {
+	case dialFailed && timeout:
+		return p.problem(http.StatusGatewayTimeout, "timeout", "could not be connected to in time: ask again in a while")
+	case dialFailed:
+		return p.problem(http.StatusBadGateway, "unreachable", "could not be connected to: ask again in a while; its operator finds the reason in the log")
+	case timeout:
+		return p.problem(http.StatusGatewayTimeout, "timeout", "did not answer in time: ask again in a while")
+	}
+	return p.problem(http.StatusBadGateway, "bad_answer", "broke off its answer: ask again in a while")
 }
 
 // roundTrip sends req and reads the answer. It uses the transport itself, since an http.Client would follow redirects,

@@ -128,12 +128,10 @@ func judge(document []byte) (finished bool, err error) {
 
 // describeJSONError says what is wrong with a JSON document without showing a piece of it.
 func describeJSONError(err error) error {
-	var syntax *json.SyntaxError
-	if errors.As(err, &syntax) {
+	if syntax, ok := errors.AsType[*json.SyntaxError](err); ok {
 		return fmt.Errorf("it is not JSON, or not all of it came (byte %d)", syntax.Offset)
 	}
-	var mismatch *json.UnmarshalTypeError
-	if errors.As(err, &mismatch) && mismatch.Field != "" {
+	if mismatch, ok := errors.AsType[*json.UnmarshalTypeError](err); ok && mismatch.Field != "" {
 		return fmt.Errorf("its %s has another JSON type than expected", mismatch.Field)
 	}
 	return errors.New("it is not a JSON object")
