@@ -12,54 +12,80 @@ import (
 // write answers with the report that was found.
 func (h *Handler) write(w http.ResponseWriter, r *http.Request, found finding) {
 	report := found.entry.report()
-	header := w.Header()
-	header.Set("Cache-Status", found.cacheStatus(nil))
-	addVary(header)
+	f := fields{header: w.Header()}
+	f.set("Cache-Status", found.cacheStatus(nil))
+	f.addVary("Accept-Encoding")
 	if found.hit {
-		header.Set("Age", strconv.Itoa(int(time.Since(report.at)/time.Second)))
+		f.set("Age", strconv.Itoa(int(time.Since(report.at)/time.Second)))
 	}
 	if report.finished {
-		header.Set("Cache-Control", "private, no-cache")
+		f.set("Cache-Control", "private, no-cache")
 	} else {
-		header.Set("Cache-Control", "no-store")
+		f.set("Cache-Control", "no-store")
 	}
 	if report.isEmpty() {
-		header.Set("Retry-After", wholeSeconds(time.Duration(h.PollInterval)))
+		f.set("Retry-After", wholeSeconds(time.Duration(h.PollInterval)))
 		w.WriteHeader(http.StatusNoContent)
 		return
 	}
 
-	gzipped := report.gzipped.Load()
-	if gzipped != nil && !acceptsGzip(r.Header) {
-		gzipped = nil
+	chosen, err := h.choose(found, r.Header)
+	if err != nil {
+		h.logger.Error("a kept report is damaged", zap.Error(err))
+		damaged.write(w, r, found.cacheStatus(damaged))
+		return
 	}
-	etag := `"` + report.hash + `"`
-	if gzipped != nil {
-		etag = `"` + report.hash + `-gz"`
-	}
-	header.Set("ETag", etag)
-	if matches(r.Header, etag) {
+	f.set("Etag", chosen.etag)
+	if matches(r.Header, chosen.etag) {
 		w.WriteHeader(http.StatusNotModified)
 		return
 	}
+	f.set("Content-Type", "application/json")
+	f.set("Content-Length", chosen.length)
+	if chosen == report.gzipped.Load() {
+		f.set("Content-Encoding", "gzip")
+	}
+	w.WriteHeader(http.StatusOK)
+	writeBody(w, r, chosen.body)
+}
 
-	header.Set("Content-Type", "application/json")
-	body := found.document
-	switch {
-	case gzipped != nil:
-		header.Set("Content-Encoding", "gzip")
-		body = *gzipped
-	case body == nil:
-		var err error
-		if body, err = h.store.plain(found.entry); err != nil {
-			h.logger.Error("a kept report is damaged", zap.Error(err))
-			damaged.write(w, r, found.cacheStatus(damaged))
+// choose gives the form of the report that the caller takes.
+func (h *Handler) choose(found finding, header http.Header) (*form, error) {
+	if gzipped := found.entry.report().gzipped.Load(); gzipped != nil && acceptsGzip(header) {
+		return gzipped, nil
+	}
+	if found.plain != nil {
+		return found.plain, nil
+	}
+	return h.store.plain(found.entry)
+}
+
+// fields sets header fields with room for all their values in one piece, since most of what a hit would allocate is
+// slices for one string each (BenchmarkHit). The names have to be in the canonical form that http.Header has.
+type fields struct {
+	header http.Header
+	values [8]string
+	n      int
+}
+
+func (f *fields) set(name, value string) {
+	f.values[f.n] = value
+	f.header[name] = f.values[f.n : f.n+1 : f.n+1]
+	f.n++
+}
+
+// addVary adds to what other handlers may have put into Vary.
+func (f *fields) addVary(name string) {
+	for _, v := range f.header["Vary"] {
+		if strings.EqualFold(v, name) {
 			return
 		}
 	}
-	header.Set("Content-Length", strconv.Itoa(len(body)))
-	w.WriteHeader(http.StatusOK)
-	writeBody(w, r, body)
+	if len(f.header["Vary"]) == 0 {
+		f.set("Vary", name)
+		return
+	}
+	f.header.Add("Vary", name)
 }
 
 // writeBody ends an answer. An error means that the client has left; handed on to Caddy, it would come into the log
@@ -93,16 +119,6 @@ func (f *finding) cacheStatus(p *problem) string {
 		return forward + "; collapsed"
 	}
 	return forward + "; stored"
-}
-
-// addVary adds to what other handlers may have put there.
-func addVary(header http.Header) {
-	for _, v := range header["Vary"] {
-		if strings.EqualFold(v, "Accept-Encoding") {
-			return
-		}
-	}
-	header.Add("Vary", "Accept-Encoding")
 }
 
 // matches tells whether If-None-Match names etag (RFC 9110, section 13.1.2).

@@ -354,12 +354,12 @@ func (s *store) Destruct() error {
 }
 
 // plain gives the plain form of e's report, and keeps it when it had to be made.
-func (s *store) plain(e *entry) ([]byte, error) {
-	document, made, err := e.report().inflated()
+func (s *store) plain(e *entry) (*form, error) {
+	plain, made, err := e.report().inflated()
 	if made {
-		s.addPlain(e, cap(document))
+		s.addPlain(e, cap(plain.body))
 	} else {
 		e.plain.visit()
 	}
-	return document, err
+	return plain, err
 }

@@ -109,8 +109,8 @@ func TestCacheLetsPlainFormsGoFirst(t *testing.T) {
 	for range 3 {
 		for i, e := range entries {
 			plain, err := s.plain(e)
-			if err != nil || len(plain) < size {
-				t.Fatalf("%d: %d bytes, error %v", i, len(plain), err)
+			if err != nil || len(plain.body) < size {
+				t.Fatalf("%d: %d bytes, error %v", i, len(plain.body), err)
 			}
 		}
 	}
@@ -170,7 +170,7 @@ func TestCacheBoundsHeap(t *testing.T) {
 			for i := range 10 * limit / (size + entryOverhead) {
 				document := slices.Grow([]byte(nil), size+20)[:size+20]
 				r := &report{hash: "0123456789abcdef0123456789abcdef", finished: true, plainSize: len(document)}
-				r.plain.Store(&document)
+				r.plain.Store(r.plainForm(document))
 				c.put(numbered(i), r, r.size(), time.Hour)
 			}
 			taken := heap() - before

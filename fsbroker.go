@@ -259,8 +259,8 @@ type finding struct {
 
 // fetched is a node's answer as it is handed to all who wait for it.
 type fetched struct {
-	entry    *entry // what is kept of it
-	document []byte // the document as it came; nil where it is only kept, or there is none yet
+	entry *entry // what is kept of it
+	plain *form  // the document as it came; nil where it is only kept, or there is none yet
 }
 
 // find looks up the report that q asks for.
@@ -281,7 +281,7 @@ func (h *Handler) find(ctx context.Context, q question) (finding, error) {
 	if !ok {
 		return finding{}, unknownNode(q)
 	}
-	return h.lookUp(ctx, node, reportKey(node.address(), q.taskID, q.all), q, (*Handler).fetchReport)
+	return h.lookUp(ctx, node, reportKey(node.address, q.taskID, q.all), q, (*Handler).fetchReport)
 }
 
 // findSubmission looks up which task a submission became.
@@ -292,7 +292,7 @@ func (h *Handler) findSubmission(ctx context.Context, q question) (finding, erro
 			detail: "submitID cannot be looked up here, since no broker is configured: give appServerID and taskID",
 		}
 	}
-	return h.lookUp(ctx, h.broker, submissionKey(h.broker.address(), q.submitID), q, (*Handler).fetchSubmission)
+	return h.lookUp(ctx, h.broker, submissionKey(h.broker.address, q.submitID), q, (*Handler).fetchSubmission)
 }
 
 // fetcher asks a peer for what q wants, and keeps the answer under k.
@@ -329,11 +329,11 @@ func (h *Handler) ask(ctx context.Context, p *peer, k key, q question, fetch fet
 func (h *Handler) fetchReport(ctx context.Context, node *peer, k key, q question) (fetched, error) {
 	room := h.store.lease()
 	defer room.release()
-	r, document, err := node.askTask(ctx, q.taskID, q.all, room)
+	r, err := node.askTask(ctx, q.taskID, q.all, room)
 	if err != nil {
 		return fetched{}, err
 	}
-	got := fetched{document: document}
+	got := fetched{plain: r.plain.Load()}
 	switch kept, ok := h.store.get(k); {
 	case r.finished:
 		r.compress()

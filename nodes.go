@@ -96,10 +96,11 @@ func parseAddress(address, defaultScheme string) (*url.URL, error) {
 
 // peer is a node or the broker as it is asked.
 type peer struct {
-	role   string // "node" or "broker": in codes, details and logs
-	name   string // the node's application server ID
-	base   *url.URL
-	secret *url.Values // behind a pointer, so that nobody who prints a peer prints it
+	role    string // "node" or "broker": in codes, details and logs
+	name    string // the node's application server ID
+	base    *url.URL
+	address string      // base, as it stands in keys
+	secret  *url.Values // behind a pointer, so that nobody who prints a peer prints it
 
 	// identity tells peers apart that may not share an answer: another address, or another secret.
 	identity key
@@ -150,6 +151,7 @@ func (h *Handler) newPeer(repl *caddy.Replacer, role, name string, e Endpoint) (
 		role:         role,
 		name:         name,
 		base:         base,
+		address:      base.String(),
 		secret:       &secret,
 		identity:     sha256.Sum256([]byte(base.String() + "?" + secret.Encode())),
 		transport:    h.transport,
@@ -159,9 +161,6 @@ func (h *Handler) newPeer(repl *caddy.Replacer, role, name string, e Endpoint) (
 		logger:       logger,
 	}, nil
 }
-
-// address names the peer in keys.
-func (p *peer) address() string { return p.base.String() }
 
 // problem words a problem with the peer: its code and its detail begin with the peer's role.
 func (p *peer) problem(status int, code, detail string) *problem {
@@ -386,31 +385,31 @@ func (d *dialWatch) trace() *httptrace.ClientTrace {
 // failed tells whether connecting was tried, name resolution and TLS included, and came to nothing.
 func (d *dialWatch) failed() bool { return d.dialing.Load() && !d.connected.Load() }
 
-// askTask asks a node for the report of one of its tasks. The document comes beside it, as it was sent.
-func (p *peer) askTask(ctx context.Context, taskID string, all bool, room *lease) (*report, []byte, error) {
+// askTask asks a node for the report of one of its tasks.
+func (p *peer) askTask(ctx context.Context, taskID string, all bool, room *lease) (*report, error) {
 	query := url.Values{"taskID": {taskID}, "all": {"false"}}
 	if all {
 		query.Set("all", "true")
 	}
 	ans, err := p.ask(ctx, "task", query, room)
 	if err != nil {
-		return nil, nil, err
+		return nil, err
 	}
 	switch ans.status {
 	case http.StatusNoContent:
-		return nothingYet(ans.at), nil, nil
+		return nothingYet(ans.at), nil
 	case http.StatusNotFound:
-		return nil, nil, &problem{
+		return nil, &problem{
 			status: http.StatusNotFound, code: "unknown_task", asked: true,
 			detail: "the node does not know this task, or has forgotten it: check the IDs, or submit the file again",
 		}
 	}
 	r, err := newReport(ans.body, ans.at)
 	if err != nil {
-		return nil, nil, p.problem(http.StatusBadGateway, "bad_answer",
+		return nil, p.problem(http.StatusBadGateway, "bad_answer",
 			fmt.Sprintf("sent something that is not a report: %s. Ask again in a while", err))
 	}
-	return r, ans.body, nil
+	return r, nil
 }
 
 // submission is what the broker did with one.

@@ -9,6 +9,7 @@ import (
 	"fmt"
 	"io"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -25,10 +26,21 @@ type report struct {
 
 	// The document in up to two forms, each made at most once. A finished report is kept compressed, and inflated
 	// again for the first caller that does not take gzip.
-	plain     atomic.Pointer[[]byte]
-	gzipped   atomic.Pointer[[]byte]
+	plain     atomic.Pointer[form]
+	gzipped   atomic.Pointer[form]
 	plainSize int
 	inflating sync.Mutex
+}
+
+// form is a document as it is sent, with what its header fields say of it, so that they are worded once.
+type form struct {
+	body   []byte
+	etag   string
+	length string
+}
+
+func newForm(body []byte, etag string) *form {
+	return &form{body: body, etag: etag, length: strconv.Itoa(len(body))}
 }
 
 // newReport judges a node's document. The error says what is wrong with it, and shows none of it.
@@ -44,9 +56,11 @@ func newReport(document []byte, at time.Time) (*report, error) {
 		hash:      hex.EncodeToString(sum[:16]),
 		plainSize: len(document),
 	}
-	r.plain.Store(&document)
+	r.plain.Store(r.plainForm(document))
 	return r, nil
 }
+
+func (r *report) plainForm(document []byte) *form { return newForm(document, `"`+r.hash+`"`) }
 
 // nothingYet is the report of a task that is known and has none.
 func nothingYet(at time.Time) *report { return &report{at: at} }
@@ -63,9 +77,9 @@ func (r *report) isReport() bool { return !r.isEmpty() }
 // size is what the report's document takes as it is kept first, in bytes: those of its capacity, which is what Go's
 // allocator rounds a length up to.
 func (r *report) size() int {
-	for _, form := range []*[]byte{r.gzipped.Load(), r.plain.Load()} {
-		if form != nil {
-			return cap(*form)
+	for _, f := range [...]*form{r.gzipped.Load(), r.plain.Load()} {
+		if f != nil {
+			return cap(f.body)
 		}
 	}
 	return 0
@@ -151,7 +165,7 @@ var gzipWriters = sync.Pool{New: func() any {
 
 // compress makes the gzip form and lets go of the plain one. A document that does not shrink stays as it is.
 func (r *report) compress() {
-	plain := *r.plain.Load()
+	plain := r.plain.Load().body
 	zw := gzipWriters.Get().(*gzip.Writer)
 	defer gzipWriters.Put(zw)
 	var buf bytes.Buffer
@@ -159,29 +173,29 @@ func (r *report) compress() {
 	if _, err := zw.Write(plain); err != nil || zw.Close() != nil || buf.Len() >= len(plain) {
 		return
 	}
-	gzipped := bytes.Clone(buf.Bytes())
-	r.gzipped.Store(&gzipped)
+	r.gzipped.Store(newForm(bytes.Clone(buf.Bytes()), `"`+r.hash+`-gz"`))
 	r.plain.Store(nil)
 }
 
 // inflated is the plain form, made from the gzip form where it is missing. It tells whether it was made by this call.
-func (r *report) inflated() (plain []byte, made bool, err error) {
-	if p := r.plain.Load(); p != nil {
-		return *p, false, nil
+func (r *report) inflated() (plain *form, made bool, err error) {
+	if plain = r.plain.Load(); plain != nil {
+		return plain, false, nil
 	}
 	r.inflating.Lock()
 	defer r.inflating.Unlock()
-	if p := r.plain.Load(); p != nil {
-		return *p, false, nil
+	if plain = r.plain.Load(); plain != nil {
+		return plain, false, nil
 	}
-	zr, err := gzip.NewReader(bytes.NewReader(*r.gzipped.Load()))
+	zr, err := gzip.NewReader(bytes.NewReader(r.gzipped.Load().body))
 	if err != nil {
 		return nil, false, fmt.Errorf("inflating a kept report: %w", err)
 	}
-	plain = slices.Grow([]byte(nil), r.plainSize)[:r.plainSize]
-	if _, err := io.ReadFull(zr, plain); err != nil {
+	document := slices.Grow([]byte(nil), r.plainSize)[:r.plainSize]
+	if _, err := io.ReadFull(zr, document); err != nil {
 		return nil, false, fmt.Errorf("inflating a kept report: %w", err)
 	}
-	r.plain.Store(&plain)
+	plain = r.plainForm(document)
+	r.plain.Store(plain)
 	return plain, true, nil
 }

@@ -117,8 +117,8 @@ func TestReportForms(t *testing.T) {
 	}
 	for i, wantMade := range []bool{true, false} {
 		plain, made, err := r.inflated()
-		if err != nil || !bytes.Equal(plain, document) || made != wantMade {
-			t.Errorf("%d: made %v, error %v, %.50q", i, made, err, plain)
+		if err != nil || !bytes.Equal(plain.body, document) || made != wantMade {
+			t.Errorf("%d: made %v, error %v, %.50q", i, made, err, plain.body)
 		}
 	}
 
@@ -145,8 +145,8 @@ func FuzzReport(f *testing.F) {
 		}
 		want := bytes.Clone(document)
 		r.compress()
-		if plain, _, err := r.inflated(); err != nil || !bytes.Equal(plain, want) {
-			t.Errorf("%q became %q, error %v", want, plain, err)
+		if plain, _, err := r.inflated(); err != nil || !bytes.Equal(plain.body, want) {
+			t.Errorf("%q became %q, error %v", want, plain.body, err)
 		}
 	})
 }
