@@ -1,0 +1,149 @@
+package main
+
+import (
+	"bufio"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"runtime"
+	"strings"
+	"testing"
+	"time"
+)
+
+// TestPrintedLines runs the command as a newcomer would, pastes what it prints into a shell, and presses Ctrl-C.
+func TestPrintedLines(t *testing.T) {
+	for _, tool := range []string{"sh", "curl", "sed", "grep"} {
+		if _, err := exec.LookPath(tool); err != nil {
+			t.Skipf("the lines are for a shell with curl: %v", err)
+		}
+	}
+	dir := t.TempDir()
+	program := filepath.Join(dir, "quickstart")
+	if runtime.GOOS == "windows" {
+		program += ".exe"
+	}
+	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", program, ".").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	temp := filepath.Join(dir, "temp")
+	if err := os.Mkdir(temp, 0o700); err != nil {
+		t.Fatal(err)
+	}
+
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, program, "-port=0", "-broker-port=0", "-node-1-port=0", "-node-2-port=0", "-analysis=1s", "-forget=1s")
+	cmd.Env = append(os.Environ(), "TMPDIR="+temp, "TMP="+temp, "HOME="+filepath.Join(dir, "home"))
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var stderr strings.Builder
+	cmd.Stderr = &stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	lines := pasteable(t, bufio.NewScanner(stdout))
+
+	// One shell, as when they are pasted; the markers tell their outputs apart.
+	const marker = "----- next line -----"
+	script := strings.Join(lines, "\necho '"+marker+"'\n")
+	out, err := exec.CommandContext(ctx, "sh", "-c", script).CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v: %s\n%s", err, out, stderr.String())
+	}
+	outputs := strings.Split(string(out), marker+"\n")
+	if len(outputs) != 4 {
+		t.Fatalf("%d outputs: %s", len(outputs), out)
+	}
+
+	if id, ok := strings.CutPrefix(strings.TrimSpace(outputs[0]), "submission "); !ok || len(id) != 26 {
+		t.Errorf("1: %s", outputs[0])
+	}
+	checkReport(t, outputs[1])
+	head, body, _ := strings.Cut(outputs[2], "\r\n\r\n")
+	if !strings.HasPrefix(head, "HTTP/2 200") || !strings.Contains(head, "cache-status: fsbroker; hit") {
+		t.Errorf("3: %s", head)
+	}
+	if strings.TrimSpace(body) != strings.TrimSpace(outputs[1]) {
+		t.Errorf("3: the report is another than in 2: %s", body)
+	}
+	if !strings.HasPrefix(outputs[3], "HTTP/2 404") || !strings.Contains(outputs[3], `"code":"unknown_task"`) {
+		t.Errorf("4: %s", outputs[3])
+	}
+
+	if runtime.GOOS == "windows" {
+		t.Skip("there is no Ctrl-C to send")
+	}
+	if err := cmd.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("it ended with %v: %s", err, stderr.String())
+	}
+	for _, folder := range []string{temp, filepath.Join(dir, "home")} {
+		if left, err := os.ReadDir(folder); len(left) > 0 {
+			t.Errorf("it left behind %v in %s (%v)", left, folder, err)
+		}
+	}
+}
+
+// pasteable reads the lines that the command prints for a shell.
+func pasteable(t *testing.T, printed *bufio.Scanner) []string {
+	t.Helper()
+	var lines []string
+	for len(lines) < 4 && printed.Scan() {
+		if strings.Contains(printed.Text(), "curl ") {
+			lines = append(lines, printed.Text())
+		}
+	}
+	if len(lines) != 4 {
+		t.Fatalf("it printed %d lines with curl (%v)", len(lines), printed.Err())
+	}
+	return lines
+}
+
+func checkReport(t *testing.T, output string) {
+	t.Helper()
+	var report struct {
+		Result struct {
+			TaskReference struct {
+				State          string
+				AdditionalInfo struct{ Digests map[string]string }
+			}
+			File struct{ Format string }
+		}
+	}
+	if err := json.Unmarshal([]byte(output), &report); err != nil {
+		t.Fatalf("2: %v: %s", err, output)
+	}
+	file, err := os.ReadFile(sample())
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum := sha256.Sum256(file)
+	if r := report.Result.TaskReference; r.State != "SUCCESS" || r.AdditionalInfo.Digests["SHA-256"] != hex.EncodeToString(sum[:]) {
+		t.Errorf("2: %s", output)
+	}
+	if runtime.GOOS == "linux" && report.Result.File.Format != "ELF" {
+		t.Errorf("2: the file is %q", report.Result.File.Format)
+	}
+}
+
+func TestBadFlags(t *testing.T) {
+	for flag, want := range map[string]string{
+		"submit":      `unexpected argument "submit"`,
+		"-port=many":  "invalid value",
+		"-port=99999": "choose another port with -port",
+	} {
+		err := run(t.Context(), []string{"-broker-port=0", "-node-1-port=0", "-node-2-port=0", flag}, os.Stderr)
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %s", flag, err, want)
+		}
+	}
+}
