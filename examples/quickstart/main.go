@@ -24,7 +24,6 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
-
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 
 	_ "github.com/caddy-fsbroker/caddy-fsbroker"
@@ -36,8 +35,9 @@ var caddyfile []byte
 
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	if err := run(ctx, os.Args[1:], os.Stdout); err != nil && !errors.Is(err, flag.ErrHelp) {
+	err := run(ctx, os.Args[1:], os.Stdout)
+	stop()
+	if err != nil && !errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintln(os.Stderr, "quickstart:", err)
 		os.Exit(1)
 	}
@@ -113,9 +113,9 @@ func startBackend(o options, brokerSecret string) (stop func(), err error) {
 		}
 	}
 	serve := func(name string, port int, handler http.Handler) (int, error) {
-		l, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
+		l, err := listen(port, name+"-port")
 		if err != nil {
-			return 0, fmt.Errorf("%w: choose another port with -%s-port", err, name)
+			return 0, err
 		}
 		s := &http.Server{Handler: handler, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: time.Minute, WriteTimeout: time.Minute}
 		servers = append(servers, s)
@@ -150,12 +150,21 @@ func startBackend(o options, brokerSecret string) (stop func(), err error) {
 	return stop, nil
 }
 
+// listen takes a port on the loopback interface. Where that fails, the flag is the way out.
+func listen(port int, flag string) (net.Listener, error) {
+	l, err := new(net.ListenConfig).Listen(context.Background(), "tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
+	if err != nil {
+		return nil, fmt.Errorf("%w: choose another port with -%s", err, flag)
+	}
+	return l, nil
+}
+
 // startCaddy runs the site.
 func startCaddy(port int, dir string) (int, error) {
 	// Caddy would say that a port is taken too, but not what to do about it.
-	l, err := net.Listen("tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
+	l, err := listen(port, "port")
 	if err != nil {
-		return 0, fmt.Errorf("%w: choose another port with -port", err)
+		return 0, err
 	}
 	port = l.Addr().(*net.TCPAddr).Port
 	if err := l.Close(); err != nil {
@@ -231,7 +240,7 @@ sleep %[9]g; %[3]s -i %[7]s "%[1]s/task?submitID=$ID"
 
 // sample is a file to submit: a program, where there is one that everybody has.
 func sample() string {
-	for _, name := range []string{"/bin/ls", os.Getenv("ComSpec"), os.Args[0]} {
+	for _, name := range []string{"/bin/ls", `C:\Windows\System32\cmd.exe`} {
 		if info, err := os.Stat(name); err == nil && info.Mode().IsRegular() {
 			return name
 		}

@@ -99,14 +99,14 @@ func findStrings(file []byte) []string {
 		}
 		return len(found) < maxStrings
 	}
-	for run := range bytes.FieldsFuncSeq(file, func(r rune) bool { return !printable(uint16(min(r, math.MaxUint16))) }) {
+	for run := range bytes.FieldsFuncSeq(file, func(r rune) bool { return !printable(r) }) {
 		if len(run) >= minStringLength && !add(string(run)) {
 			return found
 		}
 	}
 	var wide []uint16
 	for i := 0; i+1 < len(file); {
-		if c := uint16(file[i]) | uint16(file[i+1])<<8; printable(c) {
+		if c := uint16(file[i]) | uint16(file[i+1])<<8; printable(rune(c)) {
 			wide = append(wide, c)
 			i += 2
 			continue
@@ -123,7 +123,7 @@ func findStrings(file []byte) []string {
 	return found
 }
 
-func printable(c uint16) bool { return c >= ' ' && c <= '~' }
+func printable(c rune) bool { return c >= ' ' && c <= '~' }
 
 var urlPattern = regexp.MustCompile(`(?i)\b(?:https?|ftp)://[a-z0-9.-]+(?::[0-9]+)?(?:/[^\s"'<>\\^{|}` + "`" + `]*)?`)
 
