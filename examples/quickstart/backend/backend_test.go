@@ -202,6 +202,10 @@ func TestNode(t *testing.T) {
 		status, _ := call(t, node, "GET", target, nil, "")
 		return status == 404
 	})
+	_, answer = call(t, node, "GET", "/system-info?secret=hush", nil, "")
+	if queue := answer["queueInfo"].(map[string]any); queue["activeCount"] != 0.0 || queue["completedCount"] != 1.0 {
+		t.Errorf("the queue is %v", queue)
+	}
 }
 
 func eventually(t *testing.T, done func() bool) {

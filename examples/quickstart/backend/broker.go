@@ -34,10 +34,12 @@ type NodeRef struct {
 
 // submission is what became of a file. It is guarded by the broker's mutex.
 type submission struct {
-	State       string          `json:"state"` // QUEUED, SUCCESS or FAILED
-	AppServerID string          `json:"appServerID,omitempty"`
-	HTTPStatus  int             `json:"httpStatus,omitempty"` // the node's
-	Result      json.RawMessage `json:"result,omitempty"`     // the node's
+	FileSize    int               `json:"fileSize"`
+	Digests     map[string]string `json:"digests"`
+	State       string            `json:"state"` // QUEUED, SUCCESS or FAILED
+	AppServerID string            `json:"appServerID,omitempty"`
+	HTTPStatus  int               `json:"httpStatus,omitempty"` // the node's
+	Result      json.RawMessage   `json:"result,omitempty"`     // the node's
 }
 
 // NewBroker makes a broker that serves /submit and /submit-result.
@@ -60,7 +62,7 @@ func (b *Broker) submit(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	id := rand.Text()
-	sub := &submission{State: "QUEUED"}
+	sub := &submission{FileSize: len(file), Digests: digests(file), State: "QUEUED"}
 	b.mu.Lock()
 	b.submissions[id] = sub
 	node := b.Nodes[b.next%len(b.Nodes)]
@@ -70,7 +72,7 @@ func (b *Broker) submit(w http.ResponseWriter, r *http.Request) {
 
 	writeJSON(w, map[string]any{
 		"acceptedFiles": []any{map[string]any{
-			"ID": id, "submitName": name, "fileSize": len(file), "digests": digests(file), "state": "QUEUED",
+			"ID": id, "submitName": name, "fileSize": sub.FileSize, "digests": sub.Digests, "state": "QUEUED",
 		}},
 		"rejectedFiles": []any{},
 	})
@@ -83,11 +85,12 @@ func (b *Broker) dispatch(sub *submission, node NodeRef, name string, file []byt
 	status, result, err := scan(ctx, node, name, file)
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	sub.HTTPStatus = status
 	if err != nil || status != http.StatusOK {
-		*sub = submission{State: "FAILED", HTTPStatus: status}
+		sub.State = "FAILED"
 		return
 	}
-	*sub = submission{State: "SUCCESS", AppServerID: node.AppServerID, HTTPStatus: status, Result: result}
+	sub.State, sub.AppServerID, sub.Result = "SUCCESS", node.AppServerID, result
 }
 
 // scan posts a file to a node.

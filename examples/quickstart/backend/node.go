@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"runtime"
 	"sync"
 	"time"
 )
@@ -16,9 +17,10 @@ type Node struct {
 	Analysis time.Duration // how long a task takes
 	Forget   time.Duration // how long it knows a task after that
 
-	mu    sync.Mutex
-	tasks map[string]*task
-	mux   http.ServeMux
+	mu        sync.Mutex
+	tasks     map[string]*task
+	completed int // tasks, known still or not
+	mux       http.ServeMux
 }
 
 // task is a file under analysis. All but done is settled before others see it.
@@ -82,6 +84,7 @@ func (n *Node) finish(t *task) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	t.done = true
+	n.completed++
 	time.AfterFunc(n.Forget, func() {
 		n.mu.Lock()
 		defer n.mu.Unlock()
@@ -179,17 +182,23 @@ func (t *task) report(done, all bool) map[string]any {
 	return result
 }
 
+// systemInfo tells how the node is, in MiB where it is about memory.
 func (n *Node) systemInfo(w http.ResponseWriter, _ *http.Request) {
 	n.mu.Lock()
-	running := 0
+	active, completed := 0, n.completed
 	for _, t := range n.tasks {
 		if !t.done {
-			running++
+			active++
 		}
 	}
-	known := len(n.tasks)
 	n.mu.Unlock()
-	writeJSON(w, map[string]any{"version": "example", "tasksRunning": running, "tasksKnown": known})
+	var memory runtime.MemStats
+	runtime.ReadMemStats(&memory)
+	writeJSON(w, map[string]any{
+		"versionInfo": map[string]any{"name": "example node", "version": runtime.Version()},
+		"queueInfo":   map[string]any{"activeCount": active, "queueCount": 0, "completedCount": completed},
+		"memoryStats": map[string]any{"usedMemory": memory.HeapAlloc >> 20, "totalMemory": memory.Sys >> 20},
+	})
 }
 
 func writeJSON(w http.ResponseWriter, value any) {
