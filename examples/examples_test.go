@@ -59,9 +59,9 @@ func TestExamples(t *testing.T) {
 }
 
 func testCaddyfile(t *testing.T, path string) {
-	caddy(t, nil, "fmt", path) // fails where the formatting differs
+	caddy(t, nil, "fmt", absolute(t, path)) // fails where the formatting differs
 
-	adapted := caddy(t, nil, "adapt", "--pretty", "--config", path)
+	adapted := caddy(t, nil, "adapt", "--pretty", "--config", absolute(t, path))
 	validate(t, adapted)
 
 	twin := filepath.Join(filepath.Dir(path), "caddy.json")
@@ -106,7 +106,7 @@ func withSecrets(t *testing.T, config []byte) (path string, secrets map[string]s
 func TestProduction(t *testing.T) {
 	address := freeAddress(t)
 	env := []string{"FSBROKER_DOMAIN=http://" + address}
-	config, secrets := withSecrets(t, caddy(t, env, "adapt", "--config", "production/Caddyfile"))
+	config, secrets := withSecrets(t, caddy(t, env, "adapt", "--config", absolute(t, "production/Caddyfile")))
 	log := start(t, "run", "--config", config)
 	log.waitFor(t, "serving initial configuration")
 
@@ -199,7 +199,8 @@ func caddy(t *testing.T, env []string, args ...string) []byte {
 	return stdout
 }
 
-// caddyCommand gives Caddy an environment of its own: a variable of ours must not get into an example.
+// caddyCommand gives Caddy an environment of its own, as a variable of ours must not get into an example, and a directory
+// of its own, as an example's files must not get into ours.
 func caddyCommand(ctx context.Context, t *testing.T, env []string, args ...string) *exec.Cmd {
 	t.Helper()
 	self, err := os.Executable()
@@ -208,6 +209,7 @@ func caddyCommand(ctx context.Context, t *testing.T, env []string, args ...strin
 	}
 	home := t.TempDir()
 	command := exec.CommandContext(ctx, self, args...)
+	command.Dir = home
 	command.Env = append([]string{beCaddy + "=1", "CADDY_ADMIN=127.0.0.1:0", "HOME=" + home, "AppData=" + home}, env...)
 	return command
 }
@@ -236,6 +238,15 @@ func freeAddress(t *testing.T) string {
 	}
 	defer listener.Close()
 	return listener.Addr().String()
+}
+
+func absolute(t *testing.T, path string) string {
+	t.Helper()
+	path, err := filepath.Abs(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return path
 }
 
 func readFile(t *testing.T, path string) []byte {
