@@ -113,6 +113,8 @@ func (f *finding) cacheStatus(p *problem) string {
 		return forward + "; detail=" + p.code
 	case p != nil:
 		return "fsbroker; detail=" + p.code
+	case f.recalled:
+		return "fsbroker; hit; detail=storage"
 	case f.hit:
 		return "fsbroker; hit"
 	case f.joined:

@@ -50,9 +50,9 @@ func benchHandler(b *testing.B, nodes, reports, size int) *Handler {
 	for i := range reports {
 		one := &report{at: r.at, finished: true, hash: r.hash, plainSize: r.plainSize}
 		one.gzipped.Store(r.gzipped.Load())
-		h.store.put(reportKey(h.nodes["node-0"].address, fmt.Sprintf("t%d", i), false), one, 1, time.Hour)
+		h.store.put(reportKey(h.nodes["node-0"].address, fmt.Sprintf("t%d", i), false), one, time.Hour)
 	}
-	h.store.put(submissionKey(h.broker.address, "s0"), &submission{appServerID: "node-0", taskID: "t0"}, 1, time.Hour)
+	h.store.put(submissionKey(h.broker.address, "s0"), &submission{appServerID: "node-0", taskID: "t0"}, time.Hour)
 	return h
 }
 

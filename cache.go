@@ -4,6 +4,7 @@ import (
 	"container/list"
 	"crypto/sha256"
 	"encoding/binary"
+	"encoding/json"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -23,11 +24,20 @@ type Cache struct {
 	// How many bytes all that is kept may take, bookkeeping included. When it is more, what is asked for least goes
 	// first. Where handlers differ, the largest counts. Default: 268435456 (256 MiB)
 	MaxSize int64 `json:"max_size,omitempty"`
+
+	// A storage that keeps finished reports, and what submissions resolved to, beyond the process, and shares them
+	// with all instances that use it: any `caddy.storage` module, or `{}` for the storage that the server is
+	// configured with. Reports are confidential, and are stored as they are: protect it. Default: none
+	StorageRaw json.RawMessage `json:"storage,omitempty" caddy:"namespace=caddy.storage inline_key=module"`
+
+	// How long the storage keeps them. Default: `720h` (30 days)
+	Retention caddy.Duration `json:"retention,omitempty"`
 }
 
 const (
-	defaultTTL     = 24 * time.Hour
-	defaultMaxSize = 256 << 20
+	defaultTTL       = 24 * time.Hour
+	defaultMaxSize   = 256 << 20
+	defaultRetention = 30 * 24 * time.Hour
 )
 
 // key names what is kept: a hash, so that every key costs the same, however long the IDs in it are.
@@ -76,10 +86,11 @@ type cache struct {
 
 // entry is something kept.
 type entry struct {
-	key    key
-	value  keepable
-	number uint64 // of all entries there ever were
-	timer  *time.Timer
+	key     key
+	value   keepable
+	number  uint64 // of all entries there ever were
+	timer   *time.Timer
+	unsaved atomic.Bool // there was no room in the queue to the storage
 
 	whole slot // the entry's place in the eviction order
 	plain slot // that of its report's plain form, where there is a gzip form too
@@ -91,6 +102,10 @@ type keepable interface {
 	answers(nocache bool) bool
 	// isReport tells whether a caller could be given it.
 	isReport() bool
+	// since is when it was the answer of a node or the broker.
+	since() time.Time
+	// size is what it takes as it is kept, in bytes.
+	size() int
 }
 
 func (e *entry) report() *report         { return e.value.(*report) }
@@ -131,9 +146,9 @@ func (c *cache) get(k key) (*entry, bool) {
 }
 
 // put keeps value under k for ttl, in place of what was there. What is larger than the whole cache is not kept.
-func (c *cache) put(k key, value keepable, size int, ttl time.Duration) *entry {
+func (c *cache) put(k key, value keepable, ttl time.Duration) *entry {
 	e := &entry{key: k, value: value}
-	e.whole = slot{entry: e, size: int64(size) + entryOverhead}
+	e.whole = slot{entry: e, size: int64(value.size()) + entryOverhead}
 	e.plain = slot{entry: e}
 
 	c.mu.Lock()

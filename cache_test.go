@@ -27,7 +27,7 @@ func TestCacheBound(t *testing.T) {
 	c := newCache(limit)
 	defer c.close()
 	for i := range 1000 {
-		c.put(numbered(i), finishedReport(t, 10<<10), 10<<10, time.Hour)
+		c.put(numbered(i), finishedReport(t, 10<<10), time.Hour)
 		if c.used > limit {
 			t.Fatalf("%d bytes are used, more than %d", c.used, limit)
 		}
@@ -40,7 +40,7 @@ func TestCacheBound(t *testing.T) {
 	}
 
 	// What is larger than all there is takes nobody's place, but it takes back what was under its name.
-	c.put(numbered(999), finishedReport(t, limit), limit, time.Hour)
+	c.put(numbered(999), finishedReport(t, limit), time.Hour)
 	if _, ok := c.get(numbered(999)); ok {
 		t.Error("something larger than the cache is kept")
 	}
@@ -58,7 +58,7 @@ func TestCacheKeepsWhatIsAskedForOften(t *testing.T) {
 	c := newCache(100 * (1000 + entryOverhead))
 	defer c.close()
 	for i := range 10_000 {
-		c.put(numbered(i), finishedReport(t, 1000), 1000, time.Hour)
+		c.put(numbered(i), finishedReport(t, 1000), time.Hour)
 		for popular := range 10 {
 			c.get(numbered(popular))
 		}
@@ -74,12 +74,12 @@ func TestCacheReplacesAndExpires(t *testing.T) {
 	c := newCache(1 << 20)
 	defer c.close()
 	first, second := finishedReport(t, 10), finishedReport(t, 10)
-	c.put(numbered(1), first, 10, time.Hour)
-	c.put(numbered(1), second, 10, 50*time.Millisecond)
+	c.put(numbered(1), first, time.Hour)
+	c.put(numbered(1), second, 50*time.Millisecond)
 	if e, ok := c.get(numbered(1)); !ok || e.report() != second {
 		t.Error("the second has not taken the first one's place")
 	}
-	if c.used != 10+entryOverhead {
+	if c.used != int64(second.size())+entryOverhead {
 		t.Errorf("%d bytes are used by one", c.used)
 	}
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
@@ -103,7 +103,7 @@ func TestCacheLetsPlainFormsGoFirst(t *testing.T) {
 	for i := range n {
 		r := finishedReport(t, size)
 		r.compress()
-		entries[i] = s.put(numbered(i), r, r.size(), time.Hour)
+		entries[i] = s.put(numbered(i), r, time.Hour)
 	}
 	used := s.used
 	for range 3 {
@@ -143,7 +143,7 @@ func TestCacheConcurrently(t *testing.T) {
 				}
 				r := finishedReport(t, 4000)
 				r.compress()
-				s.put(k, r, r.size(), time.Duration(i%5+1)*time.Millisecond)
+				s.put(k, r, time.Duration(i%5+1)*time.Millisecond)
 			}
 		})
 	}
@@ -152,7 +152,7 @@ func TestCacheConcurrently(t *testing.T) {
 	if s.used != 0 || s.kept.ItemCount() != 0 || s.first.order.Len() != 0 || s.second.order.Len() != 0 {
 		t.Errorf("a closed cache uses %d bytes for %d items", s.used, s.kept.ItemCount())
 	}
-	s.put(numbered(1), finishedReport(t, 10), 10, time.Hour)
+	s.put(numbered(1), finishedReport(t, 10), time.Hour)
 	if s.kept.ItemCount() != 0 {
 		t.Error("a closed cache keeps something")
 	}
@@ -171,7 +171,7 @@ func TestCacheBoundsHeap(t *testing.T) {
 				document := slices.Grow([]byte(nil), size+20)[:size+20]
 				r := &report{hash: "0123456789abcdef0123456789abcdef", finished: true, plainSize: len(document)}
 				r.plain.Store(r.plainForm(document))
-				c.put(numbered(i), r, r.size(), time.Hour)
+				c.put(numbered(i), r, time.Hour)
 			}
 			taken := heap() - before
 			t.Logf("%d entries take %.1f MiB of heap, %d bytes each beside the document", c.kept.ItemCount(), float64(taken)/(1<<20), taken/int64(c.kept.ItemCount())-int64(size)-20)

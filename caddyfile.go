@@ -1,6 +1,7 @@
 package fsbroker
 
 import (
+	"encoding/json"
 	"errors"
 	"math"
 	"strings"
@@ -61,6 +62,8 @@ func parseDirective(helper httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, e
 //	    cache {
 //	        ttl      <duration>
 //	        max_size <size>
+//	        storage  [<module> { ... }]
+//	        retention <duration>
 //	    }
 //	}
 //
@@ -239,13 +242,41 @@ func (h *Handler) unmarshalCache(d *caddyfile.Dispenser) error {
 			err = unmarshalDuration(d, &h.Cache.TTL)
 		case "max_size":
 			err = unmarshalSize(d, &h.Cache.MaxSize)
+		case "storage":
+			err = h.Cache.unmarshalStorage(d)
+		case "retention":
+			err = unmarshalDuration(d, &h.Cache.Retention)
 		default:
-			err = d.Errf("unknown option %s: cache wants ttl or max_size", option)
+			err = d.Errf("unknown option %s: cache wants ttl, max_size, storage or retention", option)
 		}
 		if err != nil {
 			return err
 		}
 	}
+	if h.Cache.Retention > 0 && h.Cache.StorageRaw == nil {
+		return d.WrapErr(errRetention)
+	}
+	return nil
+}
+
+// unmarshalStorage reads which storage it is: without a name, the one that the server is configured with.
+func (c *Cache) unmarshalStorage(d *caddyfile.Dispenser) error {
+	if c.StorageRaw != nil {
+		return d.Err("storage is given more than once")
+	}
+	if !d.NextArg() {
+		c.StorageRaw = json.RawMessage("{}")
+		return noBlock(d, "storage without a module")
+	}
+	name := d.Val()
+	mod, err := caddyfile.UnmarshalModule(d, "caddy.storage."+name)
+	if err != nil {
+		return err
+	}
+	if _, ok := mod.(caddy.StorageConverter); !ok {
+		return d.Errf("module %s is no storage", name)
+	}
+	c.StorageRaw = caddyconfig.JSONModuleObject(mod, "module", name, nil)
 	return nil
 }
 

@@ -13,6 +13,10 @@ import (
 
 func TestCaddyfileToJSON(t *testing.T) {
 	for name, test := range map[string]struct{ options, want string }{
+		"the server's storage": {
+			"secret s1\nnode n1 a:1\ncache {\nstorage\n}",
+			`{"secrets":[{"secret":"s1"}],"nodes":[{"app_server_id":"n1","address":"a:1"}],"cache":{"storage":{}}}`,
+		},
 		"the least": {
 			`secret s1
 			node n1 10.0.0.1:22001`,
@@ -41,6 +45,8 @@ func TestCaddyfileToJSON(t *testing.T) {
 			cache {
 				ttl 7d
 				max_size 1GB
+				storage file_system /var/lib/fsbroker
+				retention 90d
 			}`,
 			`{"secrets":[{"secret":"{env.A}"},{"client":"portal","secret":"{file./run/secrets/portal}"}],
 			"nodes":[{"app_server_id":"n1","address":"http://10.0.0.1:22001","secret":"{env.N1}"},
@@ -49,7 +55,7 @@ func TestCaddyfileToJSON(t *testing.T) {
 			"broker":{"address":"10.0.0.9","secret":"{env.B}","secret_param":"secret"},
 			"transport":{"dial_timeout":2000000000,"protocol":"http"},
 			"timeout":60000000000,"poll_interval":500000000,"max_report":1048576,"fail_duration":86400000000000,
-			"cache":{"ttl":604800000000000,"max_size":1000000000}}`,
+			"cache":{"ttl":604800000000000,"max_size":1000000000,"storage":{"module":"file_system","root":"/var/lib/fsbroker"},"retention":7776000000000000}}`,
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -132,7 +138,11 @@ func TestCaddyfileErrors(t *testing.T) {
 		"cache {\nttl 1h\n}\ncache {\nttl 1h\n}": "cache is given more than once",
 		"cache {\nttl x\n}":                      "ttl wants a duration of more than 0, such as 30s or 24h, not x",
 		"cache {\nmax_size x\n}":                 "max_size wants a size of more than 0, such as 64MiB, not x",
-		"cache {\nsize 1\n}":                     "unknown option size: cache wants ttl or max_size",
+		"cache {\nsize 1\n}":                     "unknown option size: cache wants ttl, max_size, storage or retention",
+		"cache {\nretention 1d\n}":               "retention is for what is stored: configure a storage beside it",
+		"cache {\nretention 0\n}":                "retention wants a duration of more than 0, such as 30s or 24h, not 0",
+		"cache {\nstorage\nstorage\n}":           "storage is given more than once",
+		"cache {\nstorage {\nx\n}\n}":            "storage without a module takes no block",
 		"nodes a b":                              "unknown option nodes: fsbroker_task wants secret, node, broker, transport, timeout, poll_interval, max_report, fail_duration or cache",
 	} {
 		t.Run(options, func(t *testing.T) {

@@ -1,7 +1,30 @@
 package fsbroker
 
+import (
+	"encoding/hex"
+	"testing"
+	"time"
+)
+
 // StoreUsers tells how many handlers use the store that all share.
 func StoreUsers() int {
 	n, _ := stores.References(storeKey)
 	return n
+}
+
+// SetRetries changes how long a write that failed waits, until the test ends.
+func SetRetries(t *testing.T, first, last time.Duration) {
+	wasFirst, wasLast := firstRetry, lastRetry
+	firstRetry, lastRetry = first, last
+	t.Cleanup(func() { firstRetry, lastRetry = wasFirst, wasLast })
+}
+
+// CheckStored says what is wrong with a stored value, by the hexadecimal name it is stored under.
+func CheckStored(name string, value []byte) error {
+	var k key
+	if _, err := hex.Decode(k[:], []byte(name)); err != nil {
+		return err
+	}
+	_, err := decodeStored(k, value, defaultMaxReport)
+	return err
 }

@@ -76,7 +76,10 @@ type Handler struct {
 	nodes     map[string]*peer
 	broker    *peer
 	store     *store
-	retired   atomic.Bool // cleaned up; requests that came before may still be under way
+	archive   *archive     // nil without a storage
+	archiveID string       // under which it is pooled
+	archived  *archiveUser // what this handler lets it use
+	retired   atomic.Bool  // cleaned up; requests that came before may still be under way
 }
 
 const (
@@ -109,8 +112,10 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if err := h.provisionPeers(repl); err != nil {
 		return err
 	}
-	h.store, err = joinStore(h)
-	return err
+	if h.store, err = joinStore(h); err != nil {
+		return err
+	}
+	return h.provisionArchive(ctx)
 }
 
 func (h *Handler) setDefaults() {
@@ -123,6 +128,9 @@ func (h *Handler) setDefaults() {
 	setDefault(&h.FailDuration, caddy.Duration(defaultFailDuration))
 	setDefault(&h.Cache.TTL, caddy.Duration(defaultTTL))
 	setDefault(&h.Cache.MaxSize, defaultMaxSize)
+	if h.Cache.StorageRaw != nil {
+		setDefault(&h.Cache.Retention, caddy.Duration(defaultRetention))
+	}
 }
 
 func setDefault[T comparable](option *T, value T) {
@@ -148,6 +156,40 @@ func (h *Handler) provisionTransport(ctx caddy.Context) error {
 		return errors.New("the transport's proxy_protocol cannot be used: a question to a node has no one client whose address could be sent")
 	}
 	h.transport = transport
+	return nil
+}
+
+// provisionArchive opens the archive, where a storage is configured for it.
+func (h *Handler) provisionArchive(ctx caddy.Context) error {
+	if h.Cache.StorageRaw == nil {
+		return nil
+	}
+	id, storage := string(h.Cache.StorageRaw), ctx.Storage()
+	var module struct {
+		Name string `json:"module"`
+	}
+	if err := json.Unmarshal(h.Cache.StorageRaw, &module); err != nil {
+		return fmt.Errorf("cache.storage wants to be an object: %w", err)
+	}
+	if module.Name != "" {
+		mod, err := ctx.LoadModule(h.Cache, "StorageRaw")
+		if err != nil {
+			return fmt.Errorf("loading the storage: %w", err)
+		}
+		if storage, err = mod.(caddy.StorageConverter).CertMagicStorage(); err != nil {
+			return fmt.Errorf("opening the storage: %w", err)
+		}
+	}
+	user := &archiveUser{storage: storage, logger: h.logger, retention: time.Duration(h.Cache.Retention)}
+	a, err := openArchive(id, user)
+	if err != nil {
+		return err
+	}
+	h.archive, h.archiveID, h.archived = a, id, user
+	// The server runs this within its grace period, while modules are still there to be used.
+	if server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
+		server.RegisterOnStop(func(ctx context.Context) error { return a.drain(ctx, user) })
+	}
 	return nil
 }
 
@@ -182,27 +224,37 @@ func (h *Handler) provisionPeers(repl *caddy.Replacer) error {
 // Validate checks the numbers: those of a Caddyfile have been, those of JSON have not.
 func (h *Handler) Validate() error {
 	for name, value := range map[string]int64{
-		"timeout":        int64(h.Timeout),
-		"poll_interval":  int64(h.PollInterval),
-		"max_report":     h.MaxReport,
-		"fail_duration":  int64(h.FailDuration),
-		"cache.ttl":      int64(h.Cache.TTL),
-		"cache.max_size": h.Cache.MaxSize,
+		"timeout":         int64(h.Timeout),
+		"poll_interval":   int64(h.PollInterval),
+		"max_report":      h.MaxReport,
+		"fail_duration":   int64(h.FailDuration),
+		"cache.ttl":       int64(h.Cache.TTL),
+		"cache.max_size":  h.Cache.MaxSize,
+		"cache.retention": int64(h.Cache.Retention),
 	} {
 		if value < 0 {
 			return fmt.Errorf("%s wants to be more than 0 (or left out, for its default)", name)
 		}
 	}
+	if h.Cache.Retention > 0 && h.archive == nil {
+		return errRetention
+	}
 	return nil
 }
+
+var errRetention = errors.New("retention is for what is stored: configure a storage beside it")
 
 // Cleanup lets go of the store. Requests that came before may still be under way, and are answered.
 func (h *Handler) Cleanup() error {
 	h.retired.Store(true)
-	if h.store == nil {
-		return nil
+	var err error
+	if h.archive != nil {
+		err = h.archive.leave(h.archiveID, h.archived)
 	}
-	return h.store.leave(h)
+	if h.store != nil {
+		err = errors.Join(err, h.store.leave(h))
+	}
+	return err
 }
 
 // ServeHTTP answers with a report: the request is authenticated, the question read, its task found, the report got,
@@ -259,8 +311,9 @@ type finding struct {
 
 // fetched is a node's answer as it is handed to all who wait for it.
 type fetched struct {
-	entry *entry // what is kept of it
-	plain *form  // the document as it came; nil where it is only kept, or there is none yet
+	entry    *entry // what is kept of it
+	plain    *form  // the document as it came; nil where it is only kept, or there is none yet
+	recalled bool   // it was stored
 }
 
 // find looks up the report that q asks for.
@@ -295,12 +348,16 @@ func (h *Handler) findSubmission(ctx context.Context, q question) (finding, erro
 	return h.lookUp(ctx, h.broker, submissionKey(h.broker.address, q.submitID), q, (*Handler).fetchSubmission)
 }
 
-// fetcher asks a peer for what q wants, and keeps the answer under k.
-type fetcher func(h *Handler, ctx context.Context, p *peer, k key, q question) (fetched, error)
+// fetcher asks a peer for what q wants, and keeps the answer under k. A fresh one does not take what is only stored, if
+// it may have changed.
+type fetcher func(h *Handler, ctx context.Context, p *peer, k key, q question, fresh bool) (fetched, error)
 
 // lookUp gives what is kept under k, if that will do, or else what p answers.
 func (h *Handler) lookUp(ctx context.Context, p *peer, k key, q question, fetch fetcher) (finding, error) {
 	if e, ok := h.store.get(k); ok && e.value.answers(q.nocache) {
+		if e.unsaved.Load() {
+			h.save(e)
+		}
 		return finding{fetched: fetched{entry: e}, hit: true}, nil
 	}
 	return h.ask(ctx, p, k, q, fetch)
@@ -314,19 +371,24 @@ func (h *Handler) ask(ctx context.Context, p *peer, k key, q question, fetch fet
 			if e, ok := h.store.get(k); ok && e.value.answers(fresh) {
 				return fetched{entry: e}, nil
 			}
-			return fetch(h, ctx, p, k, q)
+			return fetch(h, ctx, p, k, q, fresh)
 		})
 	if q.nocache {
-		err = h.mentionKept(err, k)
+		err = h.mentionKept(ctx, err, k)
 	}
 	if h.retired.Load() { // the transport has been cleaned up before
 		h.transport.Transport.CloseIdleConnections()
 	}
-	return finding{fetched: got, joined: joined, nocache: q.nocache}, err
+	return finding{fetched: got, hit: got.recalled, joined: joined, nocache: q.nocache}, err
 }
 
 // fetchReport is the fetcher of reports. One that is not finished does not replace one that is.
-func (h *Handler) fetchReport(ctx context.Context, node *peer, k key, q question) (fetched, error) {
+func (h *Handler) fetchReport(ctx context.Context, node *peer, k key, q question, fresh bool) (fetched, error) {
+	if !fresh {
+		if e, ok := h.recall(ctx, k); ok {
+			return fetched{entry: e, recalled: true}, nil
+		}
+	}
 	room := h.store.lease()
 	defer room.release()
 	r, err := node.askTask(ctx, q.taskID, q.all, room)
@@ -337,28 +399,52 @@ func (h *Handler) fetchReport(ctx context.Context, node *peer, k key, q question
 	switch kept, ok := h.store.get(k); {
 	case r.finished:
 		r.compress()
-		got.entry = h.store.put(k, r, r.size(), time.Duration(h.Cache.TTL))
+		got.entry = h.store.put(k, r, time.Duration(h.Cache.TTL))
+		h.save(got.entry)
 	case ok && kept.report().finished:
 		got.entry = &entry{value: r}
 	default:
-		got.entry = h.store.put(k, r, r.size(), time.Duration(h.PollInterval))
+		got.entry = h.store.put(k, r, time.Duration(h.PollInterval))
 	}
 	return got, nil
 }
 
 // fetchSubmission is the fetcher of submissions. What one became never changes.
-func (h *Handler) fetchSubmission(ctx context.Context, broker *peer, k key, q question) (fetched, error) {
+func (h *Handler) fetchSubmission(ctx context.Context, broker *peer, k key, q question, _ bool) (fetched, error) {
+	if e, ok := h.recall(ctx, k); ok {
+		return fetched{entry: e}, nil
+	}
 	room := h.store.lease()
 	defer room.release()
 	sub, err := broker.askSubmission(ctx, q.submitID, room)
 	if err != nil {
 		return fetched{}, err
 	}
-	ttl := h.Cache.TTL
 	if sub.queued {
-		ttl = h.PollInterval
+		return fetched{entry: h.store.put(k, sub, time.Duration(h.PollInterval))}, nil
 	}
-	return fetched{entry: h.store.put(k, sub, sub.size(), time.Duration(ttl))}, nil
+	e := h.store.put(k, sub, time.Duration(h.Cache.TTL))
+	h.save(e)
+	return fetched{entry: e}, nil
+}
+
+// recall gives what is stored under k, which memory keeps from then on.
+func (h *Handler) recall(ctx context.Context, k key) (*entry, bool) {
+	if h.archive == nil {
+		return nil, false
+	}
+	value, left, ok := h.archive.load(ctx, k, h.MaxReport, time.Duration(h.FailDuration))
+	if !ok {
+		return nil, false
+	}
+	return h.store.put(k, value, min(time.Duration(h.Cache.TTL), left)), true
+}
+
+// save has an entry stored. Where there is no room to wait for that, it is tried again when the entry is asked for.
+func (h *Handler) save(e *entry) {
+	if h.archive != nil {
+		e.unsaved.Store(!h.archive.save(e.key, e.value))
+	}
 }
 
 // unknownNode says which of the two has to be corrected: the question or the configuration.
@@ -371,12 +457,16 @@ func unknownNode(q question) *problem {
 }
 
 // mentionKept tells a caller who wanted no kept report that there is one, when there is no other.
-func (h *Handler) mentionKept(err error, k key) error {
+func (h *Handler) mentionKept(ctx context.Context, err error, k key) error {
 	p, ok := errors.AsType[*problem](err)
 	if !ok {
 		return err
 	}
-	if e, ok := h.store.get(k); !ok || !e.value.isReport() {
+	e, ok := h.store.get(k)
+	if !ok {
+		e, ok = h.recall(ctx, k)
+	}
+	if !ok || !e.value.isReport() {
 		return err
 	}
 	told := *p // the others who got p may not have asked for this

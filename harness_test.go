@@ -23,6 +23,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
+	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 )
 
@@ -36,7 +37,15 @@ const (
 
 var allSecrets = []string{callerSecret, nodeSecret, brokerSecret}
 
+// beCaddy is the environment variable that makes this test binary a Caddy with the module, for tests with more than one
+// process.
+const beCaddy = "FSBROKER_TEST_BE_CADDY"
+
 func TestMain(m *testing.M) {
+	if os.Getenv(beCaddy) != "" {
+		caddycmd.Main()
+		return
+	}
 	for name, secret := range map[string]string{"CALLER": callerSecret, "NODE": nodeSecret, "BROKER": brokerSecret} {
 		if err := os.Setenv(name+"_SECRET", secret); err != nil {
 			panic(err)
@@ -344,6 +353,17 @@ func (s *site) wantNoSecretInLog() {
 			s.t.Errorf("the log holds a secret: …%s…", log[max(0, i-300):min(len(log), i+100)])
 		}
 	}
+}
+
+// restart stops the site and starts it again, as a new process would find it.
+func (s *site) restart(directives string) {
+	s.t.Helper()
+	if err := caddy.Stop(); err != nil {
+		s.t.Fatal(err)
+	}
+	s.client.CloseIdleConnections()
+	s.load(directives)
+	s.trust()
 }
 
 func freePort(t testing.TB) int {

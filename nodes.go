@@ -426,7 +426,10 @@ func (s *submission) answers(nocache bool) bool { return !nocache || !s.queued }
 // isReport implements keepable.
 func (s *submission) isReport() bool { return false }
 
-// size is what the submission takes as it is kept, in bytes.
+// since implements keepable.
+func (s *submission) since() time.Time { return s.at }
+
+// size implements keepable.
 func (s *submission) size() int { return len(s.appServerID) + len(s.taskID) }
 
 // askSubmission asks the broker which node a submission went to, and as which task.

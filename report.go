@@ -62,6 +62,8 @@ func newReport(document []byte, at time.Time) (*report, error) {
 
 func (r *report) plainForm(document []byte) *form { return newForm(document, `"`+r.hash+`"`) }
 
+func (r *report) gzippedForm(gzipped []byte) *form { return newForm(gzipped, `"`+r.hash+`-gz"`) }
+
 // nothingYet is the report of a task that is known and has none.
 func nothingYet(at time.Time) *report { return &report{at: at} }
 
@@ -74,7 +76,10 @@ func (r *report) answers(nocache bool) bool { return !nocache }
 // isReport implements keepable.
 func (r *report) isReport() bool { return !r.isEmpty() }
 
-// size is what the report's document takes as it is kept first, in bytes: those of its capacity, which is what Go's
+// since implements keepable.
+func (r *report) since() time.Time { return r.at }
+
+// size implements keepable: it is what the report's document takes as it is kept first, in bytes: those of its capacity, which is what Go's
 // allocator rounds a length up to.
 func (r *report) size() int {
 	for _, f := range [...]*form{r.gzipped.Load(), r.plain.Load()} {
@@ -173,7 +178,7 @@ func (r *report) compress() {
 	if _, err := zw.Write(plain); err != nil || zw.Close() != nil || buf.Len() >= len(plain) {
 		return
 	}
-	r.gzipped.Store(newForm(bytes.Clone(buf.Bytes()), `"`+r.hash+`-gz"`))
+	r.gzipped.Store(r.gzippedForm(bytes.Clone(buf.Bytes())))
 	r.plain.Store(nil)
 }
 

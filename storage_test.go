@@ -1,0 +1,454 @@
+package fsbroker_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
+	"github.com/caddyserver/certmagic"
+
+	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
+)
+
+const stored = "cache {\n storage\n }"
+
+// storedIn lists the files that the module has in a storage folder, but for those that are being written.
+func storedIn(t testing.TB, dir string) []string {
+	t.Helper()
+	names, err := filepath.Glob(filepath.Join(dir, "fsbroker_task", "[0-9a-f][0-9a-f][0-9a-f]", "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return slices.DeleteFunc(names, func(name string) bool { return len(filepath.Base(name)) != 64 })
+}
+
+// values are those of a site's own storage.
+func (s *site) values() []string { return storedIn(s.t, s.dir) }
+
+func (s *site) wantValues(want int) []string {
+	s.t.Helper()
+	eventually(s.t, fmt.Sprintf("%d values in the storage", want), func() bool { return len(s.values()) == want })
+	return s.values()
+}
+
+func eventually(t testing.TB, what string, done func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !done(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("waited too long for %s", what)
+		}
+	}
+}
+
+func TestStoredReportsOutliveTheProcess(t *testing.T) {
+	document := reportOf("t1", "SUCCESS")
+	node := newBackend(t, says(http.StatusOK, document))
+	broker := newBackend(t, says(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
+	directives := options(node, brokerOption(broker)+"\n"+stored)
+	s := startSite(t, directives)
+	s.get("/task?submitID=s1").wantStatus(t, http.StatusOK)
+	etag := s.get(pair).header.Get("ETag")
+	if err := caddy.Stop(); err != nil { // which stores what is queued
+		t.Fatal(err)
+	}
+	s.wantValues(2)
+
+	node.becomes(says(http.StatusNotFound, ""))
+	broker.becomes(says(http.StatusNotFound, ""))
+	s.restart(directives)
+	first := s.get("/task?submitID=s1")
+	first.wantStatus(t, http.StatusOK)
+	first.wantHeader(t, "Cache-Status", "fsbroker; hit; detail=storage")
+	first.wantHeader(t, "ETag", etag)
+	if first.header.Get("Age") == "" || string(first.body) != document {
+		t.Errorf("age %q, %s", first.header.Get("Age"), first.body)
+	}
+	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
+	if got := s.get(pair, "Accept-Encoding: gzip"); got.header.Get("Content-Encoding") != "gzip" || got.plain(t) != document {
+		t.Errorf("compressed: %v", got.header)
+	}
+
+	// It helps where the node cannot be connected to, and a nocache caller hears of it.
+	node.Close()
+	s.restart(directives)
+	r := s.get(pair + "&nocache")
+	r.wantProblem(t, http.StatusBadGateway, "node_unreachable")
+	if !strings.Contains(string(r.body), "without nocache") {
+		t.Errorf("the problem does not say that there is a kept report: %s", r.body)
+	}
+	s.restart(directives)
+	s.get("/task?appServerID=node-1&taskID=t2").wantProblem(t, http.StatusBadGateway, "node_unreachable")
+	s.get(pair).wantStatus(t, http.StatusOK)
+	node.wantQuestions(t, 1)
+	broker.wantQuestions(t, 1)
+	s.wantNoSecretInLog()
+}
+
+func TestOnlyWhatIsFinishedIsStored(t *testing.T) {
+	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	s := startSite(t, options(node, ""))
+	s.get(pair).wantStatus(t, http.StatusOK)
+	if err := caddy.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if values := s.values(); len(values) > 0 {
+		t.Errorf("without storage there is %v", values)
+	}
+
+	broker := newBackend(t, says(http.StatusOK, `{"state":"QUEUED"}`))
+	directives := options(node, brokerOption(broker)+"\npoll_interval 1ms\n"+stored)
+	s.restart(directives)
+	s.get("/task?submitID=s1").wantStatus(t, http.StatusNoContent)
+	for _, answer := range []http.HandlerFunc{says(204, ""), says(404, ""), says(200, "{"), says(200, reportOf("t1", "QUEUED"))} {
+		node.becomes(answer)
+		s.get(pair)
+	}
+	if err := caddy.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if values := s.values(); len(values) > 0 {
+		t.Errorf("there is %v", values)
+	}
+}
+
+func TestDamagedValues(t *testing.T) {
+	document := reportOf("t1", "SUCCESS")
+	node := newBackend(t, says(http.StatusOK, document))
+	s := startSite(t, options(node, stored))
+	s.get(pair).wantStatus(t, http.StatusOK)
+	name := s.wantValues(1)[0]
+	whole, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	flip := func(i int) []byte {
+		value := bytes.Clone(whole)
+		value[i] ^= 1
+		return value
+	}
+	questions := 1
+	for what, value := range map[string][]byte{
+		"nothing":         {},
+		"a short one":     whole[:50],
+		"half":            whole[:len(whole)/2],
+		"one byte less":   whole[:len(whole)-1],
+		"one byte more":   append(bytes.Clone(whole), 0),
+		"another version": flip(4),
+		"another time":    flip(12),
+		"another sum":     flip(100),
+		"another payload": flip(len(whole) - 1),
+		"something else":  []byte("-----BEGIN CERTIFICATE-----"),
+	} {
+		t.Run(what, func(t *testing.T) {
+			if err := caddy.Stop(); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.WriteFile(name, value, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			s.restart(options(node, stored))
+			r := s.get(pair)
+			r.wantStatus(t, http.StatusOK)
+			if string(r.body) != document {
+				t.Errorf("got %q", r.body)
+			}
+			questions++
+			node.wantQuestions(t, questions)
+			aside, err := os.ReadFile(filepath.Join(s.dir, "fsbroker_task", "damaged", filepath.Base(name)))
+			if err != nil || !bytes.Equal(aside, value) {
+				t.Errorf("set aside: %q, error %v", aside, err)
+			}
+			eventually(t, "it to be stored again", func() bool {
+				again, err := os.ReadFile(name)
+				return err == nil && len(again) == len(whole)
+			})
+		})
+	}
+	log, err := os.ReadFile(s.logFile())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if n := bytes.Count(log, []byte("is damaged and is set aside")); n != questions-1 {
+		t.Errorf("%d warnings for %d damaged values", n, questions-1)
+	}
+
+	// A report under another's name is not taken for it.
+	if err := caddy.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	node.becomes(says(http.StatusOK, reportOf("t2", "SUCCESS")))
+	s.restart(options(node, stored))
+	s.get("/task?appServerID=node-1&taskID=t2").wantStatus(t, http.StatusOK)
+	for _, other := range s.wantValues(2) {
+		if err := os.WriteFile(other, whole, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s.restart(options(node, stored))
+	if r := s.get("/task?appServerID=node-1&taskID=t2"); string(r.body) != reportOf("t2", "SUCCESS") {
+		t.Errorf("got %s", r.body)
+	}
+}
+
+func TestRetentionEndsWhatIsStored(t *testing.T) {
+	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	directives := options(node, "cache {\n storage\n retention 500ms\n }")
+	s := startSite(t, directives)
+	s.get(pair).wantStatus(t, http.StatusOK)
+	s.wantValues(1)
+	time.Sleep(600 * time.Millisecond)
+	s.restart(directives)
+	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
+}
+
+// faulty is a storage that does what a test wants. It is a real one, in a folder, otherwise.
+type faulty struct {
+	certmagic.Storage `json:"-"`
+}
+
+var fault struct {
+	sync.Mutex
+	dir     string
+	err     error         // of every operation
+	hang    chan struct{} // what every operation waits for, whatever its context says
+	garbage bool          // is what Load finds
+	stored  int
+}
+
+func init() { caddy.RegisterModule(new(faulty)) }
+
+func (*faulty) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "caddy.storage.faulty", New: func() caddy.Module { return new(faulty) }}
+}
+
+func (f *faulty) UnmarshalCaddyfile(d *caddyfile.Dispenser) error { d.Next(); return nil }
+
+func (f *faulty) CertMagicStorage() (certmagic.Storage, error) {
+	f.Storage = &certmagic.FileStorage{Path: fault.dir}
+	return f, nil
+}
+
+func (f *faulty) trouble() error {
+	fault.Lock()
+	hang, err := fault.hang, fault.err
+	fault.Unlock()
+	if hang != nil {
+		<-hang
+	}
+	return err
+}
+
+func (f *faulty) Load(ctx context.Context, k string) ([]byte, error) {
+	if err := f.trouble(); err != nil {
+		return nil, err
+	}
+	fault.Lock()
+	defer fault.Unlock()
+	if fault.garbage {
+		return []byte("garbage"), nil
+	}
+	return f.Storage.Load(ctx, k)
+}
+
+func (f *faulty) Store(ctx context.Context, k string, value []byte) error {
+	if err := f.trouble(); err != nil {
+		return err
+	}
+	fault.Lock()
+	fault.stored++
+	fault.Unlock()
+	return f.Storage.Store(ctx, k, value)
+}
+
+// setFault changes what the faulty storage does, until the test ends.
+func setFault(t *testing.T, err error, hang chan struct{}, garbage bool) {
+	t.Helper()
+	fault.Lock()
+	defer fault.Unlock()
+	fault.err, fault.hang, fault.garbage = err, hang, garbage
+}
+
+func TestStorageFaults(t *testing.T) {
+	fsbroker.SetRetries(t, 10*time.Millisecond, 50*time.Millisecond)
+	full := &fs.PathError{Op: "write", Path: "a", Err: errors.New("no space left on device")}
+	for name, inject := range map[string]func() (err error, hang chan struct{}, garbage bool){
+		"errors":  func() (error, chan struct{}, bool) { return errors.New("storage is away"), nil, false },
+		"full":    func() (error, chan struct{}, bool) { return full, nil, false },
+		"hangs":   func() (error, chan struct{}, bool) { return nil, make(chan struct{}), false },
+		"garbage": func() (error, chan struct{}, bool) { return nil, nil, true },
+	} {
+		t.Run(name, func(t *testing.T) {
+			fault.dir = t.TempDir()
+			node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+				says(http.StatusOK, reportOf(r.URL.Query().Get("taskID"), "SUCCESS"))(w, r)
+			})
+			directives := options(node, "cache {\n storage faulty\n }\nfail_duration 500ms")
+			s := startSite(t, directives)
+			err, hang, garbage := inject()
+			setFault(t, err, hang, garbage)
+			const reports = 50
+			begin := time.Now()
+			for i := range reports {
+				task := fmt.Sprintf("t%d", i)
+				if r := s.get("/task?appServerID=node-1&taskID=" + task); r.status != 200 || string(r.body) != reportOf(task, "SUCCESS") {
+					t.Fatalf("status %d: %s", r.status, r.body)
+				}
+			}
+			if took := time.Since(begin); took > 15*time.Second {
+				t.Errorf("%d answers took %s", reports, took)
+			}
+			for range 3 { // reloads do not wait for it, nor lose what is queued
+				s.load(directives + "\n# again")
+			}
+			s.get("/task?appServerID=node-1&taskID=t0").wantHeader(t, "Cache-Status", "fsbroker; hit")
+
+			setFault(t, nil, nil, false)
+			if hang != nil {
+				close(hang)
+			}
+			eventually(t, "all to be stored", func() bool {
+				return len(storedIn(t, fault.dir)) == reports
+			})
+			s.restart(directives)
+			node.becomes(says(http.StatusNotFound, ""))
+			for i := range reports {
+				s.get(fmt.Sprintf("/task?appServerID=node-1&taskID=t%d", i)).wantStatus(t, http.StatusOK)
+			}
+		})
+	}
+}
+
+func TestStoppingWithAStorageThatHangs(t *testing.T) {
+	fault.dir = t.TempDir()
+	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	s := startSite(t, options(node, "cache {\n storage faulty\n }"))
+	hang := make(chan struct{})
+	setFault(t, nil, hang, false)
+	s.get(pair).wantStatus(t, http.StatusOK)
+	begin := time.Now()
+	if err := caddy.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if took := time.Since(begin); took > 8*time.Second { // the grace period is 5s
+		t.Errorf("stopping took %s", took)
+	}
+	setFault(t, nil, nil, false)
+	close(hang)
+}
+
+// process is a Caddy of its own, which is this test binary.
+type process struct {
+	*site
+	cmd *exec.Cmd
+}
+
+// startProcess runs a site in a process of its own, with a storage folder that others may share.
+func startProcess(t *testing.T, shared, directives string) *process {
+	t.Helper()
+	s := &site{t: t, port: freePort(t), dir: t.TempDir()}
+	s.base = fmt.Sprintf("https://localhost:%d", s.port)
+	config := filepath.Join(s.dir, "Caddyfile")
+	text := s.caddyfile(strings.ReplaceAll(directives, "SHARED", filepath.ToSlash(shared)))
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := &process{site: s, cmd: exec.Command(os.Args[0], "run", "--config", config)}
+	p.cmd.Env = append(os.Environ(), beCaddy+"=1", "XDG_DATA_HOME="+s.dir, "XDG_CONFIG_HOME="+s.dir)
+	p.cmd.Stderr = os.Stderr
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.kill)
+	eventually(t, "the process's certificate authority", func() bool {
+		_, err := os.Stat(filepath.Join(s.dir, "pki", "authorities", "local", "root.crt"))
+		return err == nil
+	})
+	p.trust()
+	return p
+}
+
+// kill ends the process at once, as kill -9 does.
+func (p *process) kill() {
+	p.client.CloseIdleConnections()
+	_ = p.cmd.Process.Kill()
+	_ = p.cmd.Wait()
+}
+
+const shared = "cache {\n storage file_system SHARED\n }"
+
+func TestInstancesShareReports(t *testing.T) {
+	document := reportOf("t1", "SUCCESS")
+	node := newBackend(t, says(http.StatusOK, document))
+	broker := newBackend(t, says(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
+	dir := t.TempDir()
+	directives := options(node, brokerOption(broker)+"\n"+shared)
+	one, other := startProcess(t, dir, directives), startProcess(t, dir, directives)
+
+	one.get("/task?submitID=s1").wantStatus(t, http.StatusOK)
+	eventually(t, "both to be stored", func() bool {
+		return len(storedIn(t, dir)) == 2
+	})
+	r := other.get("/task?submitID=s1")
+	r.wantHeader(t, "Cache-Status", "fsbroker; hit; detail=storage")
+	if string(r.body) != document {
+		t.Errorf("got %s", r.body)
+	}
+	other.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
+	node.wantQuestions(t, 1)
+	broker.wantQuestions(t, 1)
+}
+
+func TestKilledInTheMiddleOfWriting(t *testing.T) {
+	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+		says(http.StatusOK, reportOf(r.URL.Query().Get("taskID"), "SUCCESS")+strings.Repeat(" ", 100<<10))(w, r)
+	})
+	dir := t.TempDir()
+	directives := options(node, shared)
+	confirmed := make(map[string]bool)
+	for round := range 3 {
+		p := startProcess(t, dir, directives)
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		for worker := range 4 {
+			wg.Go(func() {
+				for i := 0; ctx.Err() == nil; i++ {
+					_, _ = p.try(ctx, http.MethodGet, fmt.Sprintf("/task?appServerID=node-1&taskID=t-%d-%d-%d", round, worker, i), "Authorization: Bearer "+callerSecret)
+				}
+			})
+		}
+		time.Sleep(700 * time.Millisecond)
+		names := storedIn(t, dir)
+		p.kill()
+		cancel()
+		wg.Wait()
+		for _, name := range names {
+			confirmed[name] = true
+		}
+		for name := range confirmed {
+			value, err := os.ReadFile(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := fsbroker.CheckStored(filepath.Base(name), value); err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+		}
+		t.Logf("killed: all %d reports that had been stored are whole", len(confirmed))
+	}
+	if len(confirmed) < 10 {
+		t.Errorf("only %d reports were stored", len(confirmed))
+	}
+}
