@@ -24,7 +24,7 @@ const (
 
 // sweepInterval is the time between two passes of all instances together. Each pass takes one partition, so that a
 // round takes a day.
-var sweepInterval = 24 * time.Hour / (partitions + 1)
+const sweepInterval = 24 * time.Hour / (partitions + 1)
 
 // sweepAll deletes what is older than its retention, a partition at a time.
 func (a *archive) sweepAll() {
