@@ -25,6 +25,6 @@ func CheckStored(name string, value []byte) error {
 	if _, err := hex.Decode(k[:], []byte(name)); err != nil {
 		return err
 	}
-	_, err := decodeStored(k, value, defaultMaxReport)
+	_, err := decodeStored(k, value)
 	return err
 }

@@ -384,16 +384,19 @@ func (h *Handler) ask(ctx context.Context, p *peer, k key, q question, fetch fet
 
 // fetchReport is the fetcher of reports. One that is not finished does not replace one that is.
 func (h *Handler) fetchReport(ctx context.Context, node *peer, k key, q question, fresh bool) (fetched, error) {
+	var unreadable error
 	if !fresh {
-		if e, ok := h.recall(ctx, k); ok {
+		e, err := h.recall(ctx, k)
+		if e != nil {
 			return fetched{entry: e, recalled: true}, nil
 		}
+		unreadable = err
 	}
 	room := h.store.lease()
 	defer room.release()
 	r, err := node.askTask(ctx, q.taskID, q.all, room)
 	if err != nil {
-		return fetched{}, err
+		return fetched{}, h.doubt(err, unreadable)
 	}
 	got := fetched{plain: r.plain.Load()}
 	switch kept, ok := h.store.get(k); {
@@ -411,33 +414,47 @@ func (h *Handler) fetchReport(ctx context.Context, node *peer, k key, q question
 
 // fetchSubmission is the fetcher of submissions. What one became never changes.
 func (h *Handler) fetchSubmission(ctx context.Context, broker *peer, k key, q question, _ bool) (fetched, error) {
-	if e, ok := h.recall(ctx, k); ok {
+	e, unreadable := h.recall(ctx, k)
+	if e != nil {
 		return fetched{entry: e}, nil
 	}
 	room := h.store.lease()
 	defer room.release()
 	sub, err := broker.askSubmission(ctx, q.submitID, room)
 	if err != nil {
-		return fetched{}, err
+		return fetched{}, h.doubt(err, unreadable)
 	}
 	if sub.queued {
 		return fetched{entry: h.store.put(k, sub, time.Duration(h.PollInterval))}, nil
 	}
-	e := h.store.put(k, sub, time.Duration(h.Cache.TTL))
+	e = h.store.put(k, sub, time.Duration(h.Cache.TTL))
 	h.save(e)
 	return fetched{entry: e}, nil
 }
 
-// recall gives what is stored under k, which memory keeps from then on.
-func (h *Handler) recall(ctx context.Context, k key) (*entry, bool) {
+// doubt keeps a caller from believing that something is unknown while it may well be in a storage that cannot be read.
+func (h *Handler) doubt(err, unreadable error) error {
+	p, ok := errors.AsType[*problem](err)
+	if !ok || unreadable == nil || p.status != http.StatusNotFound {
+		return err
+	}
+	return &problem{
+		status: http.StatusServiceUnavailable, code: "storage_unavailable", asked: true,
+		retryAfter: time.Duration(h.FailDuration),
+		detail:     "it is not known any more where it came from, and the storage that may have it cannot be read: ask again after Retry-After",
+	}
+}
+
+// recall gives what is stored under k, which memory keeps from then on, and nil where there is nothing.
+func (h *Handler) recall(ctx context.Context, k key) (*entry, error) {
 	if h.archive == nil {
-		return nil, false
+		return nil, nil
 	}
-	value, left, ok := h.archive.load(ctx, k, h.MaxReport, time.Duration(h.FailDuration))
-	if !ok {
-		return nil, false
+	value, left, err := h.archive.load(ctx, k, time.Duration(h.FailDuration))
+	if err != nil || value == nil {
+		return nil, err
 	}
-	return h.store.put(k, value, min(time.Duration(h.Cache.TTL), left)), true
+	return h.store.put(k, value, min(time.Duration(h.Cache.TTL), left)), nil
 }
 
 // save has an entry stored. Where there is no room to wait for that, it is tried again when the entry is asked for.
@@ -464,9 +481,9 @@ func (h *Handler) mentionKept(ctx context.Context, err error, k key) error {
 	}
 	e, ok := h.store.get(k)
 	if !ok {
-		e, ok = h.recall(ctx, k)
+		e, _ = h.recall(ctx, k)
 	}
-	if !ok || !e.value.isReport() {
+	if e == nil || !e.value.isReport() {
 		return err
 	}
 	told := *p // the others who got p may not have asked for this

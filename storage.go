@@ -162,37 +162,44 @@ func (a *archive) try(ctx context.Context, op func(context.Context, certmagic.St
 	}
 }
 
-// load gives what is stored under k, if there is something to be had, and for how long it is good. After a failure
-// nothing is read for a while, so that callers do not queue up behind a storage that is away.
-func (a *archive) load(ctx context.Context, k key, maxReport int64, rest time.Duration) (value keepable, left time.Duration, ok bool) {
+// errUnreadable says that what is stored cannot be told at the moment.
+var errUnreadable = errors.New("the storage cannot be read")
+
+// load gives what is stored under k, and for how long it is good: nil where there is nothing. After a failure nothing
+// is read for a while, so that callers do not queue up behind a storage that is away.
+func (a *archive) load(ctx context.Context, k key, rest time.Duration) (value keepable, left time.Duration, err error) {
 	user := a.user()
 	if user == nil || time.Now().UnixNano() < a.rests.Load() {
-		return nil, 0, false
+		return nil, 0, errUnreadable
 	}
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
 	var stored []byte
-	err := a.try(ctx, func(ctx context.Context, storage certmagic.Storage) (err error) {
+	err = a.try(ctx, func(ctx context.Context, storage certmagic.Storage) (err error) {
 		stored, err = storage.Load(ctx, storageKey(k))
 		return err
 	})
 	switch {
 	case err == nil:
-	case errors.Is(err, fs.ErrNotExist), errors.Is(err, context.Canceled): // nothing there, or nobody waits any more
-		return nil, 0, false
+	case errors.Is(err, fs.ErrNotExist):
+		return nil, 0, nil
+	case errors.Is(err, context.Canceled): // nobody waits any more
+		return nil, 0, err
 	default:
 		a.rests.Store(time.Now().Add(rest).UnixNano())
 		a.note(user, err)
-		return nil, 0, false
+		return nil, 0, errUnreadable
 	}
-	value, err = decodeStored(k, stored, maxReport)
+	value, err = decodeStored(k, stored)
 	if err != nil {
 		user.logger.Warn("a stored value is damaged and is set aside", zap.String("key", storageKey(k)), zap.Error(err))
 		a.setAside(k, stored)
-		return nil, 0, false
+		return nil, 0, nil
 	}
-	left = user.retention - time.Since(value.since())
-	return value, left, left > 0
+	if left = user.retention - time.Since(value.since()); left <= 0 {
+		return nil, 0, nil
+	}
+	return value, left, nil
 }
 
 // setAside moves a damaged value to where it is in nobody's way and can be looked at, until the sweep takes it.

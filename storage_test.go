@@ -16,9 +16,10 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddyserver/certmagic"
+
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
-	"github.com/caddyserver/certmagic"
 
 	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
 )
@@ -273,9 +274,8 @@ func (f *faulty) Store(ctx context.Context, k string, value []byte) error {
 	return f.Storage.Store(ctx, k, value)
 }
 
-// setFault changes what the faulty storage does, until the test ends.
-func setFault(t *testing.T, err error, hang chan struct{}, garbage bool) {
-	t.Helper()
+// setFault changes what the faulty storage does.
+func setFault(err error, hang chan struct{}, garbage bool) {
 	fault.Lock()
 	defer fault.Unlock()
 	fault.err, fault.hang, fault.garbage = err, hang, garbage
@@ -284,11 +284,15 @@ func setFault(t *testing.T, err error, hang chan struct{}, garbage bool) {
 func TestStorageFaults(t *testing.T) {
 	fsbroker.SetRetries(t, 10*time.Millisecond, 50*time.Millisecond)
 	full := &fs.PathError{Op: "write", Path: "a", Err: errors.New("no space left on device")}
-	for name, inject := range map[string]func() (err error, hang chan struct{}, garbage bool){
-		"errors":  func() (error, chan struct{}, bool) { return errors.New("storage is away"), nil, false },
-		"full":    func() (error, chan struct{}, bool) { return full, nil, false },
-		"hangs":   func() (error, chan struct{}, bool) { return nil, make(chan struct{}), false },
-		"garbage": func() (error, chan struct{}, bool) { return nil, nil, true },
+	for name, test := range map[string]struct {
+		err     error
+		hang    chan struct{}
+		garbage bool
+	}{
+		"errors":  {err: errors.New("storage is away")},
+		"full":    {err: full},
+		"hangs":   {hang: make(chan struct{})},
+		"garbage": {garbage: true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			fault.dir = t.TempDir()
@@ -297,8 +301,7 @@ func TestStorageFaults(t *testing.T) {
 			})
 			directives := options(node, "cache {\n storage faulty\n }\nfail_duration 500ms")
 			s := startSite(t, directives)
-			err, hang, garbage := inject()
-			setFault(t, err, hang, garbage)
+			setFault(test.err, test.hang, test.garbage)
 			const reports = 50
 			begin := time.Now()
 			for i := range reports {
@@ -314,16 +317,20 @@ func TestStorageFaults(t *testing.T) {
 				s.load(directives + "\n# again")
 			}
 			s.get("/task?appServerID=node-1&taskID=t0").wantHeader(t, "Cache-Status", "fsbroker; hit")
+			if !test.garbage {
+				node.becomes(says(http.StatusNotFound, "")) // which may be so or not while the storage cannot be read
+				s.get("/task?appServerID=node-1&taskID=other").wantProblem(t, http.StatusServiceUnavailable, "storage_unavailable")
+			}
 
-			setFault(t, nil, nil, false)
-			if hang != nil {
-				close(hang)
+			setFault(nil, nil, false)
+			if test.hang != nil {
+				close(test.hang)
 			}
 			eventually(t, "all to be stored", func() bool {
 				return len(storedIn(t, fault.dir)) == reports
 			})
-			s.restart(directives)
 			node.becomes(says(http.StatusNotFound, ""))
+			s.restart(directives)
 			for i := range reports {
 				s.get(fmt.Sprintf("/task?appServerID=node-1&taskID=t%d", i)).wantStatus(t, http.StatusOK)
 			}
@@ -336,7 +343,7 @@ func TestStoppingWithAStorageThatHangs(t *testing.T) {
 	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startSite(t, options(node, "cache {\n storage faulty\n }"))
 	hang := make(chan struct{})
-	setFault(t, nil, hang, false)
+	setFault(nil, hang, false)
 	s.get(pair).wantStatus(t, http.StatusOK)
 	begin := time.Now()
 	if err := caddy.Stop(); err != nil {
@@ -345,7 +352,7 @@ func TestStoppingWithAStorageThatHangs(t *testing.T) {
 	if took := time.Since(begin); took > 8*time.Second { // the grace period is 5s
 		t.Errorf("stopping took %s", took)
 	}
-	setFault(t, nil, nil, false)
+	setFault(nil, nil, false)
 	close(hang)
 }
 

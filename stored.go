@@ -19,8 +19,8 @@ type storedHeader struct {
 	Kind      uint8
 	Gzipped   uint8
 	_         uint8
-	At        int64  // when the node or the broker answered, in Unix nanoseconds
-	PlainSize uint64 // of a report's document
+	At        int64 // when the node or the broker answered, in Unix nanoseconds
+	PlainSize int64 // of a report's document
 	Hash      [16]byte
 	Key       key
 	Sum       [sha256.Size]byte // of all this, with a zero Sum, and the payload
@@ -49,7 +49,7 @@ func encodeStored(k key, v keepable) ([]byte, error) {
 	var payload []byte
 	switch v := v.(type) {
 	case *report:
-		h.Kind, h.At, h.PlainSize = storedReport, v.at.UnixNano(), uint64(v.plainSize)
+		h.Kind, h.At, h.PlainSize = storedReport, v.at.UnixNano(), int64(v.plainSize)
 		if _, err := hex.Decode(h.Hash[:], []byte(v.hash)); err != nil {
 			return nil, err
 		}
@@ -76,9 +76,8 @@ func encodeStored(k key, v keepable) ([]byte, error) {
 	return value, nil
 }
 
-// decodeStored reads a stored value. Its errors say what is wrong with it, and show none of it. A report whose document
-// would be larger than maxReport is not taken.
-func decodeStored(k key, value []byte, maxReport int64) (keepable, error) {
+// decodeStored reads a stored value. Its errors say what is wrong with it, and show none of it.
+func decodeStored(k key, value []byte) (keepable, error) {
 	var h storedHeader
 	if _, err := binary.Decode(value, binary.BigEndian, &h); err != nil {
 		return nil, errors.New("it is cut short")
@@ -98,7 +97,7 @@ func decodeStored(k key, value []byte, maxReport int64) (keepable, error) {
 	payload := whole[storedHeaderSize:]
 	switch h.Kind {
 	case storedReport:
-		return decodeReport(h, payload, maxReport)
+		return decodeReport(h, payload)
 	case storedSubmission:
 		var ids storedIDs
 		if err := json.Unmarshal(payload, &ids); err != nil || !validID(ids.AppServerID) || !validID(ids.TaskID) {
@@ -109,11 +108,16 @@ func decodeStored(k key, value []byte, maxReport int64) (keepable, error) {
 	return nil, fmt.Errorf("it is of an unknown kind, %d", h.Kind)
 }
 
+// maxGzipRatio is how much DEFLATE can shrink anything, at the very most.
+const maxGzipRatio = 1032
+
+var errSize = errors.New("its size is not what it says")
+
 // decodeReport makes a report of a stored one. The checksum has shown that it is what was stored, so nothing is
 // inflated to look into it.
-func decodeReport(h storedHeader, payload []byte, maxReport int64) (*report, error) {
-	if h.PlainSize > uint64(maxReport) {
-		return nil, errors.New("it is larger than max_report")
+func decodeReport(h storedHeader, payload []byte) (*report, error) {
+	if h.PlainSize < 0 || h.PlainSize > maxGzipRatio*int64(len(payload)) {
+		return nil, errSize
 	}
 	r := &report{at: time.Unix(0, h.At), finished: true, hash: hex.EncodeToString(h.Hash[:]), plainSize: int(h.PlainSize)}
 	if h.Gzipped == 1 {
@@ -121,7 +125,7 @@ func decodeReport(h storedHeader, payload []byte, maxReport int64) (*report, err
 		return r, nil
 	}
 	if len(payload) != r.plainSize {
-		return nil, errors.New("its size is not what it says")
+		return nil, errSize
 	}
 	r.plain.Store(r.plainForm(payload))
 	return r, nil

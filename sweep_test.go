@@ -200,7 +200,7 @@ func TestFullQueue(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := decodeStored(numbered(i), value, defaultMaxReport); err != nil {
+		if _, err := decodeStored(numbered(i), value); err != nil {
 			t.Error(err)
 		}
 	}
@@ -216,7 +216,7 @@ func FuzzStored(f *testing.F) {
 		f.Add(value)
 	}
 	f.Fuzz(func(t *testing.T, value []byte) {
-		v, err := decodeStored(k, value, 1<<20)
+		v, err := decodeStored(k, value)
 		if err != nil {
 			return
 		}
