@@ -19,6 +19,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strconv"
+	"sync"
 	"syscall"
 	"time"
 
@@ -61,6 +62,9 @@ func parse(args []string) (options, error) {
 	if err := flags.Parse(args); err != nil {
 		return o, err
 	}
+	if o.analysis < 0 || o.forget < 0 {
+		return o, errors.New("-analysis and -forget cannot be negative")
+	}
 	if flags.NArg() > 0 {
 		return o, fmt.Errorf("unexpected argument %q: there are only flags, see -h", flags.Arg(0))
 	}
@@ -95,9 +99,16 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	site := fmt.Sprintf("https://localhost:%d", port)
 	ca := filepath.Join(dir, "pki", "authorities", "local", "root.crt")
 	if err := await(ctx, site, ca); err != nil {
+		if ctx.Err() != nil {
+			return nil // it was stopped before it began
+		}
 		return err
 	}
-	printLines(stdout, site, ca, secret, dir, o)
+	file, err := sample(dir)
+	if err != nil {
+		return err
+	}
+	printLines(stdout, site, ca, secret, dir, file, o)
 	<-ctx.Done()
 	fmt.Fprintln(stdout, "\nStopping.")
 	return nil
@@ -107,10 +118,14 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 // Caddyfile. The broker's secret is the callers' too.
 func startBackend(o options, brokerSecret string) (stop func(), err error) {
 	var servers []*http.Server
+	var running sync.WaitGroup
+	ctx, cancel := context.WithCancel(context.Background())
 	stop = func() {
+		cancel()
 		for _, s := range servers {
-			_ = s.Close()
+			shutdown(s)
 		}
+		running.Wait()
 	}
 	serve := func(name string, port int, handler http.Handler) (int, error) {
 		l, err := listen(port, name+"-port")
@@ -119,7 +134,7 @@ func startBackend(o options, brokerSecret string) (stop func(), err error) {
 		}
 		s := &http.Server{Handler: handler, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: time.Minute, WriteTimeout: time.Minute}
 		servers = append(servers, s)
-		go func() { _ = s.Serve(l) }()
+		running.Go(func() { _ = s.Serve(l) })
 		return l.Addr().(*net.TCPAddr).Port, nil
 	}
 	env := map[string]string{"BROKER_SECRET": brokerSecret}
@@ -135,11 +150,13 @@ func startBackend(o options, brokerSecret string) (stop func(), err error) {
 		env[fmt.Sprintf("NODE_%d_PORT", i+1)] = strconv.Itoa(port)
 		env[fmt.Sprintf("NODE_%d_SECRET", i+1)] = secret
 	}
-	port, err := serve("broker", o.brokerPort, backend.NewBroker(brokerSecret, refs...))
+	broker := backend.NewBroker(brokerSecret, refs...)
+	port, err := serve("broker", o.brokerPort, broker)
 	if err != nil {
 		stop()
 		return nil, err
 	}
+	running.Go(func() { broker.Run(ctx) })
 	env["BROKER_PORT"] = strconv.Itoa(port)
 	for name, value := range env {
 		if err := os.Setenv(name, value); err != nil {
@@ -148,6 +165,15 @@ func startBackend(o options, brokerSecret string) (stop func(), err error) {
 		}
 	}
 	return stop, nil
+}
+
+// shutdown lets a server finish the answers that it has begun, within a moment.
+func shutdown(s *http.Server) {
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+	defer cancel()
+	if s.Shutdown(ctx) != nil {
+		_ = s.Close()
+	}
 }
 
 // listen takes a port on the loopback interface. Where that fails, the flag is the way out.
@@ -216,7 +242,7 @@ func await(ctx context.Context, site, ca string) error {
 }
 
 // printLines tells what to paste.
-func printLines(stdout io.Writer, site, ca, secret, dir string, o options) {
+func printLines(stdout io.Writer, site, ca, secret, dir, file string, o options) {
 	curl := fmt.Sprintf("curl -sS --cacert '%s'", ca)
 	bearer := fmt.Sprintf("-H 'Authorization: Bearer %s'", secret)
 	fmt.Fprintf(stdout, `Caddy serves %[1]s, with a broker and two processor nodes behind it.
@@ -235,15 +261,17 @@ sleep %[9]g; %[3]s -i %[7]s "%[1]s/task?submitID=$ID"
 
 # 4. Ask the node, whatever is kept: it says 404.
 %[3]s -i %[7]s "%[1]s/task?submitID=$ID&nocache=true"
-`, site, filepath.Join(dir, "access.log"), curl, sample(), secret, o.analysis, bearer, o.forget, (o.forget + time.Second).Seconds())
+`, site, filepath.Join(dir, "access.log"), curl, file, secret, o.analysis, bearer, o.forget, (o.forget + time.Second).Seconds())
 }
 
-// sample is a file to submit: a program, where there is one that everybody has.
-func sample() string {
-	for _, name := range []string{"/bin/ls", `C:\Windows\System32\cmd.exe`} {
+// sample is a file to submit: a program, where there is one that everybody has, or else the Caddyfile.
+func sample(dir string) (string, error) {
+	for _, name := range []string{"/bin/ls", os.Getenv("ComSpec")} {
+		//nolint:gosec // whoever sets the variable runs this
 		if info, err := os.Stat(name); err == nil && info.Mode().IsRegular() {
-			return name
+			return name, nil
 		}
 	}
-	return os.Args[0]
+	name := filepath.Join(dir, "Caddyfile")
+	return name, os.WriteFile(name, caddyfile, 0o600)
 }

@@ -6,6 +6,8 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -48,7 +50,7 @@ func TestPrintedLines(t *testing.T) {
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
-	lines := pasteable(t, bufio.NewScanner(stdout))
+	lines, secret := pasteable(t, bufio.NewScanner(stdout))
 
 	// One shell, as when they are pasted; the markers tell their outputs apart.
 	const marker = "----- next line -----"
@@ -65,7 +67,11 @@ func TestPrintedLines(t *testing.T) {
 	if id, ok := strings.CutPrefix(strings.TrimSpace(outputs[0]), "submission "); !ok || len(id) != 26 {
 		t.Errorf("1: %s", outputs[0])
 	}
-	checkReport(t, outputs[1])
+	submitted, err := sample(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	checkReport(t, outputs[1], submitted)
 	head, body, _ := strings.Cut(outputs[2], "\r\n\r\n")
 	if !strings.HasPrefix(head, "HTTP/2 200") || !strings.Contains(head, "cache-status: fsbroker; hit") {
 		t.Errorf("3: %s", head)
@@ -76,6 +82,8 @@ func TestPrintedLines(t *testing.T) {
 	if !strings.HasPrefix(outputs[3], "HTTP/2 404") || !strings.Contains(outputs[3], `"code":"unknown_task"`) {
 		t.Errorf("4: %s", outputs[3])
 	}
+
+	checkAccessLog(t, temp, secret)
 
 	if runtime.GOOS == "windows" {
 		t.Skip("there is no Ctrl-C to send")
@@ -93,10 +101,9 @@ func TestPrintedLines(t *testing.T) {
 	}
 }
 
-// pasteable reads the lines that the command prints for a shell.
-func pasteable(t *testing.T, printed *bufio.Scanner) []string {
+// pasteable reads the lines that the command prints for a shell, and the secret in them.
+func pasteable(t *testing.T, printed *bufio.Scanner) (lines []string, secret string) {
 	t.Helper()
-	var lines []string
 	for len(lines) < 4 && printed.Scan() {
 		if strings.Contains(printed.Text(), "curl ") {
 			lines = append(lines, printed.Text())
@@ -105,10 +112,28 @@ func pasteable(t *testing.T, printed *bufio.Scanner) []string {
 	if len(lines) != 4 {
 		t.Fatalf("it printed %d lines with curl (%v)", len(lines), printed.Err())
 	}
-	return lines
+	_, secret, _ = strings.Cut(lines[1], "Bearer ")
+	secret, _, _ = strings.Cut(secret, "'")
+	return lines, secret
 }
 
-func checkReport(t *testing.T, output string) {
+// checkAccessLog checks that the requests are in the access log, and the secret is not.
+func checkAccessLog(t *testing.T, temp, secret string) {
+	t.Helper()
+	logs, err := filepath.Glob(filepath.Join(temp, "*", "access.log"))
+	if err != nil || len(logs) != 1 {
+		t.Fatalf("access logs: %v (%v)", logs, err)
+	}
+	log, err := os.ReadFile(logs[0])
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !strings.Contains(string(log), "secret=REDACTED") || len(secret) != 26 || strings.Contains(string(log), secret) {
+		t.Errorf("the access log is not as it should be, for the secret %q: %s", secret, log)
+	}
+}
+
+func checkReport(t *testing.T, output, submitted string) {
 	t.Helper()
 	var report struct {
 		Result struct {
@@ -122,7 +147,7 @@ func checkReport(t *testing.T, output string) {
 	if err := json.Unmarshal([]byte(output), &report); err != nil {
 		t.Fatalf("2: %v: %s", err, output)
 	}
-	file, err := os.ReadFile(sample())
+	file, err := os.ReadFile(submitted)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -135,11 +160,29 @@ func checkReport(t *testing.T, output string) {
 	}
 }
 
+// TestPortTaken checks that whoever runs into a port that is taken learns which flag chooses another.
+func TestPortTaken(t *testing.T) {
+	taken, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	_, port, _ := net.SplitHostPort(taken.Addr().String())
+	for _, flag := range []string{"-port", "-broker-port", "-node-1-port", "-node-2-port"} {
+		args := []string{"-port=0", "-broker-port=0", "-node-1-port=0", "-node-2-port=0", flag + "=" + port}
+		err := run(t.Context(), args, io.Discard)
+		if err == nil || !strings.HasSuffix(err.Error(), "choose another port with "+flag) || strings.Contains(err.Error(), "\n") {
+			t.Errorf("%s: %v", flag, err)
+		}
+	}
+}
+
 func TestBadFlags(t *testing.T) {
 	for flag, want := range map[string]string{
 		"submit":      `unexpected argument "submit"`,
 		"-port=many":  "invalid value",
 		"-port=99999": "choose another port with -port",
+		"-forget=-1s": "cannot be negative",
 	} {
 		err := run(t.Context(), []string{"-broker-port=0", "-node-1-port=0", "-node-2-port=0", flag}, os.Stderr)
 		if err == nil || !strings.Contains(err.Error(), want) {

@@ -11,50 +11,69 @@ import (
 	"encoding/hex"
 	"math"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"regexp"
 	"slices"
-	"unicode/utf16"
+	"strings"
 )
 
 // Analysis is what can be told from the bytes of a file alone.
 type Analysis struct {
 	FileSize   int               `json:"fileSize"`
 	Digests    map[string]string `json:"digests"` // in hex, by the name of the hash
-	MediaType  string            `json:"mediaType"`
+	MediaType  MediaType         `json:"mediaType"`
 	Entropy    float64           `json:"entropy"` // in bits per byte, 0 to 8
 	Executable *Executable       `json:"executable,omitempty"`
 	Strings    []string          `json:"strings"`
 	URLs       []string          `json:"extractedUrls"`
 	Domains    []string          `json:"extractedDomains"`
+	IPs        []string          `json:"extractedIPs"` // or what looks like one: a version can
+	Emails     []string          `json:"extractedEmails"`
+}
+
+// MediaType is a media type, and where its parts end.
+type MediaType struct {
+	String    string `json:"string"`
+	Slash     int    `json:"slash"`
+	Semicolon int    `json:"semicolon"` // its length, where there is none
 }
 
 // The bounds of what is listed, so that no file makes a report without end.
 const (
 	maxStrings      = 2000
 	maxStringLength = 256
-	maxURLs         = 200
+	maxFound        = 200 // URLs, and each other kind of what is found in strings
 	minStringLength = 6
 )
 
 // Analyse looks into a file. It never fails: what cannot be read is left out.
 func Analyse(file []byte) *Analysis {
 	texts := findStrings(file)
-	urls, domains := findURLs(texts)
-	a := &Analysis{
+	urls, emails := findAll(texts, urlPattern, isURL), findAll(texts, emailPattern, nil)
+	exe := readExecutable(file)
+	return &Analysis{
 		FileSize:   len(file),
 		Digests:    digests(file),
-		MediaType:  http.DetectContentType(file),
+		MediaType:  mediaType(file, exe),
 		Entropy:    entropy(file),
-		Executable: readExecutable(file),
+		Executable: exe,
 		Strings:    texts,
 		URLs:       urls,
-		Domains:    domains,
+		Domains:    domains(urls, emails),
+		IPs:        findAll(texts, ipPattern, isIP),
+		Emails:     emails,
 	}
-	if a.Executable != nil {
-		a.MediaType = a.Executable.mediaType
+}
+
+// mediaType is what browsers would take a file for, unless its headers say more.
+func mediaType(file []byte, exe *Executable) MediaType {
+	name := http.DetectContentType(file)
+	if exe != nil {
+		name = exe.mediaType
 	}
-	return a
+	typeOnly, _, _ := strings.Cut(name, ";")
+	return MediaType{String: name, Slash: strings.Index(name, "/"), Semicolon: len(typeOnly)}
 }
 
 func digests(file []byte) map[string]string {
@@ -92,7 +111,6 @@ func findStrings(file []byte) []string {
 	found := []string{}
 	seen := make(map[string]bool)
 	add := func(s string) bool {
-		s = s[:min(len(s), maxStringLength)]
 		if !seen[s] {
 			seen[s] = true
 			found = append(found, s)
@@ -100,50 +118,79 @@ func findStrings(file []byte) []string {
 		return len(found) < maxStrings
 	}
 	for run := range bytes.FieldsFuncSeq(file, func(r rune) bool { return !printable(r) }) {
-		if len(run) >= minStringLength && !add(string(run)) {
+		if len(run) >= minStringLength && !add(string(run[:min(len(run), maxStringLength)])) {
 			return found
 		}
 	}
-	var wide []uint16
-	for i := 0; i+1 < len(file); {
-		if c := uint16(file[i]) | uint16(file[i+1])<<8; printable(rune(c)) {
-			wide = append(wide, c)
+	var wide []byte
+	for i := 0; i < len(file); {
+		if i+1 < len(file) && file[i+1] == 0 && printable(rune(file[i])) {
+			wide = append(wide, file[i])
 			i += 2
 			continue
 		}
-		if len(wide) >= minStringLength && !add(string(utf16.Decode(wide))) {
+		if len(wide) >= minStringLength && !add(string(wide[:min(len(wide), maxStringLength)])) {
 			return found
 		}
 		wide = wide[:0]
 		i++
 	}
 	if len(wide) >= minStringLength {
-		add(string(utf16.Decode(wide)))
+		add(string(wide[:min(len(wide), maxStringLength)]))
 	}
 	return found
 }
 
 func printable(c rune) bool { return c >= ' ' && c <= '~' }
 
-var urlPattern = regexp.MustCompile(`(?i)\b(?:https?|ftp)://[a-z0-9.-]+(?::[0-9]+)?(?:/[^\s"'<>\\^{|}` + "`" + `]*)?`)
+var (
+	urlPattern   = regexp.MustCompile(`(?i)\b(?:https?|ftp)://[a-z0-9.-]+(?::[0-9]+)?(?:/[^\s"'<>\\^{|}` + "`" + `]*)?`)
+	emailPattern = regexp.MustCompile(`(?i)\b[a-z0-9._%+-]+@[a-z0-9-]+(?:\.[a-z0-9-]+)*\.[a-z]{2,}\b`)
+	ipPattern    = regexp.MustCompile(`\b[0-9]{1,3}(?:\.[0-9]{1,3}){3}\b`)
+)
 
-// findURLs lists the URLs in strings, and the hosts they name.
-func findURLs(texts []string) (urls, domains []string) {
-	urls, domains = []string{}, []string{}
+func isURL(text string) bool {
+	u, err := url.Parse(text)
+	return err == nil && u.Hostname() != ""
+}
+
+func isIP(text string) bool {
+	_, err := netip.ParseAddr(text)
+	return err == nil
+}
+
+// findAll lists what matches a pattern in strings, each once, and what else is wanted of it.
+func findAll(texts []string, pattern *regexp.Regexp, wanted func(string) bool) []string {
+	found := []string{}
 	for _, text := range texts {
-		for _, candidate := range urlPattern.FindAllString(text, maxURLs) {
-			u, err := url.Parse(candidate)
-			if err != nil || u.Hostname() == "" || slices.Contains(urls, candidate) {
+		for _, match := range pattern.FindAllString(text, maxFound) {
+			if slices.Contains(found, match) || wanted != nil && !wanted(match) {
 				continue
 			}
-			urls = append(urls, candidate)
-			if !slices.Contains(domains, u.Hostname()) {
-				domains = append(domains, u.Hostname())
-			}
-			if len(urls) == maxURLs {
-				return urls, domains
+			if found = append(found, match); len(found) == maxFound {
+				return found
 			}
 		}
 	}
-	return urls, domains
+	return found
+}
+
+// domains lists the hosts that URLs and email addresses name, other than by a number.
+func domains(urls, emails []string) []string {
+	found := []string{}
+	add := func(host string) {
+		if host = strings.ToLower(host); len(found) < maxFound && !isIP(host) && !slices.Contains(found, host) {
+			found = append(found, host)
+		}
+	}
+	for _, text := range urls {
+		if u, err := url.Parse(text); err == nil {
+			add(u.Hostname())
+		}
+	}
+	for _, email := range emails {
+		_, host, _ := strings.Cut(email, "@")
+		add(host)
+	}
+	return found
 }

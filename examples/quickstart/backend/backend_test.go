@@ -2,14 +2,19 @@ package backend
 
 import (
 	"bytes"
+	"context"
+	"debug/elf"
+	"debug/macho"
+	"debug/pe"
 	"encoding/binary"
 	"encoding/json"
+	"fmt"
 	"io"
 	"mime/multipart"
 	"net/http"
 	"net/http/httptest"
-	"net/url"
 	"os"
+	"reflect"
 	"runtime"
 	"slices"
 	"strings"
@@ -31,6 +36,20 @@ func TestAnalyse(t *testing.T) {
 	}
 	if want := []string{"example.com", "example.org"}; !slices.Equal(a.Domains, want) {
 		t.Errorf("domains: %q, want %q", a.Domains, want)
+	}
+
+	text := Analyse([]byte("ask who@example.net, or 192.0.2.7, not 1.2.3.999 or http://192.0.2.8/"))
+	if want := []string{"192.0.2.7", "192.0.2.8"}; !slices.Equal(text.IPs, want) {
+		t.Errorf("IPs: %q, want %q", text.IPs, want)
+	}
+	if want := []string{"who@example.net"}; !slices.Equal(text.Emails, want) {
+		t.Errorf("email addresses: %q, want %q", text.Emails, want)
+	}
+	if want := []string{"example.net"}; !slices.Equal(text.Domains, want) {
+		t.Errorf("domains: %q, want %q", text.Domains, want)
+	}
+	if want := (MediaType{"text/plain; charset=utf-8", 4, 10}); text.MediaType != want {
+		t.Errorf("media type %+v, want %+v", text.MediaType, want)
 	}
 
 	if empty := Analyse(nil); empty.Entropy != 0 || empty.Executable != nil || empty.Digests["MD5"] != "d41d8cd98f00b204e9800998ecf8427e" {
@@ -75,14 +94,116 @@ func TestAnalyseOwnProgram(t *testing.T) {
 }
 
 func TestExecutableHeaders(t *testing.T) {
-	for want, file := range map[string][]byte{"PE": smallPE(), "Mach-O": smallMachO()} {
-		if exe := readExecutable(file); exe == nil || exe.Format != want {
-			t.Errorf("%s: %+v", want, exe)
-		}
-		for n := range file {
-			readExecutable(file[:n]) // whatever it is, it does not do harm
+	for name, test := range map[string]struct {
+		file []byte
+		want Executable
+	}{
+		"PE": {smallPE(), Executable{Format: "PE", Machine: "amd64", Type: "library", EntryPoint: "0x0"}},
+		"PE with an import": {smallPEWithImport(), Executable{
+			Format: "PE", Machine: "amd64", Type: "library", EntryPoint: "0x1234",
+			Sections: []Section{{".idata.long", 64, 0.957}}, Libraries: []string{"lib.dll"},
+		}},
+		"Mach-O":     {smallMachO(), Executable{Format: "Mach-O", Machine: "CpuAmd64", Type: "Exec", Libraries: []string{"/lib/one"}}},
+		"fat Mach-O": {fatMachO(), Executable{Format: "Mach-O", Machine: "CpuAmd64, CpuArm64", Type: "Exec", Libraries: []string{"/lib/one"}}},
+		"ELF of 32 bits": {smallELF32(), Executable{
+			Format: "ELF", Machine: "EM_PPC", Type: "ET_EXEC", EntryPoint: "0x5678",
+			Sections: []Section{{"", 24, 0.9}, {"", 10, 2.846}}, Libraries: []string{"lib.so"},
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got := readExecutable(test.file)
+			if got == nil {
+				t.Fatal("it is none")
+			}
+			got.mediaType, got.unmeasured = "", 0
+			if !reflect.DeepEqual(*got, test.want) {
+				t.Errorf("%+v, want %+v", *got, test.want)
+			}
+			for n := range test.file {
+				readExecutable(test.file[:n]) // whatever it is, it does not do harm
+			}
+		})
+	}
+}
+
+func TestNoExecutable(t *testing.T) {
+	for name, file := range map[string][]byte{
+		"zeros":      make([]byte, 512),
+		"an icon":    append([]byte{0, 0, 1, 0, 1, 0, 16, 16}, make([]byte, 512)...),
+		"DOS":        append([]byte("MZ"), make([]byte, 512)...),
+		"Java class": append([]byte{0xca, 0xfe, 0xba, 0xbe, 0, 0, 0, 52}, make([]byte, 512)...),
+		"magic only": []byte("\x7fELF"),
+	} {
+		if exe := readExecutable(file); exe != nil {
+			t.Errorf("%s: %+v", name, exe)
 		}
 	}
+}
+
+// TestHostileNames has a megabyte without a zero as the name of each of many sections.
+func TestHostileNames(t *testing.T) {
+	file := elfWithNames(1000, 1<<20)
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	exe := readExecutable(file)
+	runtime.ReadMemStats(&after)
+	if exe == nil || len(exe.Sections) == 0 || len(exe.Sections) > maxSections {
+		t.Fatalf("sections of %+v", exe)
+	}
+	if took := after.TotalAlloc - before.TotalAlloc; took > 1<<20 {
+		t.Errorf("a file of %d bytes took %d bytes to read", len(file), took)
+	}
+}
+
+// elfWithNames is a header and sections that all have one long name, and claim all of the names as their content.
+func elfWithNames(sections, length int) []byte {
+	header := elf.Header64{Type: 2, Machine: 62, Shoff: 64, Shentsize: 64, Shnum: uint16(sections), Shstrndx: 1}
+	copy(header.Ident[:], "\x7fELF\x02\x01\x01")
+	names := elf.Section64{Type: uint32(elf.SHT_STRTAB), Off: uint64(64 + 64*sections), Size: uint64(length)}
+	parts := []any{header}
+	for range sections {
+		parts = append(parts, names)
+	}
+	return binaryFile(binary.LittleEndian, append(parts, bytes.Repeat([]byte("a"), length))...)
+}
+
+// smallELF32 is a header, two sections, and in them a needed library.
+func smallELF32() []byte {
+	header := elf.Header32{Type: 2, Machine: uint16(elf.EM_PPC), Entry: 0x5678, Shoff: 52, Shentsize: 40, Shnum: 2}
+	copy(header.Ident[:], "\x7fELF\x01\x02\x01")
+	return binaryFile(binary.BigEndian, header,
+		elf.Section32{Name: 500, Type: uint32(elf.SHT_DYNAMIC), Off: 132, Size: 24, Link: 1},
+		elf.Section32{Name: 500, Type: uint32(elf.SHT_STRTAB), Off: 156, Size: 10},
+		elf.Dyn32{Tag: int32(elf.DT_SONAME), Val: 1}, elf.Dyn32{Tag: int32(elf.DT_NEEDED), Val: 2}, elf.Dyn32{},
+		[]byte("\x00xlib.so\x00\x00"))
+}
+
+// binaryFile joins structures and bytes.
+func binaryFile(order binary.AppendByteOrder, parts ...any) (file []byte) {
+	for _, part := range parts {
+		var err error
+		if file, err = binary.Append(file, order.(binary.ByteOrder), part); err != nil {
+			panic(err)
+		}
+	}
+	return file
+}
+
+// smallPEWithImport is a header for a library with one section, which names another library.
+func smallPEWithImport() []byte {
+	dos := make([]byte, 64)
+	copy(dos, "MZ")
+	dos[60] = 64
+	optional := pe.OptionalHeader64{Magic: 0x20b, AddressOfEntryPoint: 0x1234, NumberOfRvaAndSizes: 16}
+	optional.DataDirectory[pe.IMAGE_DIRECTORY_ENTRY_IMPORT].VirtualAddress = 0x1000
+	section := pe.SectionHeader32{VirtualAddress: 0x1000, SizeOfRawData: 64, PointerToRawData: 368}
+	copy(section.Name[:], "/4")
+	content := make([]byte, 64)
+	binary.LittleEndian.PutUint32(content[12:], 0x1000+40)
+	copy(content[40:], "lib.dll")
+	return binaryFile(binary.LittleEndian, dos, []byte("PE\x00\x00"),
+		pe.FileHeader{Machine: pe.IMAGE_FILE_MACHINE_AMD64, NumberOfSections: 1, SizeOfOptionalHeader: 240, PointerToSymbolTable: 432, Characteristics: pe.IMAGE_FILE_DLL},
+		optional, section, content, []byte("\x10\x00\x00\x00.idata.long\x00"))
 }
 
 // smallPE is a header for a library without sections.
@@ -97,23 +218,32 @@ func smallPE() []byte {
 	return append(file, append(coff, make([]byte, 64)...)...)
 }
 
-// smallMachO is a header for a program without load commands.
+// smallMachO is a header for a program with one load command, for a library.
 func smallMachO() []byte {
-	file := make([]byte, 32)
-	binary.LittleEndian.PutUint32(file, 0xfeedfacf)
-	binary.LittleEndian.PutUint32(file[4:], 0x01000007)
-	binary.LittleEndian.PutUint32(file[12:], 2)
-	return file
+	return binaryFile(binary.LittleEndian,
+		macho.FileHeader{Magic: macho.Magic64, Cpu: macho.CpuAmd64, Type: macho.TypeExec, Ncmd: 1, Cmdsz: 40}, uint32(0),
+		macho.DylibCmd{Cmd: macho.LoadCmdDylib, Len: 40, Name: 24}, []byte("/lib/one\x00\x00\x00\x00\x00\x00\x00\x00"))
+}
+
+// fatMachO is smallMachO for one machine, and nothing for another.
+func fatMachO() []byte {
+	thin := smallMachO()
+	return binaryFile(binary.BigEndian, macho.MagicFat, uint32(2),
+		macho.FatArchHeader{Cpu: macho.CpuAmd64, Offset: 48, Size: uint32(len(thin))},
+		macho.FatArchHeader{Cpu: macho.CpuArm64}, thin)
 }
 
 func FuzzAnalyse(f *testing.F) {
 	f.Add([]byte("plain text with http://example.com/ in it"))
 	f.Add(smallPE())
 	f.Add(smallMachO())
+	f.Add(smallPEWithImport())
+	f.Add(fatMachO())
+	f.Add(elfWithNames(10, 1000))
 	f.Add([]byte("\x7fELF\x02\x01\x01\x00\x00\x00\x00\x00\x00\x00\x00\x00\x02\x00\x3e\x00\x01\x00\x00\x00"))
 	f.Fuzz(func(t *testing.T, file []byte) {
 		a := Analyse(file)
-		if a.FileSize != len(file) || a.Entropy < 0 || a.Entropy > 8 || len(a.Strings) > maxStrings || len(a.URLs) > maxURLs {
+		if a.FileSize != len(file) || a.Entropy < 0 || a.Entropy > 8 || len(a.Strings) > maxStrings || len(a.URLs) > maxFound {
 			t.Errorf("%+v", a)
 		}
 		if _, err := json.Marshal(a); err != nil {
@@ -140,72 +270,103 @@ func upload(t *testing.T, field string, content []byte) (body io.Reader, content
 	return &form, w.FormDataContentType()
 }
 
-func call(t *testing.T, handler http.Handler, method, target string, body io.Reader, contentType string) (status int, answer map[string]any) {
+func call(t *testing.T, method, target string, body io.Reader, contentType string) (status int, answer map[string]any) {
 	t.Helper()
-	r := httptest.NewRequest(method, target, body)
-	r.Header.Set("Content-Type", contentType)
-	w := httptest.NewRecorder()
-	handler.ServeHTTP(w, r)
-	if w.Header().Get("Content-Type") == "application/json" {
-		if err := json.Unmarshal(w.Body.Bytes(), &answer); err != nil {
+	request, err := http.NewRequestWithContext(t.Context(), method, target, body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	request.Header.Set("Content-Type", contentType)
+	response, err := http.DefaultClient.Do(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer response.Body.Close()
+	if response.Header.Get("Content-Type") == "application/json" {
+		if err := json.NewDecoder(response.Body).Decode(&answer); err != nil {
 			t.Fatal(err)
 		}
 	}
-	return w.Code, answer
+	return response.StatusCode, answer
+}
+
+// serve runs a broker or a node until the test ends.
+func serve(t *testing.T, handler http.Handler) (address string) {
+	t.Helper()
+	server := httptest.NewServer(handler)
+	t.Cleanup(server.Close)
+	return server.URL
 }
 
 func TestNode(t *testing.T) {
-	node := NewNode("hush", 50*time.Millisecond, 50*time.Millisecond)
+	node := serve(t, NewNode("hush", 100*time.Millisecond, 300*time.Millisecond))
 	for target, want := range map[string]int{
-		"/task?taskID=x":               401,
-		"/task?taskID=x&secret=wrong":  401,
-		"/task?taskID=x&secret=hush":   404,
-		"/task?taskID=x&serect=hush":   404,
-		"/system-info?serect=hush":     200,
-		"/scan?secret=hush":            405,
-		"/nothing?secret=hush":         404,
-		"/system-info?secret=&serect=": 401,
+		"/task?taskID=x":                       401,
+		"/task?taskID=x&secret=wrong":          401,
+		"/task?taskID=x&secret=hush":           404,
+		"/task?taskID=x&serect=hush":           404,
+		"/task?secret=hush":                    400,
+		"/task?taskID=x&all=maybe&serect=hush": 400,
+		"/system-info?serect=hush":             200,
+		"/scan?secret=hush":                    405,
+		"/nothing?secret=hush":                 404,
+		"/system-info?secret=&serect=":         401,
 	} {
-		if status, _ := call(t, node, "GET", target, nil, ""); status != want {
+		if status, _ := call(t, "GET", node+target, nil, ""); status != want {
 			t.Errorf("%s: status %d, want %d", target, status, want)
 		}
 	}
-	if status, _ := call(t, node, "POST", "/scan?secret=hush", strings.NewReader("x"), "text/plain"); status != 400 {
+	if status, _ := call(t, "POST", node+"/scan?secret=hush", strings.NewReader("x"), "text/plain"); status != 400 {
 		t.Errorf("no form: status %d", status)
 	}
 	body, contentType := upload(t, "other", nil)
-	if status, _ := call(t, node, "POST", "/scan?secret=hush", body, contentType); status != 400 {
+	if status, _ := call(t, "POST", node+"/scan?secret=hush", body, contentType); status != 400 {
 		t.Errorf("no file: status %d", status)
 	}
 	body, contentType = upload(t, "file", make([]byte, maxFile+1))
-	if status, _ := call(t, node, "POST", "/scan?secret=hush", body, contentType); status != 413 {
+	if status, _ := call(t, "POST", node+"/scan?secret=hush", body, contentType); status != 413 {
 		t.Errorf("a large file: status %d", status)
 	}
 
 	body, contentType = upload(t, "file", []byte("a small text"))
-	status, answer := call(t, node, "POST", "/scan?secret=hush", body, contentType)
+	status, answer := call(t, "POST", node+"/scan?secret=hush", body, contentType)
 	if status != 200 {
 		t.Fatalf("status %d", status)
 	}
 	reference := answer["scanTasks"].([]any)[0].(map[string]any)["taskReference"].(map[string]any)
-	target := "/task?secret=hush&taskID=" + reference["ID"].(string)
-	_, answer = call(t, node, "GET", target, nil, "")
-	if got := answer["result"].(map[string]any)["overallState"]; got != "in_progress" {
-		t.Errorf("at first it is %v", got)
+	target := node + "/task?secret=hush&taskID=" + reference["ID"].(string)
+	_, answer = call(t, "GET", target, nil, "")
+	if states := statesOf(answer); !slices.Contains(states, "IN_PROGRESS") || !strings.Contains(fmt.Sprint(answer), sha256OfText) {
+		t.Errorf("at first it is %v, in %v", states, answer)
 	}
 	eventually(t, func() bool {
-		_, answer = call(t, node, "GET", target+"&all=true", nil, "")
+		_, answer = call(t, "GET", target+"&all=true", nil, "")
 		result, ok := answer["result"].(map[string]any)
 		return ok && result["overallState"] == "success" && result["resources"] != nil
 	})
+	if states := statesOf(answer); len(states) != 3 || slices.Contains(states, "IN_PROGRESS") {
+		t.Errorf("in the end it is %v", states)
+	}
 	eventually(t, func() bool {
-		status, _ := call(t, node, "GET", target, nil, "")
+		status, _ := call(t, "GET", target, nil, "")
 		return status == 404
 	})
-	_, answer = call(t, node, "GET", "/system-info?secret=hush", nil, "")
+	_, answer = call(t, "GET", node+"/system-info?secret=hush", nil, "")
 	if queue := answer["queueInfo"].(map[string]any); queue["activeCount"] != 0.0 || queue["completedCount"] != 1.0 {
 		t.Errorf("the queue is %v", queue)
 	}
+}
+
+const sha256OfText = "78cf1fcd450e1ea3cd2c78dadb76568a1c6500db32c4c860b53ebb752e2a2165" // of "a small text"
+
+// statesOf lists the states of a task and its subtasks.
+func statesOf(answer map[string]any) (states []string) {
+	result := answer["result"].(map[string]any)
+	states = append(states, result["taskReference"].(map[string]any)["state"].(string))
+	for _, subtask := range result["subtaskReferences"].([]any) {
+		states = append(states, subtask.(map[string]any)["state"].(string))
+	}
+	return states
 }
 
 func eventually(t *testing.T, done func() bool) {
@@ -217,35 +378,91 @@ func eventually(t *testing.T, done func() bool) {
 	}
 }
 
+// submit submits a file to a broker.
+func submit(t *testing.T, broker string) (status int, accepted map[string]any) {
+	t.Helper()
+	body, contentType := upload(t, "file", []byte("a small text"))
+	status, answer := call(t, "POST", broker+"/submit?secret=own", body, contentType)
+	if status == 200 {
+		accepted = answer["acceptedFiles"].([]any)[0].(map[string]any)
+	}
+	return status, accepted
+}
+
 func TestBroker(t *testing.T) {
-	node := httptest.NewServer(NewNode("hush", time.Millisecond, time.Minute))
-	defer node.Close()
+	node := serve(t, NewNode("hush", time.Millisecond, time.Minute))
 	for name, test := range map[string]struct {
 		ref   NodeRef
 		state string
 	}{
-		"a node":             {NodeRef{"node-1", node.URL, "hush"}, "SUCCESS"},
-		"one that refuses":   {NodeRef{"node-1", node.URL, "wrong"}, "FAILED"},
+		"a node":             {NodeRef{"node-1", node, "hush"}, "SUCCESS"},
+		"one that refuses":   {NodeRef{"node-1", node, "wrong"}, "FAILED"},
 		"one that is absent": {NodeRef{"node-1", "http://127.0.0.1:1", "hush"}, "FAILED"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			broker := NewBroker("own", test.ref)
-			body, contentType := upload(t, "file", []byte("a small text"))
-			status, answer := call(t, broker, "POST", "/submit?secret=own", body, contentType)
-			if status != 200 {
-				t.Fatalf("status %d", status)
+			b := NewBroker("own", test.ref)
+			go b.Run(t.Context())
+			broker := serve(t, b)
+			status, accepted := submit(t, broker)
+			if status != 200 || accepted["sha256"] != sha256OfText {
+				t.Fatalf("status %d, %v", status, accepted)
 			}
-			id := answer["acceptedFiles"].([]any)[0].(map[string]any)["ID"].(string)
+			var answer map[string]any
 			eventually(t, func() bool {
-				_, answer = call(t, broker, "GET", "/submit-result?secret=own&submitID="+url.QueryEscape(id), nil, "")
+				_, answer = call(t, "GET", broker+"/submit-result?serect=own&submitID="+accepted["ID"].(string), nil, "")
 				return answer["state"] != "QUEUED"
 			})
-			if answer["state"] != test.state {
+			if answer["state"] != test.state || answer["positionInQueue"] != nil {
 				t.Errorf("the submission is %v, want %s", answer, test.state)
 			}
 		})
 	}
-	if status, _ := call(t, NewBroker("own"), "GET", "/submit-result?secret=own&submitID=x", nil, ""); status != 404 {
-		t.Errorf("an unknown submission: status %d", status)
+	broker := serve(t, NewBroker("own"))
+	for target, want := range map[string]int{
+		"/submit-result?secret=own&submitID=x":  404,
+		"/submit-result?secret=own":             400,
+		"/submit-result?secret=hush&submitID=x": 401,
+		"/submit?secret=own":                    405,
+	} {
+		if status, _ := call(t, "GET", broker+target, nil, ""); status != want {
+			t.Errorf("%s: status %d, want %d", target, status, want)
+		}
 	}
+}
+
+// TestQueue fills the queue of a broker that does not run yet, and sees it reach both nodes once it does.
+func TestQueue(t *testing.T) {
+	node := serve(t, NewNode("hush", 0, time.Minute))
+	b := NewBroker("own", NodeRef{"node-1", node, "hush"}, NodeRef{"node-2", node, "hush"})
+	broker := serve(t, b)
+	ids := make([]string, maxQueue)
+	for i := range ids {
+		_, accepted := submit(t, broker)
+		if accepted["positionInQueue"] != float64(i) {
+			t.Fatalf("submission %d is accepted as %v", i, accepted)
+		}
+		ids[i] = accepted["ID"].(string)
+	}
+	if status, _ := submit(t, broker); status != 503 {
+		t.Errorf("one too many: status %d", status)
+	}
+	result := func(id string) map[string]any {
+		_, answer := call(t, "GET", broker+"/submit-result?secret=own&submitID="+id, nil, "")
+		return answer
+	}
+	if got := result(ids[3]); got["state"] != "QUEUED" || got["positionInQueue"] != 3.0 {
+		t.Errorf("the fourth is %v", got)
+	}
+
+	ctx, stop := context.WithCancel(t.Context())
+	ended := make(chan struct{})
+	go func() { b.Run(ctx); close(ended) }()
+	for i, id := range ids {
+		eventually(t, func() bool { return result(id)["state"] == "SUCCESS" })
+		if got, want := result(id)["appServerID"], []string{"node-1", "node-2"}[i%2]; got != want {
+			t.Errorf("submission %d is at %v, want %s", i, got, want)
+		}
+	}
+	stop()
+	<-ended
 }

@@ -2,11 +2,13 @@ package backend
 
 import (
 	"crypto/rand"
+	"crypto/subtle"
 	"encoding/json"
 	"errors"
 	"io"
 	"net/http"
 	"runtime"
+	"strconv"
 	"sync"
 	"time"
 )
@@ -19,22 +21,23 @@ type Node struct {
 
 	mu        sync.Mutex
 	tasks     map[string]*task
-	completed int // tasks, known still or not
+	forgotten int
 	mux       http.ServeMux
 }
 
-// task is a file under analysis. All but done is settled before others see it.
+// task is a file under analysis. It does not change: how far it is, is a matter of time.
 type task struct {
 	id, name  string
 	resource  string // the ID under which the complete report has the file
 	submitted time.Time
+	finished  time.Time
+	forgotten time.Time
 	analysis  *Analysis
 	took      time.Duration
-	done      bool
 }
 
-// maxFile bounds the files that are taken, in bytes.
-const maxFile = 64 << 20
+// maxFile bounds the files that are taken, in bytes. A form of this size is read without a temporary file.
+const maxFile = 32 << 20
 
 // NewNode makes a node that serves /scan, /task and /system-info.
 func NewNode(secret string, analysis, forget time.Duration) *Node {
@@ -47,17 +50,32 @@ func NewNode(secret string, analysis, forget time.Duration) *Node {
 
 // ServeHTTP answers who has the secret.
 func (n *Node) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	n.forget(time.Now())
 	serveWithSecret(w, r, n.Secret, &n.mux)
 }
 
 // serveWithSecret is the authentication of nodes and brokers: a query parameter, in both of its spellings.
 func serveWithSecret(w http.ResponseWriter, r *http.Request, secret string, next http.Handler) {
 	query := r.URL.Query()
-	if query.Get("secret") != secret && query.Get("serect") != secret {
-		http.Error(w, "wrong secret", http.StatusUnauthorized)
-		return
+	for _, name := range []string{"secret", "serect"} {
+		if subtle.ConstantTimeCompare([]byte(query.Get(name)), []byte(secret)) == 1 {
+			next.ServeHTTP(w, r)
+			return
+		}
 	}
-	next.ServeHTTP(w, r)
+	http.Error(w, "wrong secret", http.StatusUnauthorized)
+}
+
+// forget cleans up the tasks whose time is over.
+func (n *Node) forget(now time.Time) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	for id, t := range n.tasks {
+		if !now.Before(t.forgotten) {
+			delete(n.tasks, id)
+			n.forgotten++
+		}
+	}
 }
 
 // scan takes a file in, as form data.
@@ -69,26 +87,15 @@ func (n *Node) scan(w http.ResponseWriter, r *http.Request) {
 	}
 	t := &task{id: rand.Text(), resource: rand.Text(), name: name, submitted: start, analysis: Analyse(file)}
 	t.took = time.Since(start)
+	t.finished = time.Now().Add(n.Analysis)
+	t.forgotten = t.finished.Add(n.Forget)
 	n.mu.Lock()
 	n.tasks[t.id] = t
 	n.mu.Unlock()
-	time.AfterFunc(n.Analysis, func() { n.finish(t) })
 
 	writeJSON(w, map[string]any{
 		"processTime": t.took.Milliseconds(),
 		"scanTasks":   []any{map[string]any{"taskReference": t.reference("IN_PROGRESS")}},
-	})
-}
-
-func (n *Node) finish(t *task) {
-	n.mu.Lock()
-	defer n.mu.Unlock()
-	t.done = true
-	n.completed++
-	time.AfterFunc(n.Forget, func() {
-		n.mu.Lock()
-		defer n.mu.Unlock()
-		delete(n.tasks, t.id)
 	})
 }
 
@@ -104,7 +111,7 @@ func readFile(w http.ResponseWriter, r *http.Request) (name string, file []byte,
 		_ = r.MultipartForm.RemoveAll()
 	}
 	if _, tooLarge := errors.AsType[*http.MaxBytesError](err); tooLarge {
-		http.Error(w, "the file is larger than 64 MiB", http.StatusRequestEntityTooLarge)
+		http.Error(w, "the file is larger than 32 MiB", http.StatusRequestEntityTooLarge)
 		return "", nil, false
 	}
 	if err != nil {
@@ -118,9 +125,20 @@ func readFile(w http.ResponseWriter, r *http.Request) (name string, file []byte,
 func (n *Node) task(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	query := r.URL.Query()
+	id, all := query.Get("taskID"), false
+	if id == "" {
+		http.Error(w, "say which task, with taskID", http.StatusBadRequest)
+		return
+	}
+	if text := query.Get("all"); text != "" {
+		var err error
+		if all, err = strconv.ParseBool(text); err != nil {
+			http.Error(w, "all is true or false", http.StatusBadRequest)
+			return
+		}
+	}
 	n.mu.Lock()
-	t, ok := n.tasks[query.Get("taskID")]
-	done := ok && t.done
+	t, ok := n.tasks[id]
 	n.mu.Unlock()
 	if !ok {
 		http.Error(w, "no such task, or not any more", http.StatusNotFound)
@@ -128,7 +146,7 @@ func (n *Node) task(w http.ResponseWriter, r *http.Request) {
 	}
 	writeJSON(w, map[string]any{
 		"processTime": time.Since(start).Milliseconds(),
-		"result":      t.report(done, query.Get("all") == "true"),
+		"result":      t.report(start, all),
 	})
 }
 
@@ -143,52 +161,75 @@ func (t *task) reference(state string) map[string]any {
 		},
 		"ID":                t.id,
 		"state":             state,
-		"resourceReference": map[string]any{"type": "TRANSFORM_FILE", "name": "file", "ID": t.resource},
+		"resourceReference": t.resourceReference(),
 		"processTime":       t.took.Milliseconds(),
 	}
 }
 
+func (t *task) resourceReference() map[string]any {
+	return map[string]any{"type": "TRANSFORM_FILE", "name": "file", "ID": t.resource}
+}
+
 // report is the result of a task, in the form that nodes give it. Facts are not a verdict, and so there is none.
-func (t *task) report(done, all bool) map[string]any {
-	state, overall := "IN_PROGRESS", "in_progress"
-	if done {
-		state, overall = "SUCCESS", "success"
+func (t *task) report(now time.Time, all bool) map[string]any {
+	state, overall := stateAt(now, t.finished), "in_progress"
+	if state == "SUCCESS" {
+		overall = "success"
 	}
-	subtasks := make([]any, 0, 2)
-	for _, name := range []string{"strings", "headers"} {
-		subtasks = append(subtasks, map[string]any{"name": name, "ID": t.id + "-" + name, "state": state})
-	}
+	file := map[string]any{"name": t.name, "hash": t.analysis.Digests["SHA-256"], "fileSize": t.analysis.FileSize}
 	result := map[string]any{
 		"taskReference":     t.reference(state),
-		"subtaskReferences": subtasks,
+		"subtaskReferences": t.subtasks(now),
 		"overallState":      overall,
 		"finalVerdict":      map[string]any{"verdict": "UNKNOWN", "threatLevel": 0, "confidence": 0},
+		"file":              file,
 	}
-	if !done {
+	if state != "SUCCESS" {
 		return result
 	}
 	a := t.analysis
-	file := map[string]any{
-		"name": t.name, "fileSize": a.FileSize, "mediaType": a.MediaType, "entropy": a.Entropy, "digests": a.Digests,
-		"stringCount": len(a.Strings), "urlCount": len(a.URLs),
-	}
+	file["type"], file["digests"], file["entropy"] = a.MediaType.String, a.Digests, a.Entropy
+	file["stringCount"], file["urlCount"] = len(a.Strings), len(a.URLs)
 	if a.Executable != nil {
 		file["format"], file["machine"] = a.Executable.Format, a.Executable.Machine
 	}
-	result["file"] = file
 	if all {
-		result["resources"] = map[string]any{t.resource: a}
+		result["resources"] = map[string]any{t.resource: struct {
+			ResourceReference map[string]any `json:"resourceReference"`
+			SubmitName        string         `json:"submitName"`
+			*Analysis
+		}{t.resourceReference(), t.name, a}}
 	}
 	return result
+}
+
+// subtasks are the parts of a task. They are finished one after the other, the last one with the task.
+func (t *task) subtasks(now time.Time) []any {
+	names := []string{"headers", "strings"}
+	subtasks := make([]any, len(names))
+	for i, name := range names {
+		share := t.finished.Sub(t.submitted) * time.Duration(i+1) / time.Duration(len(names))
+		subtasks[i] = map[string]any{"name": name, "ID": t.id + "-" + name, "state": stateAt(now, t.submitted.Add(share))}
+	}
+	return subtasks
+}
+
+func stateAt(now, finished time.Time) string {
+	if now.Before(finished) {
+		return "IN_PROGRESS"
+	}
+	return "SUCCESS"
 }
 
 // systemInfo tells how the node is, in MiB where it is about memory.
 func (n *Node) systemInfo(w http.ResponseWriter, _ *http.Request) {
 	n.mu.Lock()
-	active, completed := 0, n.completed
+	active, completed := 0, n.forgotten
 	for _, t := range n.tasks {
-		if !t.done {
+		if time.Now().Before(t.finished) {
 			active++
+		} else {
+			completed++
 		}
 	}
 	n.mu.Unlock()
