@@ -107,7 +107,7 @@ func TestByteForByte(t *testing.T) {
 }
 
 // plain is a reply's body without its encoding.
-func (r reply) plain(t *testing.T) string {
+func (r reply) plain(t testing.TB) string {
 	t.Helper()
 	if r.header.Get("Content-Encoding") == "" {
 		return string(r.body)
@@ -1153,15 +1153,15 @@ func TestJSON(t *testing.T) {
 			"storage": {"module": "file_system", "root": %q},
 			"logging": {"logs": {"default": {"level": "ERROR"}}},
 			"apps": {
-				"pki": {"certificate_authorities": {"local": {"install_trust": false}}},
-				"tls": {"automation": {"policies": [{"issuers": [{"module": "internal"}]}]}},
+				"tls": {"certificates": {"load_files": [{"certificate": %q, "key": %q}]}},
 				"http": {"servers": {"test": {
 					"listen": [":%d"],
-					"automatic_https": {"disable_redirects": true},
+					"automatic_https": {"disable": true},
+					"tls_connection_policies": [{}],
 					"routes": [{"match": [{"host": ["localhost"], "path": ["/task"]}], "handle": [%s]}, {"match": [{"host": ["localhost"]}]}]
 				}}}
 			}
-		}`, s.dir, s.port, handler)
+		}`, s.dir, s.write("cert.pem", certificate().pem), s.write("key.pem", certificate().key), s.port, handler)
 		return caddy.Load([]byte(config), true)
 	}
 	if err := load(fmt.Sprintf(`{

@@ -379,10 +379,6 @@ func startProcess(t *testing.T, shared, directives string) *process {
 		t.Fatal(err)
 	}
 	t.Cleanup(p.kill)
-	eventually(t, "the process's certificate authority", func() bool {
-		_, err := os.Stat(filepath.Join(s.dir, "pki", "authorities", "local", "root.crt"))
-		return err == nil
-	})
 	p.trust()
 	return p
 }
