@@ -28,9 +28,10 @@ type soak struct {
 	*site
 	directives string
 
-	running sync.RWMutex // callers hold it to read; who restarts Caddy holds it to write
-	tasks   atomic.Int64 // how many there are
-	seen    sync.Map     // the numbers of tasks whose finished report was answered
+	running  sync.RWMutex // callers hold it to read; who restarts Caddy holds it to write
+	tasks    atomic.Int64 // how many there are
+	finished sync.Map     // the numbers of those that a node has called finished
+	seen     sync.Map     // the numbers of those whose finished report was answered
 
 	requests, faults, reloads, restarts, repeats, excused, lost atomic.Int64
 }
@@ -109,7 +110,7 @@ func document(taskID string) string {
 	return reportOf(taskID, "SUCCESS") + strings.Repeat(" ", int(h.Sum64()%60_000))
 }
 
-// node answers as nodes do, on good days and on bad ones. It knows the newest tasks only, half of them in progress.
+// node answers as nodes do, on good days and on bad ones. It knows the newest tasks only.
 func (s *soak) node(w http.ResponseWriter, r *http.Request) {
 	taskID := r.URL.Query().Get("taskID")
 	var n int64
@@ -118,15 +119,17 @@ func (s *soak) node(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusNotFound)
 		return
 	}
-	switch fate := rand.IntN(20); fate {
-	case 0, 1, 2, 3:
+	_, finished := s.finished.Load(n)
+	switch fate := rand.IntN(20); {
+	case fate < 4:
 		s.faults.Add(1)
 		s.misbehave(w, r, fate)
-	case 4, 5, 6:
+	case fate < 7 && !finished:
 		says(http.StatusOK, reportOf(taskID, "SUCCESS", "IN_PROGRESS"))(w, r)
-	case 7:
+	case fate < 8 && !finished:
 		w.WriteHeader(http.StatusNoContent)
 	default:
+		s.finished.Store(n, true) // a task does not begin again
 		says(http.StatusOK, document(taskID))(w, r)
 	}
 }
