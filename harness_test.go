@@ -22,6 +22,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -325,8 +326,12 @@ func (s *site) try(ctx context.Context, method, path string, header ...string) (
 		req.Header.Add(name, value)
 	}
 	resp, err := s.client.Do(req)
-	if op, ok := errors.AsType[*net.OpError](err); ok && op.Op == "dial" && ctx.Err() == nil {
-		// A reload hands a listener on, and what was about to be accepted may be reset: it has not been asked yet.
+	for range 3 {
+		if err == nil || ctx.Err() != nil || !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) {
+			break
+		}
+		// While a configuration takes over from another, Caddy may close a connection that is only just accepted, before
+		// anything has been asked.
 		resp, err = s.client.Do(req)
 	}
 	if err != nil {
