@@ -1,6 +1,7 @@
 package fsbroker
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -473,8 +474,8 @@ func (p *peer) readSubmission(ans answer) (*submission, error) {
 	}
 	sub := &submission{
 		at:          ans.at,
-		appServerID: firstOf(doc.id("appServerID"), result.id("appServerID")),
-		taskID:      firstOf(doc.id("taskID"), result.id("taskID"), scanTaskID(map[string]any(doc))),
+		appServerID: cmp.Or(doc.id("appServerID"), result.id("appServerID")),
+		taskID:      cmp.Or(doc.id("taskID"), result.id("taskID"), scanTaskID(map[string]any(doc))),
 	}
 	switch {
 	case !validID(sub.appServerID):
@@ -524,15 +525,6 @@ func scanTaskID(o object) string {
 			if id := scanTaskID(child); id != "" {
 				return id
 			}
-		}
-	}
-	return ""
-}
-
-func firstOf(candidates ...string) string {
-	for _, c := range candidates {
-		if c != "" {
-			return c
 		}
 	}
 	return ""
