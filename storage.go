@@ -165,11 +165,17 @@ func (a *archive) try(ctx context.Context, op func(context.Context, certmagic.St
 // errUnreadable says that what is stored cannot be told at the moment.
 var errUnreadable = errors.New("the storage cannot be read")
 
-// load gives what is stored under k, and for how long it is good: nil where there is nothing. After a failure nothing
-// is read for a while, so that callers do not queue up behind a storage that is away.
+// load gives what is stored under k, or waits to be, and for how long it is good: nil where there is nothing. After a
+// failure nothing is read for a while, so that callers do not queue up behind a storage that is away.
 func (a *archive) load(ctx context.Context, k key, rest time.Duration) (value keepable, left time.Duration, err error) {
 	user := a.user()
-	if user == nil || time.Now().UnixNano() < a.rests.Load() {
+	if user == nil {
+		return nil, 0, errUnreadable
+	}
+	if value = a.waiting(k); value != nil {
+		return value, user.retention, nil
+	}
+	if time.Now().UnixNano() < a.rests.Load() {
 		return nil, 0, errUnreadable
 	}
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
@@ -244,6 +250,16 @@ func (a *archive) save(k key, value keepable) bool {
 	default:
 	}
 	return true
+}
+
+// waiting gives what is queued under k, which memory may have let go of since.
+func (a *archive) waiting(k key) keepable {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if element, ok := a.queued[k]; ok {
+		return element.Value.(*write).value
+	}
+	return nil
 }
 
 // writeAll stores what is queued, one after the other, until the archive ends.

@@ -354,6 +354,31 @@ func TestStoppingWithAStorageThatHangs(t *testing.T) {
 	}
 	setFault(nil, nil, false)
 	close(hang)
+	eventually(t, "the released write to end", func() bool { return len(storedIn(t, fault.dir)) == 1 })
+}
+
+// What has left memory before the storage has taken it is still there: in the queue to the storage.
+func TestEvictedBeforeItIsStored(t *testing.T) {
+	fault.dir = t.TempDir()
+	broker := newBackend(t, says(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
+	document := reportOf("t1", "SUCCESS")
+	node := newBackend(t, says(http.StatusOK, document))
+	s := startSite(t, options(node, brokerOption(broker)+"\ncache {\n storage faulty\n max_size 4KiB\n }"))
+	hang := make(chan struct{})
+	setFault(nil, hang, false)
+	s.get("/task?submitID=s1").wantStatus(t, http.StatusOK)
+	node.becomes(says(http.StatusOK, reportOf("t2", "SUCCESS")))
+	for i := range 10 { // which memory has room for only in part
+		s.get(fmt.Sprintf("/task?appServerID=node-1&taskID=other-%d", i)).wantStatus(t, http.StatusOK)
+	}
+	node.becomes(says(http.StatusNotFound, ""))
+	broker.becomes(says(http.StatusNotFound, ""))
+	if r := s.get("/task?submitID=s1"); string(r.body) != document {
+		t.Errorf("status %d: %s", r.status, r.body)
+	}
+	setFault(nil, nil, false)
+	close(hang)
+	eventually(t, "all to be stored", func() bool { return len(storedIn(t, fault.dir)) == 12 })
 }
 
 // process is a Caddy of its own, which is this test binary.
