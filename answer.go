@@ -54,9 +54,6 @@ func (h *Handler) choose(found finding, header http.Header) (*form, error) {
 	if gzipped := found.entry.report().gzipped.Load(); gzipped != nil && acceptsGzip(header) {
 		return gzipped, nil
 	}
-	if found.plain != nil {
-		return found.plain, nil
-	}
 	return h.store.plain(found.entry)
 }
 

@@ -1,6 +1,7 @@
 package fsbroker
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"io"
@@ -42,11 +43,10 @@ func benchHandler(b *testing.B, nodes, reports, size int) *Handler {
 	}
 	b.Cleanup(func() { _ = h.Cleanup() })
 
-	r, err := newReport(benchDocument(size), time.Now())
+	r, err := readReport(bytes.NewReader(benchDocument(size)))
 	if err != nil {
 		b.Fatal(err)
 	}
-	r.compress()
 	for i := range reports {
 		one := &report{at: r.at, finished: true, hash: r.hash, plainSize: r.plainSize}
 		one.gzipped.Store(r.gzipped.Load())
@@ -192,7 +192,7 @@ func BenchmarkJudge(b *testing.B) {
 			b.SetBytes(int64(len(document)))
 			b.ReportAllocs()
 			for b.Loop() {
-				if finished, err := judge(document); !finished || err != nil {
+				if finished, err := judge(bytes.NewReader(document)); !finished || err != nil {
 					b.Fatal(finished, err)
 				}
 			}

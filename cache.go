@@ -349,13 +349,17 @@ type lease struct {
 
 func (s *store) lease() *lease { return &lease{store: s} }
 
-// take wants room for n bytes more. One answer always has room, however large it is.
-func (l *lease) take(n int64) bool {
-	if reading := l.store.reading.Add(n); reading > l.store.largest() && reading > l.taken+n {
-		l.store.reading.Add(-n)
+// grow wants room for size bytes in all. One answer always has room, however large it is.
+func (l *lease) grow(size int64) bool {
+	more := size - l.taken
+	if more <= 0 {
+		return true
+	}
+	if reading := l.store.reading.Add(more); reading > l.store.largest() && reading > size {
+		l.store.reading.Add(-more)
 		return false
 	}
-	l.taken += n
+	l.taken = size
 	return true
 }
 

@@ -10,10 +10,17 @@ import (
 	"time"
 )
 
-// finishedReport is a kept report of about size bytes, as it comes from a node.
-func finishedReport(t testing.TB, size int) *report {
+// plainReport is a finished report of size bytes that does not shrink.
+func plainReport(size int) *report {
+	r := &report{hash: "0123456789abcdef0123456789abcdef", finished: true, plainSize: size}
+	r.plain.Store(r.plainForm(slices.Grow([]byte(nil), size)[:size]))
+	return r
+}
+
+// gzippedReport is one of about size bytes that does.
+func gzippedReport(t testing.TB, size int) *report {
 	t.Helper()
-	r, err := newReport([]byte(`{"result":{"text":"`+strings.Repeat("x", size)+`"}}`), time.Now())
+	r, err := readReport(strings.NewReader(`{"result":{"text":"` + strings.Repeat("x", size) + `"}}`))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -27,7 +34,7 @@ func TestCacheBound(t *testing.T) {
 	c := newCache(limit)
 	defer c.close()
 	for i := range 1000 {
-		c.put(numbered(i), finishedReport(t, 10<<10), time.Hour)
+		c.put(numbered(i), plainReport(10<<10), time.Hour)
 		if c.used > limit {
 			t.Fatalf("%d bytes are used, more than %d", c.used, limit)
 		}
@@ -40,7 +47,7 @@ func TestCacheBound(t *testing.T) {
 	}
 
 	// What is larger than all there is takes nobody's place, but it takes back what was under its name.
-	c.put(numbered(999), finishedReport(t, limit), time.Hour)
+	c.put(numbered(999), plainReport(limit), time.Hour)
 	if _, ok := c.get(numbered(999)); ok {
 		t.Error("something larger than the cache is kept")
 	}
@@ -58,7 +65,7 @@ func TestCacheKeepsWhatIsAskedForOften(t *testing.T) {
 	c := newCache(100 * (1000 + entryOverhead))
 	defer c.close()
 	for i := range 10_000 {
-		c.put(numbered(i), finishedReport(t, 1000), time.Hour)
+		c.put(numbered(i), plainReport(1000), time.Hour)
 		for popular := range 10 {
 			c.get(numbered(popular))
 		}
@@ -73,7 +80,7 @@ func TestCacheKeepsWhatIsAskedForOften(t *testing.T) {
 func TestCacheReplacesAndExpires(t *testing.T) {
 	c := newCache(1 << 20)
 	defer c.close()
-	first, second := finishedReport(t, 10), finishedReport(t, 10)
+	first, second := plainReport(10), plainReport(10)
 	c.put(numbered(1), first, time.Hour)
 	c.put(numbered(1), second, 50*time.Millisecond)
 	if e, ok := c.get(numbered(1)); !ok || e.report() != second {
@@ -101,8 +108,7 @@ func TestCacheLetsPlainFormsGoFirst(t *testing.T) {
 	defer s.cache.close()
 	entries := make([]*entry, n)
 	for i := range n {
-		r := finishedReport(t, size)
-		r.compress()
+		r := gzippedReport(t, size)
 		entries[i] = s.put(numbered(i), r, time.Hour)
 	}
 	used := s.used
@@ -141,8 +147,7 @@ func TestCacheConcurrently(t *testing.T) {
 					}
 					continue
 				}
-				r := finishedReport(t, 4000)
-				r.compress()
+				r := gzippedReport(t, 4000)
 				s.put(k, r, time.Duration(i%5+1)*time.Millisecond)
 			}
 		})
@@ -152,7 +157,7 @@ func TestCacheConcurrently(t *testing.T) {
 	if s.used != 0 || s.kept.ItemCount() != 0 || s.first.order.Len() != 0 || s.second.order.Len() != 0 {
 		t.Errorf("a closed cache uses %d bytes for %d items", s.used, s.kept.ItemCount())
 	}
-	s.put(numbered(1), finishedReport(t, 10), time.Hour)
+	s.put(numbered(1), plainReport(10), time.Hour)
 	if s.kept.ItemCount() != 0 {
 		t.Error("a closed cache keeps something")
 	}
@@ -168,13 +173,10 @@ func TestCacheBoundsHeap(t *testing.T) {
 			before := heap()
 			c := newCache(limit)
 			for i := range 10 * limit / (size + entryOverhead) {
-				document := slices.Grow([]byte(nil), size+20)[:size+20]
-				r := &report{hash: "0123456789abcdef0123456789abcdef", finished: true, plainSize: len(document)}
-				r.plain.Store(r.plainForm(document))
-				c.put(numbered(i), r, time.Hour)
+				c.put(numbered(i), plainReport(size), time.Hour)
 			}
 			taken := heap() - before
-			t.Logf("%d entries take %.1f MiB of heap, %d bytes each beside the document", c.kept.ItemCount(), float64(taken)/(1<<20), taken/int64(c.kept.ItemCount())-int64(size)-20)
+			t.Logf("%d entries take %.1f MiB of heap, %d bytes each beside the document", c.kept.ItemCount(), float64(taken)/(1<<20), taken/int64(c.kept.ItemCount())-int64(size))
 			if taken > limit {
 				t.Errorf("a cache of %d MiB takes %.1f MiB", limit>>20, float64(taken)/(1<<20))
 			}

@@ -668,7 +668,7 @@ func TestSecretParam(t *testing.T) {
 
 func TestNodeFaults(t *testing.T) {
 	whole := reportOf("t1", "SUCCESS")
-	bomb := gzipped(t, make([]byte, 64<<20)) // 64 MiB out of 64 KiB
+	bomb := gzipped(t, bytes.Repeat([]byte(" "), 64<<20)) // 64 MiB out of 64 KiB
 	elsewhere := newBackend(t, says(http.StatusOK, whole))
 	for name, test := range map[string]struct {
 		answer http.HandlerFunc

@@ -312,7 +312,6 @@ type finding struct {
 // fetched is a node's answer as it is handed to all who wait for it.
 type fetched struct {
 	entry    *entry // what is kept of it
-	plain    *form  // the document as it came; nil where it is only kept, or there is none yet
 	recalled bool   // it was stored
 }
 
@@ -398,10 +397,9 @@ func (h *Handler) fetchReport(ctx context.Context, node *peer, k key, q question
 	if err != nil {
 		return fetched{}, h.doubt(err, unreadable)
 	}
-	got := fetched{plain: r.plain.Load()}
+	var got fetched
 	switch kept, ok := h.store.get(k); {
 	case r.finished:
-		r.compress()
 		got.entry = h.store.put(k, r, time.Duration(h.Cache.TTL))
 		h.save(got.entry)
 	case ok && kept.report().finished:

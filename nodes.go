@@ -184,27 +184,24 @@ func (p *peer) down(now time.Time) *problem {
 	return down
 }
 
-// answer is what a peer said with 200, or that it said 204 or 404.
-type answer struct {
-	status int
-	body   []byte // with 200
-	at     time.Time
-}
+// reader reads the body of an answer. Its errors are about what stands there.
+type reader func(body io.Reader) error
 
-// ask asks the peer one question and reads its whole answer into the room it is given. ctx is a question's, never a
-// caller's: the transport reads values from it, and the answer belongs to all who wait for it. Errors other than a
-// *problem say that ctx has ended.
-func (p *peer) ask(ctx context.Context, path string, query url.Values, room *lease) (answer, error) {
+// ask asks the peer one question, and has the body of its answer read when it has one. It gives the status, which is
+// 200, 204 or 404. ctx is a question's, never a caller's: the transport reads values from it, and the answer belongs to
+// all who wait for it. Errors other than a *problem say that ctx has ended.
+func (p *peer) ask(ctx context.Context, path string, query url.Values, room *lease, read reader) (status int, err error) {
 	start := time.Now()
 	if down := p.down(start); down != nil {
-		return answer{}, down
+		return 0, down
 	}
 	timed, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
 	var dial dialWatch
-	ans, err := p.roundTrip(p.request(httptrace.WithClientTrace(timed, dial.trace()), path, query), room)
+	body := &answerBody{peer: p, room: room}
+	status, err = p.roundTrip(p.request(httptrace.WithClientTrace(timed, dial.trace()), path, query), body, read)
 	if err != nil && ctx.Err() != nil {
-		return answer{}, context.Cause(ctx)
+		return 0, context.Cause(ctx)
 	}
 	trouble := p.diagnose(err, &dial)
 	p.note(trouble, err, dial.failed())
@@ -213,14 +210,13 @@ func (p *peer) ask(ctx context.Context, path string, query url.Values, room *lea
 		if trouble != nil {
 			code = trouble.code
 		}
-		ce.Write(zap.String("path", path), zap.Int("status", ans.status), zap.Int("size", len(ans.body)),
+		ce.Write(zap.String("path", path), zap.Int("status", status), zap.Int64("size", body.size),
 			zap.Duration("duration", time.Since(start)), zap.String("problem", code))
 	}
 	if trouble != nil {
-		return answer{}, trouble
+		return 0, trouble
 	}
-	ans.at = time.Now()
-	return ans, nil
+	return status, nil
 }
 
 // request is a question to the peer, with its secret.
@@ -263,73 +259,78 @@ func (p *peer) diagnose(err error, dial *dialWatch) *problem {
 	return p.problem(http.StatusBadGateway, "bad_answer", "broke off its answer: ask again in a while")
 }
 
-// roundTrip sends req and reads the answer. It uses the transport itself, since an http.Client would follow redirects,
-// secret and all, and write the URL into its errors.
-func (p *peer) roundTrip(req *http.Request, room *lease) (answer, error) {
+// roundTrip sends req and has the answer read. It uses the transport itself, since an http.Client would follow
+// redirects, secret and all, and write the URL into its errors.
+func (p *peer) roundTrip(req *http.Request, body *answerBody, read reader) (status int, err error) {
 	resp, err := p.transport.RoundTrip(req)
 	if err != nil {
-		return answer{}, err
+		return 0, err
 	}
 	defer resp.Body.Close()
 	p.failed.Store(0)
-	switch resp.StatusCode {
-	case http.StatusOK:
-		body, err := p.readBody(resp, room)
-		return answer{status: resp.StatusCode, body: body}, err
-	case http.StatusNoContent:
-		return answer{status: resp.StatusCode}, nil
-	case http.StatusNotFound:
-		drain(resp.Body)
-		return answer{status: resp.StatusCode}, nil
-	case http.StatusUnauthorized, http.StatusForbidden:
-		drain(resp.Body)
-		return answer{status: resp.StatusCode}, p.problem(http.StatusBadGateway, "refused_secret", "did not take the secret it is configured with: its operator has to correct that")
+	if resp.StatusCode == http.StatusOK {
+		return resp.StatusCode, body.read(resp, read)
 	}
 	drain(resp.Body)
-	return answer{status: resp.StatusCode}, p.problem(http.StatusBadGateway, "bad_answer",
+	switch resp.StatusCode {
+	case http.StatusNoContent, http.StatusNotFound:
+		return resp.StatusCode, nil
+	case http.StatusUnauthorized, http.StatusForbidden:
+		return resp.StatusCode, p.problem(http.StatusBadGateway, "refused_secret", "did not take the secret it is configured with: its operator has to correct that")
+	}
+	return resp.StatusCode, p.problem(http.StatusBadGateway, "bad_answer",
 		fmt.Sprintf("answered with status %d, which is no answer to this question: ask again in a while", resp.StatusCode))
 }
 
-// readBody reads a whole body within the bound, inflated size included, and within what the budget has left.
-func (p *peer) readBody(resp *http.Response, room *lease) ([]byte, error) {
-	tooLarge := p.problem(http.StatusBadGateway, "answer_too_large",
-		fmt.Sprintf("sent more than %d bytes: its operator may raise max_report", p.maxAnswer))
-	if resp.ContentLength > p.maxAnswer {
-		return nil, tooLarge
-	}
-	if encoding := resp.Header.Get("Content-Encoding"); encoding != "" && !strings.EqualFold(encoding, "identity") {
-		return nil, p.problem(http.StatusBadGateway, "bad_answer", "sent an encoding that was not asked for: its operator has to correct that")
-	}
-	// The length that is promised, within the bounds, is believed; where none is, the room doubles. One byte more lets
-	// the end be seen, or that there is more than may be.
-	size := int64(firstRead)
-	if resp.ContentLength >= 0 {
-		size = resp.ContentLength + 1
-	}
-	var body []byte
-	for {
-		if len(body) == cap(body) {
-			if !room.take(size) {
-				return nil, busy
-			}
-			body = append(make([]byte, 0, size), body...)
-			size = min(2*size, p.maxAnswer+1)
-		}
-		n, err := resp.Body.Read(body[len(body):cap(body)])
-		body = body[:len(body)+n]
-		switch {
-		case errors.Is(err, io.EOF):
-			return body, nil
-		case err != nil:
-			return nil, err
-		case int64(len(body)) > p.maxAnswer:
-			return nil, tooLarge
-		}
-	}
+// answerBody is the body of a peer's answer as it is read, within the peer's bound, inflated size included, and within the
+// room that all answers share.
+type answerBody struct {
+	peer *peer
+	room *lease
+	from io.Reader
+	size int64
+	err  error // what kept it from being read to its end
 }
 
-// firstRead is the room for an answer whose length is not known, in bytes.
-const firstRead = 64 << 10
+// read has the body of resp read. What is wrong with reading it comes before what is wrong with what was read.
+func (b *answerBody) read(resp *http.Response, read reader) error {
+	if encoding := resp.Header.Get("Content-Encoding"); encoding != "" && !strings.EqualFold(encoding, "identity") {
+		return b.peer.problem(http.StatusBadGateway, "bad_answer", "sent an encoding that was not asked for: its operator has to correct that")
+	}
+	if err := b.grow(resp.ContentLength); err != nil {
+		return err
+	}
+	b.from = resp.Body
+	if err := read(b); b.err == nil {
+		return err
+	}
+	return b.err
+}
+
+// Read implements io.Reader.
+func (b *answerBody) Read(p []byte) (int, error) {
+	n, err := b.from.Read(p)
+	b.size += int64(n)
+	if bound := b.grow(b.size); bound != nil {
+		err = bound
+	}
+	if err != nil && !errors.Is(err, io.EOF) {
+		b.err = err
+	}
+	return n, err
+}
+
+// grow makes sure that there may be size bytes of it.
+func (b *answerBody) grow(size int64) error {
+	if size > b.peer.maxAnswer {
+		return b.peer.problem(http.StatusBadGateway, "answer_too_large",
+			fmt.Sprintf("sent more than %d bytes: its operator may raise max_report", b.peer.maxAnswer))
+	}
+	if !b.room.grow(size) {
+		return busy
+	}
+	return nil
+}
 
 // busy is for what would take more memory than there is for all questions together.
 var busy = &problem{
@@ -392,23 +393,24 @@ func (p *peer) askTask(ctx context.Context, taskID string, all bool, room *lease
 	if all {
 		query.Set("all", "true")
 	}
-	ans, err := p.ask(ctx, "task", query, room)
-	if err != nil {
+	var r *report
+	status, err := p.ask(ctx, "task", query, room, func(body io.Reader) (err error) {
+		if r, err = readReport(body); err != nil {
+			return p.problem(http.StatusBadGateway, "bad_answer",
+				fmt.Sprintf("sent something that is not a report: %s. Ask again in a while", err))
+		}
+		return nil
+	})
+	switch {
+	case err != nil:
 		return nil, err
-	}
-	switch ans.status {
-	case http.StatusNoContent:
-		return nothingYet(ans.at), nil
-	case http.StatusNotFound:
+	case status == http.StatusNoContent:
+		return nothingYet(time.Now()), nil
+	case status == http.StatusNotFound:
 		return nil, &problem{
 			status: http.StatusNotFound, code: "unknown_task", asked: true,
 			detail: "the node does not know this task, or has forgotten it: check the IDs, or submit the file again",
 		}
-	}
-	r, err := newReport(ans.body, ans.at)
-	if err != nil {
-		return nil, p.problem(http.StatusBadGateway, "bad_answer",
-			fmt.Sprintf("sent something that is not a report: %s. Ask again in a while", err))
 	}
 	return r, nil
 }
@@ -435,27 +437,34 @@ func (s *submission) size() int { return len(s.appServerID) + len(s.taskID) }
 
 // askSubmission asks the broker which node a submission went to, and as which task.
 func (p *peer) askSubmission(ctx context.Context, submitID string, room *lease) (*submission, error) {
-	ans, err := p.ask(ctx, "submit-result", url.Values{"submitID": {submitID}}, room)
-	if err != nil {
+	var sub *submission
+	status, err := p.ask(ctx, "submit-result", url.Values{"submitID": {submitID}}, room, func(body io.Reader) (err error) {
+		sub, err = p.readSubmission(body)
+		return err
+	})
+	switch {
+	case err != nil:
 		return nil, err
-	}
-	switch ans.status {
-	case http.StatusNoContent:
-		return &submission{at: ans.at, queued: true}, nil
-	case http.StatusNotFound:
+	case status == http.StatusNoContent:
+		return &submission{at: time.Now(), queued: true}, nil
+	case status == http.StatusNotFound:
 		return nil, &problem{
 			status: http.StatusNotFound, code: "unknown_submission", asked: true,
 			detail: "the broker does not know this submission: check submitID, or submit the file again",
 		}
 	}
-	return p.readSubmission(ans)
+	return sub, nil
 }
 
 // readSubmission reads the broker's answer. Its exact form is not documented, so what matters is looked for in every
 // place where brokers are known or likely to have it.
-func (p *peer) readSubmission(ans answer) (*submission, error) {
+func (p *peer) readSubmission(body io.Reader) (*submission, error) {
+	text, err := io.ReadAll(body)
+	if err != nil {
+		return nil, err
+	}
 	var doc object
-	if err := json.Unmarshal(ans.body, &doc); err != nil || doc == nil {
+	if err := json.Unmarshal(text, &doc); err != nil || doc == nil {
 		return nil, p.problem(http.StatusBadGateway, "bad_answer", "sent something that is not a JSON object: ask again in a while")
 	}
 	result := doc.object("result")
@@ -470,10 +479,10 @@ func (p *peer) readSubmission(ans answer) (*submission, error) {
 		}
 	}
 	if s != "" && !s.finished() {
-		return &submission{at: ans.at, queued: true}, nil
+		return &submission{at: time.Now(), queued: true}, nil
 	}
 	sub := &submission{
-		at:          ans.at,
+		at:          time.Now(),
 		appServerID: cmp.Or(doc.id("appServerID"), result.id("appServerID")),
 		taskID:      cmp.Or(doc.id("taskID"), result.id("taskID"), scanTaskID(map[string]any(doc))),
 	}

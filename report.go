@@ -4,13 +4,11 @@ import (
 	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
-	"encoding/json"
-	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"slices"
 	"strconv"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -24,8 +22,8 @@ type report struct {
 	finished bool   // it will never change
 	hash     string // of the document; empty while there is nothing to report yet
 
-	// The document in up to two forms, each made at most once. A finished report is kept compressed, and inflated
-	// again for the first caller that does not take gzip.
+	// The document in up to two forms, each made at most once: it is compressed while it comes, and inflated again
+	// for the first caller that does not take gzip.
 	plain     atomic.Pointer[form]
 	gzipped   atomic.Pointer[form]
 	plainSize int
@@ -43,21 +41,46 @@ func newForm(body []byte, etag string) *form {
 	return &form{body: body, etag: etag, length: strconv.Itoa(len(body))}
 }
 
-// newReport judges a node's document. The error says what is wrong with it, and shows none of it.
-func newReport(document []byte, at time.Time) (*report, error) {
-	finished, err := judge(document)
+// readReport reads a node's document to its end, once: while it comes, it is judged, hashed and compressed, so that no
+// more of it is in memory than is kept. The error says what is wrong with it, and shows none of it.
+func readReport(document io.Reader) (*report, error) {
+	p := press{sum: sha256.New(), zw: gzipWriters.Get().(*gzip.Writer)}
+	defer gzipWriters.Put(p.zw)
+	p.zw.Reset(&p.gzipped)
+	finished, err := judge(io.TeeReader(document, &p))
 	if err != nil {
 		return nil, err
 	}
-	sum := sha256.Sum256(document)
-	r := &report{
-		at:        at,
-		finished:  finished,
-		hash:      hex.EncodeToString(sum[:16]),
-		plainSize: len(document),
+	if err := p.zw.Close(); err != nil {
+		return nil, fmt.Errorf("compressing it: %w", err)
 	}
-	r.plain.Store(r.plainForm(document))
-	return r, nil
+	r := &report{
+		at:        time.Now(),
+		finished:  finished,
+		hash:      hex.EncodeToString(p.sum.Sum(nil)[:16]),
+		plainSize: p.size,
+	}
+	r.gzipped.Store(r.gzippedForm(bytes.Clone(p.gzipped.Bytes())))
+	if p.gzipped.Len() < p.size {
+		return r, nil
+	}
+	_, _, err = r.inflated() // it does not shrink, and stays as it is
+	r.gzipped.Store(nil)
+	return r, err
+}
+
+// press is a document that is hashed and compressed as it is written.
+type press struct {
+	sum     hash.Hash
+	zw      *gzip.Writer
+	gzipped bytes.Buffer
+	size    int
+}
+
+func (p *press) Write(b []byte) (int, error) {
+	p.size += len(b)
+	_, _ = p.sum.Write(b) // never fails
+	return p.zw.Write(b)
 }
 
 func (r *report) plainForm(document []byte) *form { return newForm(document, `"`+r.hash+`"`) }
@@ -79,8 +102,8 @@ func (r *report) isReport() bool { return !r.isEmpty() }
 // since implements keepable.
 func (r *report) since() time.Time { return r.at }
 
-// size implements keepable: it is what the report's document takes as it is kept first, in bytes: those of its capacity, which is what Go's
-// allocator rounds a length up to.
+// size implements keepable: it is what the report's document takes as it is kept first, in bytes: those of its
+// capacity, which is what Go's allocator rounds a length up to.
 func (r *report) size() int {
 	for _, f := range [...]*form{r.gzipped.Load(), r.plain.Load()} {
 		if f != nil {
@@ -88,72 +111,6 @@ func (r *report) size() int {
 		}
 	}
 	return 0
-}
-
-// state is the name of a task's state, or empty where the document has none.
-type state string
-
-// UnmarshalJSON takes anything: a state that is not a string is none.
-func (s *state) UnmarshalJSON(raw []byte) error {
-	var name string
-	if err := json.Unmarshal(raw, &name); err == nil {
-		*s = state(name)
-	}
-	return nil
-}
-
-// finished tells whether a task in this state is over. Only the names of states in which work goes on are known for
-// sure, so every other word ends a task; none at all does not.
-func (s state) finished() bool {
-	switch strings.ToUpper(string(s)) {
-	case "", "QUEUED", "PENDING", "WAITING", "SCHEDULED", "STARTED", "RUNNING", "PROCESSING", "IN_QUEUE", "IN_PROGRESS":
-		return false
-	}
-	return true
-}
-
-// judge tells whether a document is a finished report. The states of the task and its subtasks decide, and nothing else
-// in the document: reports hold stale states of other tasks further down, which say nothing about this one.
-func judge(document []byte) (finished bool, err error) {
-	var d struct {
-		Result *struct {
-			TaskReference *struct {
-				State state `json:"state"`
-			} `json:"taskReference"`
-			SubtaskReferences []struct {
-				State state `json:"state"`
-			} `json:"subtaskReferences"`
-		} `json:"result"`
-	}
-	if err := json.Unmarshal(document, &d); err != nil {
-		return false, describeJSONError(err)
-	}
-	if d.Result == nil {
-		return false, errors.New("it has no result")
-	}
-	if d.Result.TaskReference == nil {
-		return true, nil
-	}
-	if !d.Result.TaskReference.State.finished() {
-		return false, nil
-	}
-	for _, subtask := range d.Result.SubtaskReferences {
-		if !subtask.State.finished() {
-			return false, nil
-		}
-	}
-	return true, nil
-}
-
-// describeJSONError says what is wrong with a JSON document without showing a piece of it.
-func describeJSONError(err error) error {
-	if syntax, ok := errors.AsType[*json.SyntaxError](err); ok {
-		return fmt.Errorf("it is not JSON, or not all of it came (byte %d)", syntax.Offset)
-	}
-	if mismatch, ok := errors.AsType[*json.UnmarshalTypeError](err); ok && mismatch.Field != "" {
-		return fmt.Errorf("its %s has another JSON type than expected", mismatch.Field)
-	}
-	return errors.New("it is not a JSON object")
 }
 
 // gzipLevel makes real reports as small as higher levels do within a few percent, at several hundred MB/s.
@@ -167,20 +124,6 @@ var gzipWriters = sync.Pool{New: func() any {
 	}
 	return zw
 }}
-
-// compress makes the gzip form and lets go of the plain one. A document that does not shrink stays as it is.
-func (r *report) compress() {
-	plain := r.plain.Load().body
-	zw := gzipWriters.Get().(*gzip.Writer)
-	defer gzipWriters.Put(zw)
-	var buf bytes.Buffer
-	zw.Reset(&buf)
-	if _, err := zw.Write(plain); err != nil || zw.Close() != nil || buf.Len() >= len(plain) {
-		return
-	}
-	r.gzipped.Store(r.gzippedForm(bytes.Clone(buf.Bytes())))
-	r.plain.Store(nil)
-}
 
 // inflated is the plain form, made from the gzip form where it is missing. It tells whether it was made by this call.
 func (r *report) inflated() (plain *form, made bool, err error) {

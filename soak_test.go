@@ -141,7 +141,7 @@ func (s *soak) misbehave(w http.ResponseWriter, r *http.Request, fate int) {
 	case 1:
 		_, _ = io.WriteString(w, `{"result":{"taskRef`)
 	case 2:
-		_, _ = w.Write(make([]byte, 2<<20))
+		_, _ = io.WriteString(w, strings.Repeat(" ", 2<<20))
 	case 3:
 		if rand.IntN(10) == 0 {
 			<-r.Context().Done()

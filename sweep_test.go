@@ -153,7 +153,7 @@ func TestFullQueue(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := finishedReport(t, 2<<20)
+	r := plainReport(2 << 20)
 	fit := 0
 	for ; a.save(numbered(fit), r); fit++ {
 		if fit > maxQueueBytes/(2<<20) {
@@ -208,7 +208,7 @@ func TestFullQueue(t *testing.T) {
 
 func FuzzStored(f *testing.F) {
 	k := numbered(1)
-	for _, v := range []keepable{finishedReport(f, 10), &submission{appServerID: "n1", taskID: "t1"}} {
+	for _, v := range []keepable{gzippedReport(f, 10), &submission{appServerID: "n1", taskID: "t1"}} {
 		value, err := encodeStored(k, v)
 		if err != nil {
 			f.Fatal(err)
