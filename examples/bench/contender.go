@@ -1,0 +1,302 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"os/user"
+	"path/filepath"
+	"strings"
+	"text/template"
+)
+
+// contender is somebody who serves reports.
+type contender struct {
+	name string
+
+	// config is the template of its configuration. Contenders with one config are one server.
+	config *template.Template
+
+	// command is what runs it, for a configuration in a file; nil for Caddy.
+	command func(config string, s *server) (name string, args []string)
+
+	// target is what a caller asks for, for a task of a size.
+	target func(l load, task string) string
+
+	noTLS  bool
+	maxLen int  // what it can serve, in bytes; 0 for anything
+	keeps  bool // it keeps what it has got
+}
+
+const caddyBase = `{
+	admin {{.Admin}}
+	auto_https off
+	servers {
+		protocols h1 h2
+	}
+	{{block "global" .}}{{end}}
+}
+(tls) {
+	tls {{.Dir}}/cert.pem {{.Dir}}/key.pem
+}
+(site) {
+	{{block "site" .}}{{end}}
+}
+http://127.0.0.1:{{port .Plain}} {
+	import site
+}
+https://127.0.0.1:{{port .Secure}} {
+	import tls
+	import site
+}
+`
+
+func caddyConfig(name, global, site string) *template.Template {
+	t := template.Must(template.New(name).Funcs(functions).Parse(caddyBase))
+	template.Must(t.New("global").Parse(global))
+	template.Must(t.New("site").Parse(site))
+	return t
+}
+
+var functions = template.FuncMap{
+	"port": func(address string) string { return address[strings.LastIndexByte(address, ':')+1:] },
+}
+
+func byPair(_ load, task string) string {
+	return "/task?secret=" + secret + "&appServerID=node-1&taskID=" + task
+}
+
+var module = &contender{
+	name: "fsbroker_task", keeps: true, target: byPair,
+	config: caddyConfig("fsbroker", "", `
+	fsbroker_task {
+		secret bench {{.Secret}}
+		node node-1 {{.Node}} {{.Secret}}
+		broker {{.Node}}
+		cache {
+			max_size 2GiB
+		}
+	}`),
+}
+
+var bareHandler = &contender{
+	name:   "bare Caddy handler",
+	config: caddyConfig("bare", "", `bench_bare /task {{.Dir}}`),
+	target: func(l load, _ string) string { return "/task?" + l.form() },
+}
+
+var files = caddyConfig("files", "", `
+	handle_path /files/* {
+		root {{.Dir}}
+		file_server
+	}
+	handle_path /encoded/* {
+		root {{.Dir}}
+		encode gzip
+		file_server
+	}
+	{{range .Sizes}}
+	handle /respond/{{.ID}} {
+		respond "{file.{{$.Dir}}/{{.ID}}.json}"
+	}
+	handle /respond-encoded/{{.ID}} {
+		encode gzip
+		respond "{file.{{$.Dir}}/{{.ID}}.json}"
+	}
+	{{end}}`)
+
+var proxies = caddyConfig("proxy", "", `
+	@refused not query secret={{.Secret}}
+	respond @refused 401
+	handle /encoded/* {
+		uri strip_prefix /encoded
+		encode gzip
+		reverse_proxy {{.Node}}
+	}
+	handle {
+		reverse_proxy {{.Node}}
+	}`)
+
+func nginx(config string, _ *server) (string, []string) { return "nginx", []string{"-c", config} }
+
+func nginxConfig(name string, level int) *template.Template {
+	return template.Must(template.New(name).Parse(fmt.Sprintf(`
+daemon off;
+user {{.User}};
+pid {{.Dir}}/nginx.pid;
+error_log stderr warn;
+worker_processes auto;
+events {}
+http {
+	access_log off;
+	sendfile on;
+	tcp_nopush on;
+	keepalive_requests 1000000000;
+	client_body_temp_path {{.Dir}}/body;
+	fastcgi_temp_path {{.Dir}}/fastcgi;
+	uwsgi_temp_path {{.Dir}}/uwsgi;
+	scgi_temp_path {{.Dir}}/scgi;
+	proxy_temp_path {{.Dir}}/proxy;
+	proxy_cache_path {{.Dir}}/cache levels=1:2 keys_zone=reports:16m;
+	gzip on;
+	gzip_comp_level %d;
+	gzip_types application/json;
+	ssl_certificate {{.Dir}}/cert.pem;
+	ssl_certificate_key {{.Dir}}/key.pem;
+	ssl_protocols TLSv1.2 TLSv1.3;
+	map $arg_secret $refused {
+		default 1;
+		{{.Secret}} 0;
+	}
+	server {
+		listen {{.Plain}};
+		listen {{.Secure}} ssl;
+		location = /task {
+			if ($refused) {
+				return 401;
+			}
+			proxy_cache reports;
+			proxy_cache_key $arg_appServerID/$arg_taskID/$arg_all;
+			proxy_cache_valid 200 24h;
+			proxy_cache_lock on;
+			proxy_pass http://{{.Node}};
+		}
+	}
+}
+`, level)))
+}
+
+// contenders are all that take part, the module first. Each is configured as its users would have it for this purpose.
+var contenders = []*contender{
+	module,
+	{
+		name: "fsbroker_task, submitID", config: module.config,
+		target: func(_ load, task string) string { return "/task?secret=" + secret + "&submitID=" + task },
+	},
+	bareHandler,
+	{
+		name: "Caddy file_server", config: files,
+		target: func(l load, _ string) string { return encodedOr(l, "/files") + "/" + l.size.id() + ".json" },
+	},
+	{
+		name: "Caddy respond", config: files,
+		maxLen: 1 << 20, // of a file as a placeholder
+		target: func(l load, _ string) string {
+			if l.gzip {
+				return "/respond-encoded/" + l.size.id()
+			}
+			return "/respond/" + l.size.id()
+		},
+	},
+	{
+		name: "Caddy reverse_proxy", config: proxies,
+		target: func(l load, task string) string { return encodedOr(l, "") + byPair(l, task) },
+	},
+	{
+		name: "Caddy cache-handler", keeps: true, target: byPair,
+		config: caddyConfig("cache-handler", `
+	cache {
+		ttl 24h
+	}`, `
+	@refused not query secret={{.Secret}}
+	respond @refused 401
+	route {
+		cache
+		encode gzip
+		reverse_proxy {{.Node}}
+	}`),
+	},
+	// At nginx's own level, and at the module's.
+	{name: "nginx", keeps: true, target: byPair, command: nginx, config: nginxConfig("nginx", 1)},
+	{name: "nginx, level 6", keeps: true, target: byPair, command: nginx, config: nginxConfig("nginx-6", 6)},
+	{
+		name: "Varnish", keeps: true, target: byPair, noTLS: true,
+		command: func(config string, s *server) (string, []string) {
+			return "varnishd", []string{"-F", "-j", "none", "-n", filepath.Join(s.Dir, "varnish"), "-a", s.Plain, "-f", config, "-s", "malloc,2g"}
+		},
+		config: template.Must(template.New("varnish").Funcs(functions).Parse(`
+vcl 4.1;
+backend node {
+	.host = "127.0.0.1";
+	.port = "{{port .Node}}";
+}
+sub vcl_recv {
+	if (req.url !~ "[?&]secret={{.Secret}}(&|$)") {
+		return (synth(401));
+	}
+}
+sub vcl_backend_response {
+	set beresp.ttl = 24h;
+	set beresp.do_gzip = true;
+}
+`)),
+	},
+}
+
+func encodedOr(l load, other string) string {
+	if l.gzip {
+		return "/encoded"
+	}
+	return other
+}
+
+// server is a contender, or several with one configuration, as it runs: what its configuration is made from.
+type server struct {
+	Dir, User, Plain, Secure, Admin, Node, Secret string
+	Sizes                                         []struct{ ID string }
+
+	process *process
+}
+
+// start runs a contender's server, with the folder of files that the laboratory has made.
+func (c *contender) start(ctx context.Context, lab *laboratory) (*server, error) {
+	s := &server{Node: lab.node.address, Secret: secret}
+	for _, size := range lab.sizes {
+		s.Sizes = append(s.Sizes, struct{ ID string }{size.id()})
+	}
+	me, err := user.Current()
+	if err != nil {
+		return nil, err
+	}
+	s.User = me.Username
+	if s.Dir, err = os.MkdirTemp(lab.dir, c.config.Name()+"-"); err != nil {
+		return nil, err
+	}
+	if err := os.CopyFS(s.Dir, os.DirFS(lab.files)); err != nil {
+		return nil, err
+	}
+	for _, address := range []*string{&s.Plain, &s.Secure, &s.Admin} {
+		if *address, err = freeAddress(); err != nil {
+			return nil, err
+		}
+	}
+	var text bytes.Buffer
+	if err := c.config.Execute(&text, s); err != nil {
+		return nil, err
+	}
+	config := filepath.Join(s.Dir, "Caddyfile")
+	if err := os.WriteFile(config, text.Bytes(), 0o600); err != nil {
+		return nil, err
+	}
+	name, args := os.Args[0], []string{"run", "--config", config}
+	env := []string{beCaddy + "=1", "XDG_DATA_HOME=" + s.Dir, "XDG_CONFIG_HOME=" + s.Dir}
+	if c.command != nil {
+		name, args = c.command(config, s)
+	}
+	if s.process, err = startProcess(ctx, s.Dir, s.Plain, env, name, args...); err != nil {
+		return nil, fmt.Errorf("%s: %w", c.name, err)
+	}
+	return s, nil
+}
+
+// isThere tells whether the contender can be run here.
+func (c *contender) isThere() bool {
+	if c.command == nil {
+		return true
+	}
+	name, _ := c.command("", new(server))
+	_, err := exec.LookPath(name)
+	return err == nil
+}

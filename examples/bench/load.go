@@ -1,0 +1,117 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"os/exec"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// load is what a contender is put under: callers on a number of connections that are kept alive, each of which asks for
+// one report as fast as it is answered.
+type load struct {
+	size  size
+	gzip  bool
+	tls   bool
+	conns int
+}
+
+func (l load) String() string {
+	protocol, form := "HTTP", "identity"
+	if l.tls {
+		protocol = "HTTPS"
+	}
+	if l.gzip {
+		form = "gzip"
+	}
+	return fmt.Sprintf("%s, %s, %s, %d conn.", protocol, form, l.size.name, l.conns)
+}
+
+// form names the report's size and form.
+func (l load) form() string {
+	if l.gzip {
+		return l.size.id() + "-gzip"
+	}
+	return l.size.id() + "-identity"
+}
+
+// suits tells whether a contender can serve it.
+func (l load) suits(c *contender) bool {
+	return !(l.tls && c.noTLS) && (c.maxLen == 0 || len(l.size.document) <= c.maxLen)
+}
+
+// url is what is asked for at a contender.
+func (l load) url(c *contender, s *server) string {
+	if l.tls {
+		return "https://" + s.Secure + c.target(l, l.size.id())
+	}
+	return "http://" + s.Plain + c.target(l, l.size.id())
+}
+
+// allLoads are all there are, the largest reports last.
+func allLoads(sizes []size) []load {
+	var all []load
+	for _, size := range sizes {
+		for _, tls := range []bool{false, true} {
+			for _, gzip := range []bool{false, true} {
+				for _, conns := range []int{1, 32} {
+					all = append(all, load{size, gzip, tls, conns})
+				}
+			}
+		}
+	}
+	return all
+}
+
+// measure is what one round of a load on a contender showed.
+type measure struct {
+	Requests float64 // a second
+	P50, P99 time.Duration
+	CPU      time.Duration // for 10,000 answers
+	Wire     float64       // bytes of an answer, header included, before TLS
+}
+
+// script has wrk print its figures as JSON.
+const script = `
+done = function(summary, latency)
+	local e = summary.errors
+	io.write(string.format('RESULT {"Requests":%d,"Micros":%d,"Bytes":%d,"P50":%f,"P99":%f,"Errors":%d}\n',
+		summary.requests, summary.duration, summary.bytes, latency:percentile(50), latency:percentile(99),
+		e.connect + e.read + e.write + e.status + e.timeout))
+end
+`
+
+// put puts a contender under the load for a while.
+func (l load) put(ctx context.Context, lab *laboratory, c *contender, s *server) (measure, error) {
+	args := []string{
+		"-s", lab.script, "-d", strconv.Itoa(lab.options.seconds) + "s",
+		"-c", strconv.Itoa(l.conns), "-t", strconv.Itoa(min(l.conns, 2)), "--timeout", "20s",
+	}
+	if l.gzip {
+		args = append(args, "-H", "Accept-Encoding: gzip")
+	}
+	before := s.process.cpu()
+	out, err := exec.CommandContext(ctx, "wrk", append(args, l.url(c, s))...).CombinedOutput()
+	cpu := s.process.cpu() - before
+	_, text, ok := strings.Cut(string(out), "RESULT ")
+	if err != nil || !ok {
+		return measure{}, fmt.Errorf("wrk: %v\n%s", err, out)
+	}
+	var r struct{ Requests, Micros, Bytes, P50, P99, Errors float64 }
+	if err := json.Unmarshal([]byte(text), &r); err != nil {
+		return measure{}, fmt.Errorf("wrk printed %q: %w", text, err)
+	}
+	if r.Errors > 0 || r.Requests == 0 {
+		return measure{}, fmt.Errorf("%s, %s: %g requests, %g of them failed", c.name, l, r.Requests, r.Errors)
+	}
+	return measure{
+		Requests: r.Requests / r.Micros * 1e6,
+		P50:      time.Duration(r.P50 * float64(time.Microsecond)),
+		P99:      time.Duration(r.P99 * float64(time.Microsecond)),
+		CPU:      time.Duration(float64(cpu) / r.Requests * 10_000),
+		Wire:     r.Bytes / r.Requests,
+	}, nil
+}

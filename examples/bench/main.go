@@ -1,0 +1,77 @@
+// Command bench measures the module beside its peers, on one machine and in one run: rounds in which each in turn is put
+// under the same load. It prints tables in Markdown.
+package main
+
+import (
+	"context"
+	"flag"
+	"fmt"
+	"log"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+
+	"github.com/caddyserver/cache-handler"
+	"github.com/caddyserver/caddy/v2"
+	caddycmd "github.com/caddyserver/caddy/v2/cmd"
+	_ "github.com/caddyserver/caddy/v2/modules/standard"
+
+	_ "github.com/caddy-fsbroker/caddy-fsbroker"
+)
+
+// beCaddy is the environment variable that makes this program a Caddy with the module, its peers among Caddy's modules
+// and the bare handler.
+const beCaddy = "FSBROKER_BENCH_BE_CADDY"
+
+var _ caddy.Module = (*httpcache.SouinCaddyMiddleware)(nil) // cache-handler is there for what it registers
+
+// progress is for the console. Caddy has the log package write to its own log.
+var progress = log.New(os.Stderr, "", log.Ltime)
+
+func main() {
+	if os.Getenv(beCaddy) != "" {
+		caddycmd.Main()
+		return
+	}
+	var o options
+	flag.IntVar(&o.seconds, "seconds", 1, "how long each is under load in a round")
+	flag.IntVar(&o.rounds, "rounds", 5, "how many rounds there are for each load")
+	flag.IntVar(&o.kept, "kept", 2000, "for how many reports memory is measured")
+	peers := flag.String("peers", ".", "a regular expression for the names of those who take part; the module always does")
+	loads := flag.String("loads", ".", "a regular expression for the names of the loads, such as '^HTTPS, gzip'")
+	flag.StringVar(&o.reports, "reports", filepath.Join("..", "..", "..", "shared", "reports"),
+		"a folder of real reports; where one is missing, one of its shape is made")
+	flag.Parse()
+	var err error
+	if o.peers, err = regexp.Compile(*peers); err != nil {
+		progress.Fatalf("-peers: %v", err)
+	}
+	if o.loads, err = regexp.Compile(*loads); err != nil {
+		progress.Fatalf("-loads: %v", err)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	defer stop()
+	if err := run(ctx, o, os.Stdout); err != nil {
+		progress.Fatal(err)
+	}
+}
+
+// options are what a run does.
+type options struct {
+	seconds int
+	rounds  int
+	kept    int
+	peers   *regexp.Regexp
+	loads   *regexp.Regexp
+	reports string
+}
+
+// takesPart tells whether a contender is wanted.
+func (o options) takesPart(c *contender) bool {
+	return c.name == module.name || o.peers.MatchString(c.name)
+}
+
+func (o options) String() string {
+	return fmt.Sprintf("%d rounds of %d s", o.rounds, o.seconds)
+}

@@ -1,0 +1,129 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// process is a server under load, with the processes that it has started.
+type process struct {
+	cmd *exec.Cmd
+	log string
+}
+
+// startProcess starts a command and waits until it listens.
+func startProcess(ctx context.Context, folder, address string, env []string, name string, args ...string) (*process, error) {
+	p := &process{cmd: exec.CommandContext(ctx, name, args...), log: filepath.Join(folder, "log")}
+	log, err := os.Create(p.log)
+	if err != nil {
+		return nil, err
+	}
+	defer log.Close()
+	p.cmd.Dir, p.cmd.Env, p.cmd.Stdout, p.cmd.Stderr = folder, append(os.Environ(), env...), log, log
+	p.cmd.Cancel = func() error { return p.cmd.Process.Signal(syscall.SIGTERM) }
+	p.cmd.WaitDelay = 10 * time.Second
+	if err := p.cmd.Start(); err != nil {
+		return nil, err
+	}
+	for range 300 {
+		conn, err := net.DialTimeout("tcp", address, time.Second)
+		if err == nil {
+			return p, conn.Close()
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	p.stop()
+	text, _ := os.ReadFile(p.log)
+	return nil, fmt.Errorf("%s does not listen on %s:\n%s", name, address, text)
+}
+
+func (p *process) stop() {
+	_ = p.cmd.Cancel()
+	_ = p.cmd.Wait()
+}
+
+// family lists the process and its descendants.
+func (p *process) family() []int {
+	parents := make(map[int][]int)
+	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
+	for _, name := range stats {
+		pid, _ := strconv.Atoi(filepath.Base(filepath.Dir(name)))
+		if fields := stat(pid); fields != nil {
+			parent, _ := strconv.Atoi(fields[1])
+			parents[parent] = append(parents[parent], pid)
+		}
+	}
+	family := []int{p.cmd.Process.Pid}
+	for i := 0; i < len(family); i++ {
+		family = append(family, parents[family[i]]...)
+	}
+	return family
+}
+
+// stat gives the fields of /proc/<pid>/stat that follow the name, the state first (proc(5)).
+func stat(pid int) []string {
+	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return nil
+	}
+	_, rest, _ := strings.Cut(string(text), ") ")
+	return strings.Fields(rest)
+}
+
+// ticks is how many clock ticks a second has on Linux, wherever Go runs.
+const ticks = 100
+
+// cpu is how much CPU time the process and its descendants have taken.
+func (p *process) cpu() time.Duration {
+	var sum int
+	for _, pid := range p.family() {
+		if fields := stat(pid); len(fields) > 12 {
+			user, _ := strconv.Atoi(fields[11])
+			system, _ := strconv.Atoi(fields[12])
+			sum += user + system
+		}
+	}
+	return time.Duration(sum) * time.Second / ticks
+}
+
+// memory sums a line of /proc/<pid>/status, such as VmRSS, over the process and its descendants, in bytes.
+func (p *process) memory(line string) int64 {
+	var sum int64
+	for _, pid := range p.family() {
+		text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
+		for l := range strings.Lines(string(text)) {
+			if value, ok := strings.CutPrefix(l, line+":"); ok {
+				kib, _ := strconv.ParseInt(strings.TrimSuffix(strings.TrimSpace(value), " kB"), 10, 64)
+				sum += kib << 10
+			}
+		}
+	}
+	return sum
+}
+
+// resetPeak makes VmHWM begin anew (proc(5), clear_refs).
+func (p *process) resetPeak() error {
+	for _, pid := range p.family() {
+		if err := os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", pid), []byte("5"), 0); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// freeAddress finds an address on which nothing listens.
+func freeAddress() (string, error) {
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return "", err
+	}
+	return listener.Addr().String(), listener.Close()
+}

@@ -1,0 +1,203 @@
+package main
+
+import (
+	"fmt"
+	"io"
+	"os/exec"
+	"runtime"
+	"runtime/debug"
+	"strings"
+	"time"
+)
+
+// results are what a run has measured.
+type results struct {
+	loads  []loadResult
+	memory []memoryResult
+	cold   []coldResult
+	misses []missResult
+}
+
+type loadResult struct {
+	load
+	*contender
+	measure
+	ratio float64 // of the module's requests a second to this one's
+}
+
+type memoryResult struct {
+	*contender
+	size
+	bytes float64 // for one report
+}
+
+type coldResult struct {
+	*contender
+	callers, questions, failed int
+}
+
+type missResult struct {
+	*contender
+	mib  int
+	gzip bool
+	took time.Duration
+	peak int64
+}
+
+// print prints the tables, and how the goals were met.
+func (r *results) print(out io.Writer, lab *laboratory) {
+	fmt.Fprintf(out, "Measured on %s with %s, %d cores, %s.\n", time.Now().Format(time.DateOnly), versions(), runtime.NumCPU(), lab.options)
+	for _, s := range lab.sizes {
+		kind := "made"
+		if s.real {
+			kind = "real"
+		}
+		fmt.Fprintf(out, "%s: %d bytes, %s. ", s.name, len(s.document), kind)
+	}
+	fmt.Fprint(out, "\n\n")
+	r.printLoads(out)
+	r.printMemory(out)
+	r.printCold(out)
+	r.printMisses(out)
+	r.printGoals(out)
+}
+
+func (r *results) printLoads(out io.Writer) {
+	var last string
+	for _, l := range r.loads {
+		if name := l.load.String(); name != last {
+			last = name
+			fmt.Fprintf(out, "\n**%s**\n\n| | requests/s | p50 | p99 | CPU s for 10,000 | bytes each | the module is … times as fast |\n|---|--:|--:|--:|--:|--:|--:|\n", name)
+		}
+		fmt.Fprintf(out, "| %s | %.0f | %s | %s | %.2f | %.0f | %.2f |\n", l.contender.name, l.Requests, short(l.P50), short(l.P99), l.CPU.Seconds(), l.Wire, l.ratio)
+	}
+}
+
+func short(d time.Duration) string {
+	if d < time.Millisecond {
+		return fmt.Sprintf("%d µs", d.Microseconds())
+	}
+	return fmt.Sprintf("%.1f ms", float64(d)/float64(time.Millisecond))
+}
+
+func (r *results) printMemory(out io.Writer) {
+	fmt.Fprint(out, "\n**Memory for a kept report, asked for with gzip**\n\n| | report | bytes | for each byte of the report |\n|---|---|--:|--:|\n")
+	for _, m := range r.memory {
+		fmt.Fprintf(out, "| %s | %s | %.0f | %.2f |\n", m.contender.name, m.size.name, m.bytes, m.bytes/float64(len(m.document)))
+	}
+}
+
+func (r *results) printCold(out io.Writer) {
+	fmt.Fprint(out, "\n**Callers who ask at once for a report that nobody has yet**\n\n| | callers | questions to the node | callers without an answer |\n|---|--:|--:|--:|\n")
+	for _, c := range r.cold {
+		fmt.Fprintf(out, "| %s | %d | %d | %d |\n", c.contender.name, c.callers, c.questions, c.failed)
+	}
+}
+
+func (r *results) printMisses(out io.Writer) {
+	fmt.Fprint(out, "\n**A miss**\n\n| | report | caller takes | time | ms for each MiB | peak memory, MiB for each MiB |\n|---|--:|---|--:|--:|--:|\n")
+	for _, m := range r.misses {
+		form := "identity"
+		if m.gzip {
+			form = "gzip"
+		}
+		fmt.Fprintf(out, "| %s | %d MiB | %s | %s | %.1f | %.2f |\n", m.contender.name, m.mib, form, short(m.took),
+			m.took.Seconds()*1000/float64(m.mib), float64(m.peak)/float64(m.mib<<20))
+	}
+}
+
+// goal is what the module should reach.
+type goal struct {
+	text  string
+	peer  string
+	least float64 // ratio
+	of    func(load) bool
+}
+
+func upTo(bytes int) func(load) bool {
+	return func(l load) bool { return len(l.size.document) <= bytes }
+}
+
+func both(a, b func(load) bool) func(load) bool { return func(l load) bool { return a(l) && b(l) } }
+
+func tlsGzip(l load) bool      { return l.tls && l.gzip }
+func httpGzip(l load) bool     { return !l.tls && l.gzip }
+func httpIdentity(l load) bool { return !l.tls && !l.gzip }
+func from(bytes int) func(load) bool {
+	return func(l load) bool { return len(l.size.document) >= bytes }
+}
+
+const (
+	small, middling, large, huge = 20_000, 60_000, 300_000, 1 << 20 // between the sizes
+)
+
+var goals = []goal{
+	{"0.95 of a bare handler in Caddy", bareHandler.name, 0.95, func(load) bool { return true }},
+	{"HTTPS, gzip: 3 times nginx (level 6, as here) at 15 KB", "nginx, level 6", 3, both(tlsGzip, upTo(small))},
+	{"HTTPS, gzip: 6 times nginx (level 6) at 41 KB", "nginx, level 6", 6, both(tlsGzip, both(from(small), upTo(middling)))},
+	{"HTTPS, gzip: 30 times nginx (level 6) from 220 KB on", "nginx, level 6", 30, both(tlsGzip, from(middling))},
+	{"20 times cache-handler up to 220 KB", "Caddy cache-handler", 20, upTo(large)},
+	{"3 times cache-handler at 2 MiB", "Caddy cache-handler", 3, from(large)},
+	{"gzip: 4 times file_server and encode from 41 KB on", "Caddy file_server", 4, both(func(l load) bool { return l.gzip }, from(small))},
+	{"HTTP, identity: 0.6 of nginx up to 220 KB", "nginx", 0.6, both(httpIdentity, upTo(large))},
+	{"HTTP, identity: ahead of nginx from 1 MiB on", "nginx", 1, both(httpIdentity, from(huge))},
+	{"HTTP, identity: ahead of Varnish", "Varnish", 1, httpIdentity},
+	{"HTTP, gzip: 0.55 of Varnish", "Varnish", 0.55, httpGzip},
+}
+
+// printGoals says how the goals were met at the worst of the loads that each is about.
+func (r *results) printGoals(out io.Writer) {
+	fmt.Fprint(out, "\n**Goals**\n\n| goal | reached at worst | at | |\n|---|--:|---|---|\n")
+	for _, g := range goals {
+		var worst *loadResult
+		for i, l := range r.loads {
+			if l.contender.name == g.peer && g.of(l.load) && (worst == nil || l.ratio < worst.ratio) {
+				worst = &r.loads[i]
+			}
+		}
+		if worst != nil {
+			fmt.Fprintf(out, "| %s | %.2f | %s | %s |\n", g.text, worst.ratio, worst.load, verdict(worst.ratio >= g.least))
+		}
+	}
+	for _, m := range r.memory {
+		if each := m.bytes / float64(len(m.document)); m.contender == module {
+			fmt.Fprintf(out, "| at most 0.35 byte kept for each byte of a report | %.2f | %s | %s |\n", each, m.size.name, verdict(each <= 0.35))
+		}
+	}
+	for _, c := range r.cold {
+		if c.contender == module {
+			fmt.Fprintf(out, "| 1 question for %d callers | %d | | %s |\n", c.callers, c.questions, verdict(c.questions == 1 && c.failed == 0))
+		}
+	}
+}
+
+func verdict(met bool) string {
+	if met {
+		return "met"
+	}
+	return "**missed**"
+}
+
+// versions names who was measured.
+func versions() string {
+	names := []string{runtime.Version()}
+	if info, ok := debug.ReadBuildInfo(); ok {
+		for _, dep := range info.Deps {
+			switch dep.Path {
+			case "github.com/caddyserver/caddy/v2", "github.com/caddyserver/cache-handler":
+				names = append(names, dep.Path+" "+dep.Version)
+			}
+		}
+	}
+	for _, command := range [][]string{{"nginx", "-v"}, {"varnishd", "-V"}, {"wrk", "-v"}} {
+		out, _ := exec.Command(command[0], command[1:]...).CombinedOutput()
+		line, _, _ := strings.Cut(string(out), "\n")
+		line = strings.TrimPrefix(line, "nginx version: ")
+		line, _, _ = strings.Cut(line, " revision")
+		line, _, _ = strings.Cut(line, " [")
+		if line != "" {
+			names = append(names, strings.NewReplacer("(", "", ")", "").Replace(line))
+		}
+	}
+	return strings.Join(names, ", ")
+}
