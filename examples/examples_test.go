@@ -8,13 +8,16 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
 	"io/fs"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -145,6 +148,175 @@ func TestProduction(t *testing.T) {
 			logged := log.waitFor(t, "handled request")
 			if test.client != "" && !strings.Contains(logged, spelling+"=REDACTED") {
 				t.Errorf("%s with the secret of %q: it is not redacted in %s", test.path, test.client, logged)
+			}
+		}
+	}
+}
+
+// TestRateLimit checks that fail2ban would count those who have no right secret, and nobody else.
+func TestRateLimit(t *testing.T) {
+	filter := regexp.MustCompile(`(?m)^failregex = (.*)$`).FindSubmatch(readFile(t, "rate-limit/fail2ban/filter.d/caddy-fsbroker.conf"))
+	if filter == nil {
+		t.Fatal("the filter has no failregex")
+	}
+	counted := regexp.MustCompile(strings.Replace(string(filter[1]), "<HOST>", `(?P<host>[0-9.]+)`, 1))
+	logs := t.TempDir()
+
+	site, secrets := startExample(t, "rate-limit/Caddyfile", "LOGS_DIRECTORY="+logs, "CLIENTS=127.0.0.0/8")
+	requests := []struct {
+		path, secret, userAgent string
+		status                  int
+	}{
+		{"/task", "", "", 401},
+		{"/task", "wrong", "", 401},
+		{"/TA%53K", "wrong", "", 401},
+		{"/task", secrets["PORTAL_SECRET"], "", 400},
+		{"/task", secrets["PORTAL_SECRET"], `"client_ip":"192.0.2.1","status":401,"fsbroker; detail=unauthorized"`, 400},
+	}
+	for _, request := range requests {
+		if response := ask(t, site+request.path, request.secret, request.userAgent); response.StatusCode != request.status {
+			t.Errorf("%+v: got %d", request, response.StatusCode)
+		}
+	}
+	var lines []string
+	for deadline := time.Now().Add(5 * time.Second); len(lines) < len(requests) && time.Now().Before(deadline); {
+		log := readFile(t, filepath.Join(logs, "fsbroker.log"))
+		lines = slices.Collect(strings.Lines(string(log)))
+	}
+	for i, line := range lines {
+		match := counted.FindStringSubmatch(line)
+		if wrong := requests[i].status == http.StatusUnauthorized; wrong != (match != nil) || wrong && match[1] != "127.0.0.1" {
+			t.Errorf("%+v: the filter finds %q in %s", requests[i], match, line)
+		}
+	}
+
+	site, _ = startExample(t, "rate-limit/Caddyfile", "LOGS_DIRECTORY="+t.TempDir())
+	if response, err := http.Get(site + "/task"); err == nil {
+		response.Body.Close()
+		t.Errorf("from a network that is not named: got %d", response.StatusCode)
+	}
+}
+
+// TestMigration asks the site before and after the migration for the same things.
+func TestMigration(t *testing.T) {
+	says := func(name string) *httptest.Server {
+		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			_, _ = fmt.Fprintf(w, `{"result":{"from":"%s","path":"%s"}}`, name, r.URL.Path)
+		}))
+		t.Cleanup(server.Close)
+		return server
+	}
+	broker, node := says("broker"), says("node-1")
+	const task = "/task?appServerID=node-1&taskID=1"
+	for folder, wanted := range map[string]map[string]string{
+		"before": {
+			task:      `{"result":{"from":"broker","path":"/task"}}`,
+			"/submit": `{"result":{"from":"broker","path":"/submit"}}`,
+		},
+		"after": {
+			task:      `{"result":{"from":"node-1","path":"/task"}}`,
+			"/submit": `{"result":{"from":"broker","path":"/submit"}}`,
+		},
+	} {
+		t.Run(folder, func(t *testing.T) {
+			site, secrets := startExample(t, "migration/"+folder+"/Caddyfile",
+				"BROKER="+strings.TrimPrefix(broker.URL, "http://"), "NODE_1="+strings.TrimPrefix(node.URL, "http://"))
+			for path, want := range wanted {
+				for _, secretParam := range []string{"serect", "secret", ""} {
+					url, bearer := site+path, secrets["BROKER_SECRET"]
+					if secretParam != "" {
+						separator := "?"
+						if strings.Contains(path, "?") {
+							separator = "&"
+						}
+						url, bearer = url+separator+secretParam+"="+bearer, ""
+					}
+					response := ask(t, url, bearer, "")
+					if got := response.body; got != want {
+						t.Errorf("%s with %q: %d %s", path, secretParam, response.StatusCode, got)
+					}
+				}
+			}
+			if status := ask(t, site+task, "", "").StatusCode; folder == "after" && status != http.StatusUnauthorized {
+				t.Errorf("without a secret: got %d", status)
+			}
+			if status := ask(t, site+task+"&taskID=2", secrets["BROKER_SECRET"], "").StatusCode; folder == "after" && status != http.StatusBadRequest {
+				t.Errorf("with a parameter given twice: got %d", status)
+			}
+		})
+	}
+}
+
+// response is one that has been read.
+type response struct {
+	*http.Response
+	body string
+}
+
+// ask makes a request, with a secret and a User-Agent where they are given.
+func ask(t *testing.T, url, secret, userAgent string) response {
+	t.Helper()
+	request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if secret != "" {
+		request.Header.Set("Authorization", "Bearer "+secret)
+	}
+	if userAgent != "" {
+		request.Header.Set("User-Agent", userAgent)
+	}
+	r, err := http.DefaultClient.Do(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Body.Close()
+	body, err := io.ReadAll(r.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return response{r, string(body)}
+}
+
+// startExample runs an example whose site is $SITE, with more variables, and returns the site's URL.
+func startExample(t *testing.T, path string, env ...string) (site string, secrets map[string]string) {
+	t.Helper()
+	site = "http://" + freeAddress(t)
+	config, secrets := withSecrets(t, caddy(t, append(env, "SITE="+site), "adapt", "--config", absolute(t, path)))
+	start(t, "run", "--config", config).waitFor(t, "serving initial configuration")
+	return site, secrets
+}
+
+// TestSecretsAreGiven checks that what runs Caddy gives it the secrets that its Caddyfile reads, and no others.
+func TestSecretsAreGiven(t *testing.T) {
+	for _, test := range []struct{ runner, given, caddyfile string }{
+		{"systemd/caddy.service", `(?m)^LoadCredential=([\w-]+):/etc/caddy/secrets/([\w-]+)$`, "systemd/Caddyfile"},
+		{"compose/compose.yaml", `(?m)^  ([\w-]+):\n    file: secrets/([\w-]+)$`, "production/Caddyfile"},
+	} {
+		var given []string
+		for _, match := range regexp.MustCompile(test.given).FindAllStringSubmatch(string(readFile(t, test.runner)), -1) {
+			given = append(given, match[1])
+			if match[1] != match[2] {
+				t.Errorf("%s: %s is read from %s", test.runner, match[1], match[2])
+			}
+		}
+		var read []string
+		for _, match := range regexp.MustCompile(`\{file\..*/([\w-]+)\}`).FindAllStringSubmatch(string(readFile(t, test.caddyfile)), -1) {
+			read = append(read, match[1])
+		}
+		slices.Sort(given)
+		slices.Sort(read)
+		if !slices.Equal(given, slices.Compact(read)) {
+			t.Errorf("%s gives %q, %s reads %q", test.runner, given, test.caddyfile, read)
+		}
+	}
+	compose := readFile(t, "compose/compose.yaml")
+	if list := regexp.MustCompile(`secrets: \[(.*)\]`).FindSubmatch(compose); list == nil {
+		t.Error("compose.yaml gives the service no secrets")
+	} else {
+		for name := range strings.SplitSeq(string(list[1]), ", ") {
+			if !bytes.Contains(compose, []byte("\n  "+name+":\n    file: ")) {
+				t.Errorf("compose.yaml does not say where %s is", name)
 			}
 		}
 	}

@@ -1,0 +1,303 @@
+package fsbroker_test
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"os"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+
+	"go.yaml.in/yaml/v3"
+)
+
+// openAPI is the description of the API.
+type openAPI map[string]any
+
+func readOpenAPI(t *testing.T) openAPI {
+	t.Helper()
+	source, err := os.ReadFile("openapi.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var d map[string]any
+	if err := yaml.Unmarshal(source, &d); err != nil {
+		t.Fatal(err)
+	}
+	return d
+}
+
+// at is what stands at a path below something, with references followed, and nil where nothing does.
+func (d openAPI) at(below any, path ...string) any {
+	for _, name := range path {
+		object, _ := below.(map[string]any)
+		below = object[name]
+		for {
+			object, _ := below.(map[string]any)
+			ref, ok := object["$ref"].(string)
+			if !ok {
+				break
+			}
+			below = d.at(map[string]any(d), strings.Split(strings.TrimPrefix(ref, "#/"), "/")...)
+		}
+	}
+	return below
+}
+
+// object is the object at a path from the top.
+func (d openAPI) object(path ...string) map[string]any {
+	object, _ := d.at(map[string]any(d), path...).(map[string]any)
+	return object
+}
+
+// check tells what a JSON value has that the schema called name, below something, does not allow. It knows the keywords
+// that are needed for answers, and says so when it meets another.
+func (d openAPI) check(below any, name string, value any) error {
+	schema, ok := d.at(below, name).(map[string]any)
+	if !ok {
+		return errors.New("it is not described")
+	}
+	object, _ := value.(map[string]any)
+	properties, _ := schema["properties"].(map[string]any)
+	for keyword, want := range schema {
+		ok := true
+		switch keyword {
+		case "description", "format", "properties": // properties are checked below
+		case "type":
+			ok = isType(value, want)
+		case "const":
+			ok = value == want
+		case "enum":
+			ok = slices.Contains(want.([]any), value)
+		case "minimum":
+			number, _ := value.(float64)
+			ok = number >= float64(want.(int))
+		case "required":
+			for _, name := range want.([]any) {
+				_, exists := object[name.(string)]
+				ok = ok && exists
+			}
+		case "additionalProperties": // false
+			for name := range object {
+				ok = ok && properties[name] != nil
+			}
+		case "items":
+			for _, item := range value.([]any) {
+				if err := d.check(schema, "items", item); err != nil {
+					return err
+				}
+			}
+		default:
+			return fmt.Errorf("this test does not know the keyword %s", keyword)
+		}
+		if !ok {
+			return fmt.Errorf("%v does not match %s: %v", value, keyword, want)
+		}
+	}
+	for name := range properties {
+		if member, exists := object[name]; exists {
+			if err := d.check(properties, name, member); err != nil {
+				return fmt.Errorf("%s: %w", name, err)
+			}
+		}
+	}
+	return nil
+}
+
+func isType(value, want any) bool {
+	switch v := value.(type) {
+	case string:
+		return want == "string"
+	case bool:
+		return want == "boolean"
+	case float64:
+		return want == "number" || want == "integer" && v == float64(int64(v))
+	case []any:
+		return want == "array"
+	case map[string]any:
+		return want == "object"
+	}
+	return false
+}
+
+// checkAnswer holds an answer against the description of its status.
+func (d openAPI) checkAnswer(t *testing.T, method string, r reply) {
+	t.Helper()
+	response := d.object("paths", "/task", strings.ToLower(method), "responses", strconv.Itoa(r.status))
+	if response == nil {
+		t.Fatalf("status %d is not described", r.status)
+	}
+
+	header := r.header.Clone()
+	for _, name := range []string{
+		"Alt-Svc", "Date", "Server", // Caddy's own
+		"Content-Length",
+		"Content-Type", // is described with the content
+	} {
+		header.Del(name)
+	}
+	fields, _ := response["headers"].(map[string]any)
+	for name := range fields {
+		field := d.at(fields, name)
+		values := header.Values(name)
+		header.Del(name)
+		if len(values) == 0 {
+			if d.at(field, "required") == true {
+				t.Errorf("%s is missing", name)
+			}
+			continue
+		}
+		var value any = values[0]
+		if d.at(field, "schema", "type") == "integer" {
+			number, err := strconv.ParseFloat(values[0], 64)
+			if err != nil {
+				t.Errorf("%s: %v", name, err)
+			}
+			value = number
+		}
+		if err := d.check(field, "schema", value); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for name := range header {
+		t.Errorf("%s is not described", name)
+	}
+
+	contentType := r.header.Get("Content-Type")
+	content, _ := response["content"].(map[string]any)
+	switch {
+	case contentType == "" && content == nil && len(r.body) == 0, // there is none
+		method == http.MethodHead && content[contentType] != nil && len(r.body) == 0:
+		return
+	}
+	var body any
+	if err := json.Unmarshal([]byte(r.plain(t)), &body); err != nil {
+		t.Fatalf("%v: %s", err, r.body)
+	}
+	if err := d.check(d.at(content, contentType), "schema", body); err != nil {
+		t.Errorf("the body, %s: %v", contentType, err)
+	}
+}
+
+func TestOpenAPIDescribesAnswers(t *testing.T) {
+	d := readOpenAPI(t)
+	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+		switch task := r.URL.Query().Get("taskID"); task {
+		case "unknown":
+			says(http.StatusNotFound, "")(w, r)
+		case "empty":
+			says(http.StatusNoContent, "")(w, r)
+		case "slow":
+			<-r.Context().Done()
+		case "running":
+			says(http.StatusOK, reportOf(task, "IN_PROGRESS"))(w, r)
+		default:
+			says(http.StatusOK, reportOf(task, "SUCCESS", "FAILED"))(w, r)
+		}
+	})
+	s := startSite(t, options(node, fmt.Sprintf("node closed 127.0.0.1:%d\ntimeout 500ms", freePort(t))))
+	etag := s.get(pair).header.Get("ETag")
+
+	const task = "/task?appServerID=node-1&taskID="
+	provoked := make(map[string]bool)
+	for _, test := range []struct {
+		method, path string
+		header       string
+		status       int
+	}{
+		{"GET", task + "t2", "", 200},
+		{"GET", task + "t2", "", 200}, // kept
+		{"GET", task + "t2&nocache", "", 200},
+		{"GET", task + "t2&all", "Accept-Encoding: gzip", 200},
+		{"HEAD", task + "t2", "", 200},
+		{"GET", task + "running", "", 200},
+		{"GET", task + "t2&wait=1", "", 200},
+		{"GET", task + "t2", "Prefer: wait=1", 200},
+		{"GET", task + "empty", "", 204},
+		{"GET", task + "empty&wait=1", "", 204},
+		{"GET", task + "empty", "Prefer: wait=1", 204},
+		{"GET", pair, "If-None-Match: " + etag, 304},
+		{"GET", "/task", "", 400},
+		{"HEAD", "/task", "", 400},
+		{"GET", "/task?submitID=s1", "", 400},
+		{"GET", pair, "Authorization: Bearer wrong", 401},
+		{"GET", task + "unknown", "", 404},
+		{"GET", task + "unknown", "Prefer: wait=1", 404},
+		{"GET", "/task?appServerID=node-2&taskID=t2", "", 404},
+		{"POST", pair, "", 405},
+		{"GET", "/task?appServerID=closed&taskID=t2", "", 502},
+		{"GET", "/task?appServerID=closed&taskID=t2", "", 503},
+		{"GET", task + "slow", "", 504},
+	} {
+		t.Run(fmt.Sprint(test), func(t *testing.T) {
+			header := []string{"Authorization: Bearer " + callerSecret}
+			if strings.HasPrefix(test.header, "Authorization") {
+				header = nil
+			}
+			if test.header != "" {
+				header = append(header, test.header)
+			}
+			r := s.do(t.Context(), test.method, test.path, header...)
+			r.wantStatus(t, test.status)
+			provoked[strconv.Itoa(r.status)] = true
+			if test.method == http.MethodPost { // which is described with those that there are
+				test.method = http.MethodGet
+			}
+			d.checkAnswer(t, test.method, r)
+		})
+	}
+	provoked["500"] = true // takes damaged memory
+	described := slices.Sorted(maps.Keys(d.object("paths", "/task", "get", "responses")))
+	if want := slices.Sorted(maps.Keys(provoked)); !slices.Equal(described, want) {
+		t.Errorf("the statuses %v are described, but there are %v", described, want)
+	}
+}
+
+func TestOpenAPIDescribesEveryProblem(t *testing.T) {
+	d := readOpenAPI(t)
+	described := make(map[string]bool)
+	codes, _ := d.object("components", "schemas", "Problem", "properties", "code")["enum"].([]any)
+	for _, code := range codes {
+		described[code.(string)] = true
+	}
+	if want := problemCodes(t); !maps.Equal(described, want) {
+		t.Errorf("the codes %v are described, but there are %v", described, want)
+	}
+}
+
+func TestOpenAPIDescribesEveryParameter(t *testing.T) {
+	d := readOpenAPI(t)
+	described := make(map[string]bool)
+	add := func(parameter map[string]any) {
+		if parameter["in"] == "query" {
+			described[parameter["name"].(string)] = true
+		}
+	}
+	for name := range d.object("components", "securitySchemes") {
+		add(d.object("components", "securitySchemes", name))
+	}
+	parameters, _ := d.at(d.object("paths", "/task"), "parameters").([]any)
+	for _, parameter := range parameters {
+		add(d.at(map[string]any{"": parameter}, "").(map[string]any))
+	}
+
+	source, err := os.ReadFile("question.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// read takes them in one by one.
+	found := regexp.MustCompile(`case "(\w+)":\n`).FindAllSubmatch(source, -1)
+	if len(found) < 7 {
+		t.Errorf("found only %d parameters", len(found))
+	}
+	for _, match := range found {
+		if !described[string(match[1])] {
+			t.Errorf("%s is not described", match[1])
+		}
+	}
+}
