@@ -17,8 +17,8 @@ import (
 // Cache says what is kept of the nodes' answers, and for how long. All `fsbroker_task` handlers of a process share one
 // cache, which lives on when the configuration is reloaded.
 type Cache struct {
-	// How long a finished report is kept, and what a submission resolved to. Neither ever changes: the time only
-	// bounds memory. Default: `24h`
+	// How long memory keeps a finished report, and what a submission resolved to. Neither ever changes: the time is
+	// there to bound memory. Default: `24h`
 	TTL caddy.Duration `json:"ttl,omitempty"`
 
 	// How many bytes all that is kept may take, bookkeeping included. When it is more, what is asked for least goes
@@ -27,10 +27,10 @@ type Cache struct {
 
 	// A storage that keeps finished reports, and what submissions resolved to, beyond the process, and shares them
 	// with all instances that use it: any `caddy.storage` module, or `{}` for the storage that the server is
-	// configured with. Reports are confidential, and are stored as they are: protect it. Default: none
+	// configured with. Reports are confidential, and are compressed, but not encrypted: protect it. Default: none
 	StorageRaw json.RawMessage `json:"storage,omitempty" caddy:"namespace=caddy.storage inline_key=module"`
 
-	// How long the storage keeps them. Default: `720h` (30 days)
+	// How long the storage keeps a report, where there is one. Default: `720h` (30 days)
 	Retention caddy.Duration `json:"retention,omitempty"`
 }
 

@@ -60,9 +60,9 @@ func parseDirective(helper httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, e
 //	    max_report    <size>
 //	    fail_duration <duration>
 //	    cache {
-//	        ttl      <duration>
-//	        max_size <size>
-//	        storage  [<module> { ... }]
+//	        ttl       <duration>
+//	        max_size  <size>
+//	        storage   [<module> { ... }]
 //	        retention <duration>
 //	    }
 //	}
@@ -128,14 +128,15 @@ func (h *Handler) unmarshalSecret(d *caddyfile.Dispenser) error {
 		return err
 	}
 	s := Secret{Secret: args[len(args)-1]}
-	if len(args) == 2 {
-		s.Client = args[0]
-		if !clientName.MatchString(s.Client) {
-			return d.WrapErr(errClientName)
-		}
-	}
-	if s.Secret == "" {
+	switch {
+	case s.Secret == "":
 		return d.Err("the secret is empty")
+	case len(args) == 2 && !clientName.MatchString(args[0]):
+		return d.WrapErr(errClientName)
+	case len(args) == 2:
+		s.Client = args[0]
+	case !strings.Contains(s.Secret, "{"): // an unset {$NAME} has left the client's name alone
+		return d.Err("a secret that is no placeholder wants a client's name before it: secret <client name> <secret>; if there is one, the secret after it came to nothing")
 	}
 	h.Secrets = append(h.Secrets, s)
 	return noBlock(d, "secret")

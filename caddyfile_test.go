@@ -14,13 +14,13 @@ import (
 func TestCaddyfileToJSON(t *testing.T) {
 	for name, test := range map[string]struct{ options, want string }{
 		"the server's storage": {
-			"secret s1\nnode n1 a:1\ncache {\nstorage\n}",
-			`{"secrets":[{"secret":"s1"}],"nodes":[{"app_server_id":"n1","address":"a:1"}],"cache":{"storage":{}}}`,
+			"secret {env.S}\nnode n1 a:1\ncache {\nstorage\n}",
+			`{"secrets":[{"secret":"{env.S}"}],"nodes":[{"app_server_id":"n1","address":"a:1"}],"cache":{"storage":{}}}`,
 		},
 		"the least": {
-			`secret s1
+			`secret {env.S}
 			node n1 10.0.0.1:22001`,
-			`{"secrets":[{"secret":"s1"}],"nodes":[{"app_server_id":"n1","address":"10.0.0.1:22001"}]}`,
+			`{"secrets":[{"secret":"{env.S}"}],"nodes":[{"app_server_id":"n1","address":"10.0.0.1:22001"}]}`,
 		},
 		"everything": {
 			`secret {env.A}
@@ -79,17 +79,18 @@ func TestCaddyfileToJSON(t *testing.T) {
 }
 
 func TestCaddyfileErrors(t *testing.T) {
-	const rest = "\nsecret s\nnode n1 a:1"
+	const rest = "\nsecret {env.S}\nnode n1 a:1"
 	for options, want := range map[string]string{
 		"":                                       "fsbroker_task wants at least one secret, or nobody could be let in",
-		"secret s1":                              "fsbroker_task wants at least one node",
+		"secret {env.S}":                         "fsbroker_task wants at least one node",
 		"node n1 a:1":                            "fsbroker_task wants at least one secret, or nobody could be let in",
 		"secret":                                 "wrong number of arguments: it wants secret [<client name>] <secret>",
 		"secret a b hush":                        "wrong number of arguments: it wants secret [<client name>] <secret>",
+		"secret portal":                          "a secret that is no placeholder wants a client's name before it: secret <client name> <secret>; if there is one, the secret after it came to nothing",
 		`secret ""`:                              "the secret is empty",
 		`secret a ""`:                            "the secret is empty",
 		"secret {env.HUSH} a":                    "a client's name wants 1 to 64 letters, digits, dots, dashes, underscores or @, and comes before the secret",
-		"secret a {\nx\n}":                       "secret takes no block",
+		"secret a b {\nx\n}":                     "secret takes no block",
 		"node":                                   "wrong number of arguments: it wants node <appServerID> <address> [<secret>]",
 		"node n1":                                "wrong number of arguments: it wants node <appServerID> <address> [<secret>]",
 		"node n1 a:1 hush more":                  "wrong number of arguments: it wants node <appServerID> <address> [<secret>]",
@@ -169,8 +170,8 @@ func TestCaddyfileErrors(t *testing.T) {
 }
 
 func TestDirective(t *testing.T) {
-	const options = "{\nsecret s\nnode n1 a:1\n}"
-	const handler = `{"handler":"fsbroker_task","nodes":[{"address":"a:1","app_server_id":"n1"}],"secrets":[{"secret":"s"}]}`
+	const options = "{\nsecret {env.S}\nnode n1 a:1\n}"
+	const handler = `{"handler":"fsbroker_task","nodes":[{"address":"a:1","app_server_id":"n1"}],"secrets":[{"secret":"{env.S}"}]}`
 	const respond = `{"handler":"static_response","status_code":404}`
 	for name, test := range map[string]struct{ directives, want string }{
 		"without a matcher": {"fsbroker_task " + options, `[{"match":[{"path":["/task"]}],"handle":[` + handler + `]}]`},
@@ -208,7 +209,7 @@ func TestDirective(t *testing.T) {
 }
 
 func FuzzCaddyfile(f *testing.F) {
-	f.Add("secret a\nnode n1 10.0.0.1:22001 s {\nsecret_param serect\n}\nbroker http://b\ncache {\nttl 1h\nmax_size 1MiB\n}")
+	f.Add("secret {env.A}\nnode n1 10.0.0.1:22001 s {\nsecret_param serect\n}\nbroker http://b\ncache {\nttl 1h\nmax_size 1MiB\n}")
 	f.Add("secret a {env.B}\nnode n1 https://[::1]:1/x {\nsecret {file./a}\n}\ntransport http {\ntls\n}\ntimeout 3d")
 	f.Fuzz(func(t *testing.T, options string) {
 		h := new(Handler)

@@ -1,5 +1,6 @@
 // Package fsbroker is a plugin for the Caddy web server. Its HTTP handler, fsbroker_task, serves the fsBroker Task API
-// (GET /task): the report of a file-analysis task, fetched from the processor node that holds it and kept in memory.
+// (GET /task): the report of a file-analysis task, fetched from the processor node that holds it and kept in memory,
+// and in a storage where that is wanted.
 //
 // The Task API is the one of OPSWAT Filescan's fsBroker, documented at https://www.opswat.com/docs/filescan.
 package fsbroker
@@ -25,7 +26,7 @@ func init() {
 }
 
 // Handler serves the fsBroker Task API, `GET /task`: it checks the caller's secret, and answers with the report of a
-// file-analysis task, which it keeps in memory, or else asks the processor node for that holds it.
+// file-analysis task: the one that it keeps, or else the one that the processor node has which holds it.
 //
 // Callers name the report by the submission (`submitID`), for which a broker has to be configured, or by the node and
 // its task (`appServerID` and `taskID`), choose the complete one with `all=true`, and get past what is kept with
@@ -45,7 +46,7 @@ type Handler struct {
 	// The secrets of the callers. At least one is needed.
 	Secrets []Secret `json:"secrets,omitempty"`
 
-	// The processor nodes whose reports are served.
+	// The processor nodes whose reports are served. At least one is needed.
 	Nodes []Node `json:"nodes,omitempty"`
 
 	// The broker, which knows where a submission went. Without one, `submitID` is refused.
@@ -58,7 +59,7 @@ type Handler struct {
 	// How long one question to a node or the broker may take, the body of its answer included. Default: `30s`
 	Timeout caddy.Duration `json:"timeout,omitempty"`
 
-	// How long a report that is not finished is kept, and that a submission is still queued. Default: `2s`
+	// How long a report that is not finished is kept, and the answer that a submission is still queued. Default: `2s`
 	PollInterval caddy.Duration `json:"poll_interval,omitempty"`
 
 	// How many bytes an answer of a node or the broker may have, inflated. Default: 67108864 (64 MiB)

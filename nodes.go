@@ -39,7 +39,8 @@ type Endpoint struct {
 	// such as `{env.NAME}` are resolved when the configuration is loaded.
 	Address string `json:"address"`
 
-	// The secret that it is asked with, if it wants one. Placeholders are resolved as those of the callers' secrets.
+	// The secret that it is asked with, if it wants one. Placeholders such as `{env.NAME}` and `{file./path}` are
+	// resolved when the configuration is loaded; one that is unknown or empty is an error.
 	Secret string `json:"secret,omitempty"`
 
 	// The query parameter for the secret: `serect`, as it is spelled up to version 1.9, or `secret`, from 2.x on.
