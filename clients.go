@@ -36,6 +36,7 @@ var errClientName = errors.New("a client's name wants 1 to 64 letters, digits, d
 type client struct {
 	name any // a string; kept boxed, since the replacer wants it so on every request
 	sum  [sha256.Size]byte
+	hits hitCounters
 }
 
 type clients []client
@@ -61,7 +62,7 @@ func newClients(repl *caddy.Replacer, secrets []Secret) (clients, error) {
 		if other := known.find(value); other != nil && other.name != name {
 			return nil, fmt.Errorf("secret %d: clients %s and %v share one secret: give each its own", i+1, name, other.name)
 		}
-		known = append(known, client{name: name, sum: sha256.Sum256([]byte(value))})
+		known = append(known, client{name: name, sum: sha256.Sum256([]byte(value)), hits: newHitCounters(name)})
 	}
 	return known, nil
 }

@@ -112,6 +112,7 @@ type peer struct {
 	maxAnswer    int64
 	logger       *zap.Logger
 
+	asking atomic.Int64           // questions under way
 	failed atomic.Int64           // when it last could not be connected to, in Unix nanoseconds; 0 when it could
 	health atomic.Pointer[string] // the code of what is wrong with it, as last logged; nil when nothing is
 }
@@ -195,6 +196,16 @@ func (p *peer) ask(ctx context.Context, path string, query url.Values, room *lea
 	if down := p.down(start); down != nil {
 		return 0, down
 	}
+	p.asking.Add(1)
+	defer p.asking.Add(-1)
+	status, err = p.exchange(ctx, path, query, room, read)
+	p.countQuestion(status, err, time.Since(start))
+	return status, err
+}
+
+// exchange is ask, whatever is known of the peer.
+func (p *peer) exchange(ctx context.Context, path string, query url.Values, room *lease, read reader) (status int, err error) {
+	start := time.Now()
 	timed, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
 	var dial dialWatch
