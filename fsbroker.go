@@ -38,7 +38,10 @@ func init() {
 // answered as problem documents (RFC 9457) with a stable code.
 //
 // The placeholder `{http.fsbroker.client}` holds the name of the client whose secret was presented, as does
-// `{http.auth.user.id}`, which Caddy's access log shows as `user_id`.
+// `{http.auth.user.id}`, which Caddy's access log shows as `user_id`. When the answer is written, `{http.fsbroker.cache}`
+// says what the cache did for it (`hit`, `storage`, `miss`, `bypass`, `collapsed`, `error` or `none`), and
+// `{http.fsbroker.node}` names the node whose report it is. The access log has all three as `fsbroker_client`,
+// `fsbroker_cache` and `fsbroker_node`.
 //
 // The handler answers every request that reaches it: put a path matcher in front of it, as the Caddyfile directive does
 // by itself.
@@ -297,6 +300,8 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 // answer writes the report that was found, or why there is none, and counts the request.
 func (h *Handler) answer(w http.ResponseWriter, r *http.Request, c *client, found finding, err error) {
 	p, _ := errors.AsType[*problem](err)
+	rec := record{client: c, cache: found.outcome(p), node: found.node}
+	announce(r, rec)
 	var status int
 	switch {
 	case err == nil:
@@ -307,7 +312,7 @@ func (h *Handler) answer(w http.ResponseWriter, r *http.Request, c *client, foun
 		status = statusClientClosedRequest
 		w.WriteHeader(status)
 	}
-	countRequest(c, found.outcome(p), status)
+	countRequest(rec, status)
 }
 
 // admit says who asks, and what keeps a request from being looked into: first of all, that it has no right secret.
@@ -322,6 +327,9 @@ func (h *Handler) admit(r *http.Request, q question) (*client, *problem) {
 	if repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
 		repl.Set("http.fsbroker.client", c.name)
 		repl.Set("http.auth.user.id", c.name)
+	}
+	if q.serect != "" || q.secret != "" {
+		h.recommendBearer(c)
 	}
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
 		return c, &problem{
@@ -341,6 +349,7 @@ type finding struct {
 	hit     bool // it was kept
 	joined  bool // it came with the question of another caller
 	nocache bool
+	node    *peer // whose it is
 }
 
 // fetched is a node's answer as it is handed to all who wait for it.
@@ -367,7 +376,9 @@ func (h *Handler) find(ctx context.Context, q question) (finding, error) {
 	if !ok {
 		return finding{}, unknownNode(q)
 	}
-	return h.lookUp(ctx, node, reportKey(node.address, q.taskID, q.all), q, (*Handler).fetchReport)
+	found, err := h.lookUp(ctx, node, reportKey(node.address, q.taskID, q.all), q, (*Handler).fetchReport)
+	found.node = node
+	return found, err
 }
 
 // findSubmission looks up which task a submission became.

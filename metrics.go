@@ -105,21 +105,21 @@ func newHitCounters(client string) hitCounters {
 	return hitCounters{whole: of(http.StatusOK), unchanged: of(http.StatusNotModified)}
 }
 
-// countRequest counts a request that was answered.
-func countRequest(c *client, o outcome, status int) {
+// countRequest counts a request that was answered. Without a right secret it has no client.
+func countRequest(rec record, status int) {
 	name := ""
-	switch {
-	case c == nil: // it came without a right secret
-	case o == outcomeHit && status == http.StatusOK:
-		c.hits.whole.Inc()
-		return
-	case o == outcomeHit && status == http.StatusNotModified:
-		c.hits.unchanged.Inc()
-		return
-	default:
-		name = c.name.(string)
+	if rec.client != nil {
+		name = rec.client.name.(string)
+		switch {
+		case rec.cache == outcomeHit && status == http.StatusOK:
+			rec.client.hits.whole.Inc()
+			return
+		case rec.cache == outcomeHit && status == http.StatusNotModified:
+			rec.client.hits.unchanged.Inc()
+			return
+		}
 	}
-	requestsTotal.WithLabelValues(strconv.Itoa(status), o.String(), name).Inc()
+	requestsTotal.WithLabelValues(strconv.Itoa(status), rec.cache.String(), name).Inc()
 }
 
 // countQuestion counts a question that has ended, with a status or an error.
