@@ -9,8 +9,8 @@ import (
 	"go.uber.org/zap"
 )
 
-// write answers with the report that was found.
-func (h *Handler) write(w http.ResponseWriter, r *http.Request, found finding) {
+// write answers with the report that was found, and gives the status of the answer.
+func (h *Handler) write(w http.ResponseWriter, r *http.Request, found finding) int {
 	report := found.entry.report()
 	f := fields{header: w.Header()}
 	f.set("Cache-Status", found.cacheStatus(nil))
@@ -26,19 +26,18 @@ func (h *Handler) write(w http.ResponseWriter, r *http.Request, found finding) {
 	if report.isEmpty() {
 		f.set("Retry-After", wholeSeconds(time.Duration(h.PollInterval)))
 		w.WriteHeader(http.StatusNoContent)
-		return
+		return http.StatusNoContent
 	}
 
 	chosen, err := h.choose(found, r.Header)
 	if err != nil {
 		h.logger.Error("a kept report is damaged", zap.Error(err))
-		damaged.write(w, r, found.cacheStatus(damaged))
-		return
+		return damaged.write(w, r, found.cacheStatus(damaged))
 	}
 	f.set("Etag", chosen.etag)
 	if matches(r.Header, chosen.etag) {
 		w.WriteHeader(http.StatusNotModified)
-		return
+		return http.StatusNotModified
 	}
 	f.set("Content-Type", "application/json")
 	f.set("Content-Length", chosen.length)
@@ -47,6 +46,7 @@ func (h *Handler) write(w http.ResponseWriter, r *http.Request, found finding) {
 	}
 	w.WriteHeader(http.StatusOK)
 	writeBody(w, r, chosen.body)
+	return http.StatusOK
 }
 
 // choose gives the form of the report that the caller takes.
@@ -105,16 +105,16 @@ func (f *finding) cacheStatus(p *problem) string {
 	if f.nocache {
 		forward = "fsbroker; fwd=request"
 	}
-	switch {
-	case p != nil && p.asked:
+	switch f.outcome(p) {
+	case outcomeError:
 		return forward + "; detail=" + p.code
-	case p != nil:
+	case outcomeNone:
 		return "fsbroker; detail=" + p.code
-	case f.recalled:
+	case outcomeStorage:
 		return "fsbroker; hit; detail=storage"
-	case f.hit:
+	case outcomeHit:
 		return "fsbroker; hit"
-	case f.joined:
+	case outcomeCollapsed:
 		return forward + "; collapsed"
 	}
 	return forward + "; stored"

@@ -14,6 +14,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
 
@@ -194,6 +195,26 @@ func BenchmarkJudge(b *testing.B) {
 			for b.Loop() {
 				if finished, err := judge(bytes.NewReader(document)); !finished || err != nil {
 					b.Fatal(finished, err)
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkRecord is what it costs a request that a new Caddy request logs it, and has placeholders of it: on top of the
+// replacer and the fields that Caddy makes for every request.
+func BenchmarkRecord(b *testing.B) {
+	h := benchHandler(b, 1, 0, 1<<10)
+	rec := record{client: &h.clients[0], cache: outcomeHit, node: h.nodes["node-0"]}
+	for name, announced := range map[string]bool{"without": false, "with": true} {
+		b.Run(name, func(b *testing.B) {
+			b.ReportAllocs()
+			r := httptest.NewRequest(http.MethodGet, "/task", nil)
+			for b.Loop() {
+				ctx := context.WithValue(r.Context(), caddy.ReplacerCtxKey, caddy.NewReplacer())
+				ctx = context.WithValue(ctx, caddyhttp.ExtraLogFieldsCtxKey, new(caddyhttp.ExtraLogFields))
+				if r := r.WithContext(ctx); announced {
+					announce(r, rec)
 				}
 			}
 		})

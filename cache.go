@@ -80,6 +80,7 @@ type cache struct {
 	limit   int64
 	used    int64
 	entries uint64 // how many there ever were
+	evicted uint64 // how many of them had to go before their time
 	first   sieve  // the plain forms of reports that are also kept compressed: they can be made again
 	second  sieve  // the entries themselves
 }
@@ -218,8 +219,23 @@ func (c *cache) shrink() {
 		} else {
 			k := c.second.next().entry.key
 			c.kept.Delete(string(k[:]))
+			c.evicted++
 		}
 	}
+}
+
+// memoryFigures say how full a cache is.
+type memoryFigures struct {
+	Bytes     int64  `json:"bytes"`
+	Limit     int64  `json:"limit"`
+	Entries   int    `json:"entries"`
+	Evictions uint64 `json:"evictions"`
+}
+
+func (c *cache) figures() memoryFigures {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return memoryFigures{Bytes: c.used, Limit: c.limit, Entries: c.second.order.Len(), Evictions: c.evicted}
 }
 
 // largest is the bound.

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"regexp"
 	"strings"
+	"sync/atomic"
 
 	"github.com/caddyserver/caddy/v2"
 )
@@ -36,6 +37,9 @@ var errClientName = errors.New("a client's name wants 1 to 64 letters, digits, d
 type client struct {
 	name any // a string; kept boxed, since the replacer wants it so on every request
 	sum  [sha256.Size]byte
+	hits hitCounters
+
+	warned *atomic.Bool // that it sends its secret in the query; all with one name have this together
 }
 
 type clients []client
@@ -46,6 +50,7 @@ func newClients(repl *caddy.Replacer, secrets []Secret) (clients, error) {
 		return nil, errors.New("no secret is configured: give at least one, or nobody could be let in")
 	}
 	var known clients
+	warnings := make(map[string]*atomic.Bool)
 	for i, s := range secrets {
 		name := s.Client
 		if name == "" {
@@ -61,7 +66,12 @@ func newClients(repl *caddy.Replacer, secrets []Secret) (clients, error) {
 		if other := known.find(value); other != nil && other.name != name {
 			return nil, fmt.Errorf("secret %d: clients %s and %v share one secret: give each its own", i+1, name, other.name)
 		}
-		known = append(known, client{name: name, sum: sha256.Sum256([]byte(value))})
+		warned, ok := warnings[name]
+		if !ok {
+			warned = new(atomic.Bool)
+			warnings[name] = warned
+		}
+		known = append(known, client{name: name, sum: sha256.Sum256([]byte(value)), hits: newHitCounters(name), warned: warned})
 	}
 	return known, nil
 }

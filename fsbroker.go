@@ -10,6 +10,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"iter"
 	"net/http"
 	"sync/atomic"
 	"time"
@@ -38,7 +39,10 @@ func init() {
 // answered as problem documents (RFC 9457) with a stable code.
 //
 // The placeholder `{http.fsbroker.client}` holds the name of the client whose secret was presented, as does
-// `{http.auth.user.id}`, which Caddy's access log shows as `user_id`.
+// `{http.auth.user.id}`, which Caddy's access log shows as `user_id`. When the answer is written, `{http.fsbroker.cache}`
+// says what the cache did for it (`hit`, `storage`, `miss`, `bypass`, `collapsed`, `error` or `none`), and
+// `{http.fsbroker.node}` names the node whose report it is. The access log has all three as `fsbroker_client`,
+// `fsbroker_cache` and `fsbroker_node`.
 //
 // The handler answers every request that reaches it: put a path matcher in front of it, as the Caddyfile directive does
 // by itself.
@@ -116,7 +120,14 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if h.store, err = joinStore(h); err != nil {
 		return err
 	}
-	return h.provisionArchive(ctx)
+	if err := h.provisionArchive(ctx); err != nil {
+		return err
+	}
+	if err := registerMetrics(ctx.GetMetricsRegistry()); err != nil {
+		return err
+	}
+	live.add(h)
+	return nil
 }
 
 func (h *Handler) setDefaults() {
@@ -194,6 +205,20 @@ func (h *Handler) provisionArchive(ctx caddy.Context) error {
 	return nil
 }
 
+// peers are the nodes, and the broker if there is one.
+func (h *Handler) peers() iter.Seq[*peer] {
+	return func(yield func(*peer) bool) {
+		for _, node := range h.nodes {
+			if !yield(node) {
+				return
+			}
+		}
+		if h.broker != nil {
+			yield(h.broker)
+		}
+	}
+}
+
 func (h *Handler) provisionPeers(repl *caddy.Replacer) error {
 	if len(h.Nodes) == 0 {
 		return errors.New("no node is configured: name at least one, with its application server ID and its address")
@@ -248,6 +273,7 @@ var errRetention = errors.New("retention is for what is stored: configure a stor
 // Cleanup lets go of the store. Requests that came before may still be under way, and are answered.
 func (h *Handler) Cleanup() error {
 	h.retired.Store(true)
+	live.remove(h)
 	var err error
 	if h.archive != nil {
 		err = h.archive.leave(h.archiveID, h.archived)
@@ -262,26 +288,39 @@ func (h *Handler) Cleanup() error {
 // and written.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
 	q := readQuestion(r.URL.RawQuery)
-	if p := h.admit(r, q); p != nil {
-		p.write(w, r, (&finding{}).cacheStatus(p))
+	c, p := h.admit(r, q)
+	if p != nil {
+		h.answer(w, r, c, finding{}, p)
 		return nil
 	}
 	found, err := h.find(r.Context(), q)
-	if err == nil {
-		h.write(w, r, found)
-	} else if p, ok := errors.AsType[*problem](err); ok {
-		p.write(w, r, found.cacheStatus(p))
-	} else { // the caller has left; this is for the access log
-		w.WriteHeader(statusClientClosedRequest)
-	}
+	h.answer(w, r, c, found, err)
 	return nil
 }
 
-// admit says what keeps a request from being looked into: first of all, that it has no right secret.
-func (h *Handler) admit(r *http.Request, q question) *problem {
+// answer writes the report that was found, or why there is none, and counts the request.
+func (h *Handler) answer(w http.ResponseWriter, r *http.Request, c *client, found finding, err error) {
+	p, _ := errors.AsType[*problem](err)
+	rec := record{client: c, cache: found.outcome(p), node: found.node}
+	announce(r, rec)
+	var status int
+	switch {
+	case err == nil:
+		status = h.write(w, r, found)
+	case p != nil:
+		status = p.write(w, r, found.cacheStatus(p))
+	default: // the caller has left; this is for the access log
+		status = statusClientClosedRequest
+		w.WriteHeader(status)
+	}
+	countRequest(rec, status)
+}
+
+// admit says who asks, and what keeps a request from being looked into: first of all, that it has no right secret.
+func (h *Handler) admit(r *http.Request, q question) (*client, *problem) {
 	c := h.clients.authenticate(r.Header, q)
 	if c == nil {
-		return &problem{
+		return nil, &problem{
 			status: http.StatusUnauthorized, code: "unauthorized",
 			detail: "send a valid secret: Authorization: Bearer <secret>",
 		}
@@ -290,13 +329,16 @@ func (h *Handler) admit(r *http.Request, q question) *problem {
 		repl.Set("http.fsbroker.client", c.name)
 		repl.Set("http.auth.user.id", c.name)
 	}
+	if q.serect != "" || q.secret != "" {
+		h.recommendBearer(c)
+	}
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
-		return &problem{
+		return c, &problem{
 			status: http.StatusMethodNotAllowed, code: "method_not_allowed",
 			detail: "a report can only be read: use GET or HEAD",
 		}
 	}
-	return q.bad
+	return c, q.bad
 }
 
 // statusClientClosedRequest is what nginx and Caddy log for a client that did not wait.
@@ -308,6 +350,7 @@ type finding struct {
 	hit     bool // it was kept
 	joined  bool // it came with the question of another caller
 	nocache bool
+	node    *peer // whose it is
 }
 
 // fetched is a node's answer as it is handed to all who wait for it.
@@ -334,7 +377,9 @@ func (h *Handler) find(ctx context.Context, q question) (finding, error) {
 	if !ok {
 		return finding{}, unknownNode(q)
 	}
-	return h.lookUp(ctx, node, reportKey(node.address, q.taskID, q.all), q, (*Handler).fetchReport)
+	found, err := h.lookUp(ctx, node, reportKey(node.address, q.taskID, q.all), q, (*Handler).fetchReport)
+	found.node = node
+	return found, err
 }
 
 // findSubmission looks up which task a submission became.

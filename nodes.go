@@ -98,11 +98,12 @@ func parseAddress(address, defaultScheme string) (*url.URL, error) {
 
 // peer is a node or the broker as it is asked.
 type peer struct {
-	role    string // "node" or "broker": in codes, details and logs
-	name    string // the node's application server ID
-	base    *url.URL
-	address string      // base, as it stands in keys
-	secret  *url.Values // behind a pointer, so that nobody who prints a peer prints it
+	role      string // "node" or "broker": in codes, details and logs
+	name      string // the node's application server ID
+	boxedName any    // as the replacer wants it
+	base      *url.URL
+	address   string      // base, as it stands in keys
+	secret    *url.Values // behind a pointer, so that nobody who prints a peer prints it
 
 	// identity tells peers apart that may not share an answer: another address, or another secret.
 	identity key
@@ -113,6 +114,7 @@ type peer struct {
 	maxAnswer    int64
 	logger       *zap.Logger
 
+	asking atomic.Int64           // questions under way
 	failed atomic.Int64           // when it last could not be connected to, in Unix nanoseconds; 0 when it could
 	health atomic.Pointer[string] // the code of what is wrong with it, as last logged; nil when nothing is
 }
@@ -152,6 +154,7 @@ func (h *Handler) newPeer(repl *caddy.Replacer, role, name string, e Endpoint) (
 	return &peer{
 		role:         role,
 		name:         name,
+		boxedName:    name,
 		base:         base,
 		address:      base.String(),
 		secret:       &secret,
@@ -196,6 +199,16 @@ func (p *peer) ask(ctx context.Context, path string, query url.Values, room *lea
 	if down := p.down(start); down != nil {
 		return 0, down
 	}
+	p.asking.Add(1)
+	defer p.asking.Add(-1)
+	status, err = p.exchange(ctx, path, query, room, read)
+	p.countQuestion(status, err, time.Since(start))
+	return status, err
+}
+
+// exchange is ask, whatever is known of the peer.
+func (p *peer) exchange(ctx context.Context, path string, query url.Values, room *lease, read reader) (status int, err error) {
+	start := time.Now()
 	timed, cancel := context.WithTimeout(ctx, p.timeout)
 	defer cancel()
 	var dial dialWatch

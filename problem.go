@@ -33,8 +33,9 @@ type problemDocument struct {
 	Code   string `json:"code"`
 }
 
-// write answers with p itself, since Caddy's error handling would log the request's URI and send no body.
-func (p *problem) write(w http.ResponseWriter, r *http.Request, cacheStatus string) {
+// write answers with p itself, since Caddy's error handling would log the request's URI and send no body. It gives the
+// status of the answer.
+func (p *problem) write(w http.ResponseWriter, r *http.Request, cacheStatus string) int {
 	body, _ := json.Marshal(problemDocument{ // strings and a number: nothing that could fail
 		Type:   problemBase + p.code,
 		Title:  http.StatusText(p.status),
@@ -58,6 +59,7 @@ func (p *problem) write(w http.ResponseWriter, r *http.Request, cacheStatus stri
 	}
 	w.WriteHeader(p.status)
 	writeBody(w, r, body)
+	return p.status
 }
 
 // wholeSeconds renders d as Retry-After wants it, rounded up so that nobody comes back too early.

@@ -237,6 +237,7 @@ func (a *archive) save(k key, value keepable) bool {
 		return true
 	}
 	if a.queue.Len() >= maxQueue || a.bytes+value.size() > maxQueueBytes {
+		storageRefusedTotal.Inc()
 		if a.refused++; a.refused == 1 {
 			a.users[len(a.users)-1].logger.Warn("the queue to the storage is full: reports stay in memory alone until they are asked for again",
 				zap.Int("queued", a.queue.Len()), zap.Duration("oldest", time.Since(a.queue.Front().Value.(*write).since)))
@@ -313,8 +314,10 @@ func (a *archive) store(w *write) bool {
 	}
 	a.note(user, err)
 	if err != nil {
+		storageFailuresTotal.Inc()
 		return false
 	}
+	storageWritesTotal.Inc()
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if element := a.queued[w.key]; element.Value == any(w) {
@@ -347,6 +350,25 @@ func (a *archive) note(user *archiveUser, err error) {
 	case changed:
 		user.logger.Info("the storage works again", zap.Int("queued", queued))
 	}
+}
+
+// storageFigures say how much waits for a storage.
+type storageFigures struct {
+	Queued      int  `json:"queued"`
+	QueuedBytes int  `json:"queued_bytes"`
+	Failing     bool `json:"failing"`
+}
+
+func (f *storageFigures) add(other storageFigures) {
+	f.Queued += other.Queued
+	f.QueuedBytes += other.QueuedBytes
+	f.Failing = f.Failing || other.Failing
+}
+
+func (a *archive) figures() storageFigures {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return storageFigures{Queued: a.queue.Len(), QueuedBytes: a.bytes, Failing: a.failing}
 }
 
 // drain waits until all that is queued is stored, when user is the last one: where another stays, the queue just goes

@@ -1,0 +1,228 @@
+package fsbroker_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+)
+
+// scrape reads /metrics of the admin API: values by series.
+func (s *adminSite) scrape() map[string]string {
+	s.t.Helper()
+	status, text := s.askAdmin(http.MethodGet, "/metrics")
+	if status != http.StatusOK {
+		s.t.Fatalf("status %d: %s", status, text)
+	}
+	series := make(map[string]string)
+	for line := range strings.Lines(text) {
+		if i := strings.LastIndexByte(line, ' '); strings.HasPrefix(line, "caddy_fsbroker_") {
+			series[line[:i]] = strings.TrimSpace(line[i:])
+		}
+	}
+	return series
+}
+
+// wantMetrics checks series, once they have had the time to be counted. None may be there that wants to be "".
+func (s *adminSite) wantMetrics(want map[string]string) {
+	s.t.Helper()
+	for series, value := range want {
+		eventually(s.t, fmt.Sprintf("%s is %q", series, value), func() bool {
+			return s.scrape()["caddy_fsbroker_"+series] == value
+		})
+	}
+}
+
+func TestMetrics(t *testing.T) {
+	node := newBackend(t, says(http.StatusOK, reportOf("secret-task", "SUCCESS")))
+	broker := newBackend(t, says(http.StatusNotFound, ""))
+	gone := newBackend(t, nil)
+	gone.Close()
+	directives := func(more string) string {
+		return fmt.Sprintf(`fsbroker_task {
+			secret meter {env.CALLER_SECRET}
+			node metered %s {env.NODE_SECRET}
+			broker %s
+			cache {
+				storage
+			}
+			%s
+		}`, node.URL, broker.URL, more)
+	}
+	s := startWithAdmin(t, directives("node metered-gone "+gone.URL), "")
+	unauthorized := s.scrape()[`caddy_fsbroker_requests_total{cache="none",client="",code="401"}`]
+	written := s.scrape()["caddy_fsbroker_storage_writes_total"]
+
+	const task = "/task?appServerID=metered&taskID=secret-task"
+	s.get(task).wantStatus(t, 200)
+	s.wantMetrics(map[string]string{"storage_writes_total": increased(t, written)})
+	etag := s.get(task).header.Get("ETag")
+	s.get(task).wantStatus(t, 200)
+	s.get(task, "If-None-Match: "+etag).wantStatus(t, 304)
+	s.get(task+"&nocache").wantStatus(t, 200)
+	s.get("/task?submitID=secret-submission").wantStatus(t, 404)
+	s.get("/task?appServerID=secret-node&taskID=t").wantStatus(t, 404)
+	s.get("/task?appServerID=metered-gone&taskID=t").wantStatus(t, 502)
+	s.get("/task?appServerID=metered-gone&taskID=t").wantStatus(t, 503)
+	s.get("/task").wantStatus(t, 400)
+	s.do(t.Context(), http.MethodGet, task).wantStatus(t, 401)
+	node.becomes(says(http.StatusNoContent, ""))
+	s.get(task+"2").wantStatus(t, 204)
+
+	host, goneHost := strings.TrimPrefix(node.URL, "http://"), strings.TrimPrefix(gone.URL, "http://")
+	lasting := map[string]string{
+		`requests_total{cache="miss",client="meter",code="200"}`:                 "1",
+		`requests_total{cache="miss",client="meter",code="204"}`:                 "1",
+		`requests_total{cache="hit",client="meter",code="304"}`:                  "1",
+		`requests_total{cache="bypass",client="meter",code="200"}`:               "1",
+		`requests_total{cache="error",client="meter",code="404"}`:                "1",
+		`requests_total{cache="none",client="meter",code="404"}`:                 "1",
+		`requests_total{cache="error",client="meter",code="502"}`:                "1",
+		`requests_total{cache="none",client="meter",code="503"}`:                 "1",
+		`requests_total{cache="none",client="meter",code="400"}`:                 "1",
+		`requests_total{cache="none",client="",code="401"}`:                      increased(t, unauthorized),
+		`questions_total{node="metered",outcome="answered",role="node"}`:         "2",
+		`questions_total{node="metered",outcome="nothing_yet",role="node"}`:      "1",
+		`questions_total{node="metered-gone",outcome="unreachable",role="node"}`: "1",
+		`question_duration_seconds_count{node="metered",role="node"}`:            "3",
+		`node_up{address="` + host + `",node="metered",role="node"}`:             "1",
+		`questions_in_flight{address="` + host + `",node="metered",role="node"}`: "0",
+		`storage_queue_length`: "0",
+		`storage_queue_bytes`:  "0",
+		`cache_entries`:        "1",
+		`cache_limit_bytes`:    "2.68435456e+08",
+	}
+	s.wantMetrics(lasting)
+	s.wantMetrics(map[string]string{
+		`requests_total{cache="hit",client="meter",code="200"}`:               "2",
+		`node_up{address="` + goneHost + `",node="metered-gone",role="node"}`: "0",
+	})
+
+	// A reload takes nothing from the counters, and takes what is configured no more from the gauges.
+	s.load(directives(""))
+	s.get(task).wantStatus(t, 200)
+	s.wantMetrics(lasting)
+	s.wantMetrics(map[string]string{
+		`requests_total{cache="hit",client="meter",code="200"}`:               "3",
+		`node_up{address="` + goneHost + `",node="metered-gone",role="node"}`: "",
+	})
+	for series := range s.scrape() {
+		if strings.Contains(series, "secret") {
+			t.Errorf("the series %s names what a caller sent", series)
+		}
+	}
+}
+
+// increased is the value of a counter after one more.
+func increased(t *testing.T, value string) string {
+	t.Helper()
+	n := 0
+	if _, err := fmt.Sscan(value, &n); err != nil && value != "" {
+		t.Fatal(err)
+	}
+	return fmt.Sprint(n + 1)
+}
+
+// Every metric in the queries of the dashboard is one that the module exports.
+func TestDashboard(t *testing.T) {
+	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	s := startWithAdmin(t, options(node, "cache {\n storage\n }"), "")
+	s.get(pair).wantStatus(t, 200)
+	exported := make(map[string]bool)
+	for series := range s.scrape() {
+		name, _, _ := strings.Cut(series, "{")
+		exported[name] = true
+	}
+
+	text, err := os.ReadFile(filepath.Join("examples", "grafana", "dashboard.json"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var dashboard struct {
+		Title      string
+		Panels     []panel
+		Templating struct {
+			List []struct {
+				Type  string
+				Query any
+			}
+		}
+	}
+	if err := json.Unmarshal(text, &dashboard); err != nil {
+		t.Fatal(err)
+	}
+	queries := make(map[string]string) // by what has them
+	for _, variable := range dashboard.Templating.List {
+		if query, ok := variable.Query.(map[string]any); ok {
+			queries["variable"] = strings.Replace(fmt.Sprint(query["query"]), ", instance)", ")", 1)
+		}
+	}
+	ids := make(map[int]bool)
+	for _, p := range dashboard.Panels {
+		if ids[p.ID] || p.Type == "" || p.Title == "" || p.GridPos.W == 0 || p.GridPos.X+p.GridPos.W > 24 || (p.Type == "row") != (len(p.Targets) == 0) {
+			t.Errorf("the panel %d, %q, is none", p.ID, p.Title)
+		}
+		ids[p.ID] = true
+		for _, target := range p.Targets {
+			queries[p.Title+" "+target.RefID] = target.Expr
+		}
+	}
+	if dashboard.Title == "" || len(queries) < 20 {
+		t.Errorf("found only %d queries", len(queries))
+	}
+	shown := make(map[string]bool)
+	for place, query := range queries {
+		names := metricNames(query)
+		if len(names) == 0 {
+			t.Errorf("%s: no metric in %s", place, query)
+		}
+		for _, name := range names {
+			shown[name] = true
+			if !exported[name] {
+				t.Errorf("%s: nothing exports %s", place, name)
+			}
+		}
+	}
+	for name := range exported {
+		if !shown[name] {
+			t.Errorf("%s is on no panel", name)
+		}
+	}
+}
+
+// panel is what Grafana needs to know of a panel.
+type panel struct {
+	ID          int
+	Type, Title string
+	GridPos     struct{ H, W, X, Y int }
+	Targets     []struct{ RefID, Expr string }
+}
+
+var (
+	notMetrics = regexp.MustCompile(`\{[^}]*\}|\[[^\]]*\]|\b(by|without|on|ignoring)\s*\([^)]*\)|\w+\s*\(`)
+	identifier = regexp.MustCompile(`[a-zA-Z_:][\w:]*`)
+)
+
+// metricNames are those in a query: what is left without selectors, ranges, groupings and functions.
+func metricNames(query string) []string {
+	for notMetrics.MatchString(query) {
+		query = notMetrics.ReplaceAllString(query, " ")
+	}
+	return identifier.FindAllString(query, -1)
+}
+
+func TestMetricNames(t *testing.T) {
+	for query, want := range map[string]string{
+		`sum by (a) (rate(x_total{b="c"}[5m])) / sum(y)`:            "[x_total y]",
+		`histogram_quantile(0.9, sum by (le) (rate(z_bucket[5m])))`: "[z_bucket]",
+		`label_values(up)`: "[up]",
+	} {
+		if got := fmt.Sprint(metricNames(query)); got != want {
+			t.Errorf("%s: got %s, want %s", query, got, want)
+		}
+	}
+}
