@@ -79,7 +79,7 @@ func benchRequest(query string) *http.Request {
 	r := httptest.NewRequest(http.MethodGet, "/task?"+query, nil)
 	r.Header.Set("Authorization", "Bearer bench-secret")
 	r.Header.Set("Accept-Encoding", "gzip")
-	return r.WithContext(context.WithValue(r.Context(), caddy.ReplacerCtxKey, caddy.NewReplacer()))
+	return r
 }
 
 func benchHit(b *testing.B, h *Handler, query string) {
@@ -201,21 +201,30 @@ func BenchmarkJudge(b *testing.B) {
 	}
 }
 
-// BenchmarkRecord is what it costs a request that a new Caddy request logs it, and has placeholders of it: on top of the
-// replacer and the fields that Caddy makes for every request.
+// BenchmarkRecord is what it costs a request that placeholders of it can be had, and that the access log tells of it: on
+// top of the replacer and the fields that Caddy makes for every request.
 func BenchmarkRecord(b *testing.B) {
-	h := benchHandler(b, 1, 0, 1<<10)
-	rec := record{client: &h.clients[0], cache: outcomeHit, node: h.nodes["node-0"]}
-	for name, announced := range map[string]bool{"without": false, "with": true} {
-		b.Run(name, func(b *testing.B) {
+	request := func(logs *caddyhttp.ServerLogConfig) *http.Request {
+		r := httptest.NewRequest(http.MethodGet, "/task", nil)
+		return r.WithContext(context.WithValue(r.Context(), caddyhttp.ServerCtxKey, &caddyhttp.Server{Logs: logs}))
+	}
+	for _, test := range []struct {
+		name   string
+		r      *http.Request
+		record func(*http.Request) *record
+	}{
+		{"none", request(nil), func(*http.Request) *record { return nil }},
+		{"placeholders", request(nil), newRecord},
+		{"access-log", request(new(caddyhttp.ServerLogConfig)), newRecord},
+	} {
+		b.Run(test.name, func(b *testing.B) {
 			b.ReportAllocs()
-			r := httptest.NewRequest(http.MethodGet, "/task", nil)
 			for b.Loop() {
-				ctx := context.WithValue(r.Context(), caddy.ReplacerCtxKey, caddy.NewReplacer())
+				repl := caddy.NewReplacer()
+				repl.Map(func(string) (any, bool) { return nil, false }) // as Caddy's own, which has room for more after it
+				ctx := context.WithValue(test.r.Context(), caddy.ReplacerCtxKey, repl)
 				ctx = context.WithValue(ctx, caddyhttp.ExtraLogFieldsCtxKey, new(caddyhttp.ExtraLogFields))
-				if r := r.WithContext(ctx); announced {
-					announce(r, rec)
-				}
+				test.record(test.r.WithContext(ctx))
 			}
 		})
 	}

@@ -35,7 +35,7 @@ var errClientName = errors.New("a client's name wants 1 to 64 letters, digits, d
 
 // client is a Secret as requests are checked against it: by its sum, which is all that is kept of it.
 type client struct {
-	name any // a string; kept boxed, since the replacer wants it so on every request
+	name string
 	sum  [sha256.Size]byte
 	hits hitCounters
 
@@ -64,7 +64,7 @@ func newClients(repl *caddy.Replacer, secrets []Secret) (clients, error) {
 			return nil, fmt.Errorf("secret %d, of client %s: %w", i+1, name, err)
 		}
 		if other := known.find(value); other != nil && other.name != name {
-			return nil, fmt.Errorf("secret %d: clients %s and %v share one secret: give each its own", i+1, name, other.name)
+			return nil, fmt.Errorf("secret %d: clients %s and %s share one secret: give each its own", i+1, name, other.name)
 		}
 		warned, ok := warnings[name]
 		if !ok {

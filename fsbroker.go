@@ -287,22 +287,21 @@ func (h *Handler) Cleanup() error {
 // ServeHTTP answers with a report: the request is authenticated, the question read, its task found, the report got,
 // and written.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
+	rec := newRecord(r)
 	q := readQuestion(r.URL.RawQuery)
-	c, p := h.admit(r, q)
-	if p != nil {
-		h.answer(w, r, c, finding{}, p)
+	if p := h.admit(r, q, rec); p != nil {
+		h.answer(w, r, rec, finding{}, p)
 		return nil
 	}
 	found, err := h.find(r.Context(), q)
-	h.answer(w, r, c, found, err)
+	h.answer(w, r, rec, found, err)
 	return nil
 }
 
 // answer writes the report that was found, or why there is none, and counts the request.
-func (h *Handler) answer(w http.ResponseWriter, r *http.Request, c *client, found finding, err error) {
+func (h *Handler) answer(w http.ResponseWriter, r *http.Request, rec *record, found finding, err error) {
 	p, _ := errors.AsType[*problem](err)
-	rec := record{client: c, cache: found.outcome(p), node: found.node}
-	announce(r, rec)
+	rec.cache, rec.node = found.outcome(p), found.node
 	var status int
 	switch {
 	case err == nil:
@@ -316,29 +315,27 @@ func (h *Handler) answer(w http.ResponseWriter, r *http.Request, c *client, foun
 	countRequest(rec, status)
 }
 
-// admit says who asks, and what keeps a request from being looked into: first of all, that it has no right secret.
-func (h *Handler) admit(r *http.Request, q question) (*client, *problem) {
+// admit finds out who asks, and says what keeps a request from being looked into: first of all, that it has no right
+// secret.
+func (h *Handler) admit(r *http.Request, q question, rec *record) *problem {
 	c := h.clients.authenticate(r.Header, q)
 	if c == nil {
-		return nil, &problem{
+		return &problem{
 			status: http.StatusUnauthorized, code: "unauthorized",
 			detail: "send a valid secret: Authorization: Bearer <secret>",
 		}
 	}
-	if repl, ok := r.Context().Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
-		repl.Set("http.fsbroker.client", c.name)
-		repl.Set("http.auth.user.id", c.name)
-	}
+	rec.client = c
 	if q.serect != "" || q.secret != "" {
 		h.recommendBearer(c)
 	}
 	if r.Method != http.MethodGet && r.Method != http.MethodHead {
-		return c, &problem{
+		return &problem{
 			status: http.StatusMethodNotAllowed, code: "method_not_allowed",
 			detail: "a report can only be read: use GET or HEAD",
 		}
 	}
-	return c, q.bad
+	return q.bad
 }
 
 // statusClientClosedRequest is what nginx and Caddy log for a client that did not wait.

@@ -24,10 +24,9 @@ const (
 	outcomeError                    // it was asked for, to no avail
 )
 
-// outcomeNames are the words for them, boxed since the replacer wants them so on every request.
-var outcomeNames = [...]any{"none", "hit", "storage", "miss", "bypass", "collapsed", "error"}
+var outcomeNames = [...]string{"none", "hit", "storage", "miss", "bypass", "collapsed", "error"}
 
-func (o outcome) String() string { return outcomeNames[o].(string) }
+func (o outcome) String() string { return outcomeNames[o] }
 
 // outcome is what there was of f, or of the problem there was instead.
 func (f *finding) outcome(p *problem) outcome {
@@ -106,20 +105,18 @@ func newHitCounters(client string) hitCounters {
 }
 
 // countRequest counts a request that was answered. Without a right secret it has no client.
-func countRequest(rec record, status int) {
-	name := ""
-	if rec.client != nil {
-		name = rec.client.name.(string)
-		switch {
-		case rec.cache == outcomeHit && status == http.StatusOK:
+func countRequest(rec *record, status int) {
+	if rec.client != nil && rec.cache == outcomeHit {
+		switch status {
+		case http.StatusOK:
 			rec.client.hits.whole.Inc()
 			return
-		case rec.cache == outcomeHit && status == http.StatusNotModified:
+		case http.StatusNotModified:
 			rec.client.hits.unchanged.Inc()
 			return
 		}
 	}
-	requestsTotal.WithLabelValues(strconv.Itoa(status), rec.cache.String(), name).Inc()
+	requestsTotal.WithLabelValues(strconv.Itoa(status), rec.cache.String(), rec.clientName()).Inc()
 }
 
 // countQuestion counts a question that has ended, with a status or an error.

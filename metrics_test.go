@@ -111,7 +111,7 @@ func TestMetrics(t *testing.T) {
 		`node_up{address="` + goneHost + `",node="metered-gone",role="node"}`: "",
 	})
 	for series := range s.scrape() {
-		if strings.Contains(series, "secret") {
+		if strings.Contains(series, "secret-") {
 			t.Errorf("the series %s names what a caller sent", series)
 		}
 	}

@@ -98,12 +98,11 @@ func parseAddress(address, defaultScheme string) (*url.URL, error) {
 
 // peer is a node or the broker as it is asked.
 type peer struct {
-	role      string // "node" or "broker": in codes, details and logs
-	name      string // the node's application server ID
-	boxedName any    // as the replacer wants it
-	base      *url.URL
-	address   string      // base, as it stands in keys
-	secret    *url.Values // behind a pointer, so that nobody who prints a peer prints it
+	role    string // "node" or "broker": in codes, details and logs
+	name    string // the node's application server ID
+	base    *url.URL
+	address string      // base, as it stands in keys
+	secret  *url.Values // behind a pointer, so that nobody who prints a peer prints it
 
 	// identity tells peers apart that may not share an answer: another address, or another secret.
 	identity key
@@ -154,7 +153,6 @@ func (h *Handler) newPeer(repl *caddy.Replacer, role, name string, e Endpoint) (
 	return &peer{
 		role:         role,
 		name:         name,
-		boxedName:    name,
 		base:         base,
 		address:      base.String(),
 		secret:       &secret,
