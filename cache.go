@@ -286,6 +286,7 @@ type store struct {
 	limits   map[*Handler]int64
 
 	reading atomic.Int64 // bytes that answers take while they are read
+	waiters atomic.Int64 // callers who wait for reports to be finished
 }
 
 // flightKey is the key of what is asked for, and the identity of who is asked: handlers that ask one node in the same
