@@ -230,6 +230,7 @@ type memoryFigures struct {
 	Limit     int64  `json:"limit"`
 	Entries   int    `json:"entries"`
 	Evictions uint64 `json:"evictions"`
+	Waiters   int64  `json:"waiters"` // callers who wait for reports to be finished
 }
 
 func (c *cache) figures() memoryFigures {
@@ -302,6 +303,14 @@ type store struct {
 	limits   map[*Handler]int64
 
 	reading atomic.Int64 // bytes that answers take while they are read
+	waiters atomic.Int64 // callers who wait for reports to be finished
+}
+
+// figures say how full the store is, and how many wait for it.
+func (s *store) figures() memoryFigures {
+	f := s.cache.figures()
+	f.Waiters = s.waiters.Load()
+	return f
 }
 
 // flightKey is the key of what is asked for, and the identity of who is asked: handlers that ask one node in the same

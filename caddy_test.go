@@ -296,6 +296,13 @@ func TestBadQuestions(t *testing.T) {
 		"appServerID=node-1;taskID=t1":                     "malformed_query",
 		"appServerID=node-1&taskID=t1&something=else%":     "malformed_query",
 		"appserverid=node-1&taskid=t1":                     "missing_parameter",
+		"appServerID=node-1&taskID=t1&wait":                "malformed_parameter",
+		"appServerID=node-1&taskID=t1&wait=":               "malformed_parameter",
+		"appServerID=node-1&taskID=t1&wait=5s":             "malformed_parameter",
+		"appServerID=node-1&taskID=t1&wait=-1":             "malformed_parameter",
+		"appServerID=node-1&taskID=t1&wait=%2B1":           "malformed_parameter",
+		"appServerID=node-1&taskID=t1&wait=1.5":            "malformed_parameter",
+		"appServerID=node-1&taskID=t1&wait=0&wait=1":       "repeated_parameter",
 	} {
 		r := s.get("/task?" + query)
 		r.wantProblem(t, http.StatusBadRequest, code)
@@ -1170,7 +1177,7 @@ func TestJSON(t *testing.T) {
 		"nodes": [{"app_server_id": "node-1", "address": %q, "secret": "{env.NODE_SECRET}", "secret_param": "secret"}],
 		"broker": {"address": %q, "secret": "{env.BROKER_SECRET}"},
 		"transport": {"protocol": "http", "dial_timeout": "1s"},
-		"timeout": "5s", "poll_interval": "1s", "max_report": 1000000, "fail_duration": "1s",
+		"timeout": "5s", "poll_interval": "1s", "max_wait": "90s", "max_report": 1000000, "fail_duration": "1s",
 		"cache": {"ttl": "1h", "max_size": 1000000}
 	}`, node.URL, broker.URL)); err != nil {
 		t.Fatal(err)
@@ -1195,6 +1202,7 @@ func TestJSON(t *testing.T) {
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "{env.NO}"}]}`:                                                       "{env.NO} is empty",
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "broker": {}}`:                                              "broker: the address wants",
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "timeout": -1}`:                                             "timeout wants to be more than 0",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "max_wait": -1}`:                                            "max_wait wants to be more than 0",
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "cache": {"ttl": -1}}`:                                      "cache.ttl wants to be more than 0",
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "transport": {"protocol": "no"}}`:                           "unknown module",
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "transport": {"protocol": "fastcgi"}}`:                      "cannot be used: use http",

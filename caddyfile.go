@@ -57,6 +57,7 @@ func parseDirective(helper httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, e
 //	    transport http { ... }
 //	    timeout       <duration>
 //	    poll_interval <duration>
+//	    max_wait      <duration>
 //	    max_report    <size>
 //	    fail_duration <duration>
 //	    cache {
@@ -101,6 +102,8 @@ func (h *Handler) unmarshalOption(d *caddyfile.Dispenser) error {
 		return unmarshalDuration(d, &h.Timeout)
 	case "poll_interval":
 		return unmarshalDuration(d, &h.PollInterval)
+	case "max_wait":
+		return unmarshalDuration(d, &h.MaxWait)
 	case "max_report":
 		return unmarshalSize(d, &h.MaxReport)
 	case "fail_duration":
@@ -108,7 +111,7 @@ func (h *Handler) unmarshalOption(d *caddyfile.Dispenser) error {
 	case "cache":
 		return h.unmarshalCache(d)
 	default:
-		return d.Errf("unknown option %s: fsbroker_task wants secret, node, broker, transport, timeout, poll_interval, max_report, fail_duration or cache", option)
+		return d.Errf("unknown option %s: fsbroker_task wants secret, node, broker, transport, timeout, poll_interval, max_wait, max_report, fail_duration or cache", option)
 	}
 }
 

@@ -40,6 +40,7 @@ func TestCaddyfileToJSON(t *testing.T) {
 			}
 			timeout 1m
 			poll_interval 500ms
+			max_wait 2m
 			max_report 1MiB
 			fail_duration 1d
 			cache {
@@ -54,7 +55,7 @@ func TestCaddyfileToJSON(t *testing.T) {
 				{"app_server_id":"n3","address":"{env.N3_ADDRESS}"}],
 			"broker":{"address":"10.0.0.9","secret":"{env.B}","secret_param":"secret"},
 			"transport":{"dial_timeout":2000000000,"protocol":"http"},
-			"timeout":60000000000,"poll_interval":500000000,"max_report":1048576,"fail_duration":86400000000000,
+			"timeout":60000000000,"poll_interval":500000000,"max_wait":120000000000,"max_report":1048576,"fail_duration":86400000000000,
 			"cache":{"ttl":604800000000000,"max_size":1000000000,"storage":{"module":"file_system","root":"/var/lib/fsbroker"},"retention":7776000000000000}}`,
 		},
 	} {
@@ -129,6 +130,8 @@ func TestCaddyfileErrors(t *testing.T) {
 		"timeout 1s\ntimeout 1s":                 "timeout is given more than once",
 		"timeout 1s {\nx\n}":                     "timeout takes no block",
 		"poll_interval x":                        "poll_interval wants a duration of more than 0, such as 30s or 24h, not x",
+		"max_wait never":                         "max_wait wants a duration of more than 0, such as 30s or 24h, not never",
+		"max_wait 1s\nmax_wait 1s":               "max_wait is given more than once",
 		"fail_duration x":                        "fail_duration wants a duration of more than 0, such as 30s or 24h, not x",
 		"max_report":                             "wrong number of arguments: it wants max_report with a size of more than 0, such as 64MiB",
 		"max_report much":                        "max_report wants a size of more than 0, such as 64MiB, not much",
@@ -144,7 +147,7 @@ func TestCaddyfileErrors(t *testing.T) {
 		"cache {\nretention 0\n}":                "retention wants a duration of more than 0, such as 30s or 24h, not 0",
 		"cache {\nstorage\nstorage\n}":           "storage is given more than once",
 		"cache {\nstorage {\nx\n}\n}":            "storage without a module takes no block",
-		"nodes a b":                              "unknown option nodes: fsbroker_task wants secret, node, broker, transport, timeout, poll_interval, max_report, fail_duration or cache",
+		"nodes a b":                              "unknown option nodes: fsbroker_task wants secret, node, broker, transport, timeout, poll_interval, max_wait, max_report, fail_duration or cache",
 	} {
 		t.Run(options, func(t *testing.T) {
 			text := "fsbroker_task {\n" + options

@@ -12,6 +12,18 @@ func StoreUsers() int {
 	return n
 }
 
+// Waiters tells how many callers wait for reports to be finished.
+func Waiters() (n int) {
+	stores.Range(func(_, s any) bool {
+		n = int(s.(*store).waiters.Load())
+		return true
+	})
+	return n
+}
+
+// RaceDetector is on.
+const RaceDetector = raceDetector
+
 // SetRetries changes how long a write that failed waits, until the test ends.
 func SetRetries(t *testing.T, first, last time.Duration) {
 	wasFirst, wasLast := firstRetry, lastRetry

@@ -30,13 +30,14 @@ func init() {
 // file-analysis task: the one that it keeps, or else the one that the processor node has which holds it.
 //
 // Callers name the report by the submission (`submitID`), for which a broker has to be configured, or by the node and
-// its task (`appServerID` and `taskID`), choose the complete one with `all=true`, and get past what is kept with
-// `nocache=true`. They authenticate with `Authorization: Bearer <secret>`, or with the query parameter `secret` or
+// its task (`appServerID` and `taskID`), choose the complete one with `all=true`, get past what is kept with
+// `nocache=true`, and have the answer wait for the report to be finished with `Prefer: wait=<seconds>`, or the query
+// parameter `wait`. They authenticate with `Authorization: Bearer <secret>`, or with the query parameter `secret` or
 // `serect`, which ends up in logs.
 //
 // A finished report is kept for the cache's TTL, whatever the node does with it meanwhile. One that is not finished is
-// kept for the poll interval, so that any number of pollers costs the node one question. Errors are never kept, and are
-// answered as problem documents (RFC 9457) with a stable code.
+// kept for the poll interval, so that any number of callers who poll or wait costs the node one question. Errors are
+// never kept, and are answered as problem documents (RFC 9457) with a stable code.
 //
 // The placeholder `{http.fsbroker.client}` holds the name of the client whose secret was presented, as does
 // `{http.auth.user.id}`, which Caddy's access log shows as `user_id`. When the answer is written, `{http.fsbroker.cache}`
@@ -63,8 +64,12 @@ type Handler struct {
 	// How long one question to a node or the broker may take, the body of its answer included. Default: `30s`
 	Timeout caddy.Duration `json:"timeout,omitempty"`
 
-	// How long a report that is not finished is kept, and the answer that a submission is still queued. Default: `2s`
+	// How long a report that is not finished is kept, and the answer that a submission is still queued. Where callers
+	// wait for a report, it is asked for this often. Default: `2s`
 	PollInterval caddy.Duration `json:"poll_interval,omitempty"`
+
+	// How long a caller may have an answer wait for its report to be finished. Default: `60s`
+	MaxWait caddy.Duration `json:"max_wait,omitempty"`
 
 	// How many bytes an answer of a node or the broker may have, inflated. Default: 67108864 (64 MiB)
 	MaxReport int64 `json:"max_report,omitempty"`
@@ -81,6 +86,7 @@ type Handler struct {
 	nodes     map[string]*peer
 	broker    *peer
 	store     *store
+	watches   *watches
 	archive   *archive     // nil without a storage
 	archiveID string       // under which it is pooled
 	archived  *archiveUser // what this handler lets it use
@@ -90,6 +96,7 @@ type Handler struct {
 const (
 	defaultTimeout      = 30 * time.Second
 	defaultPollInterval = 2 * time.Second
+	defaultMaxWait      = time.Minute
 	defaultMaxReport    = 64 << 20
 	defaultFailDuration = 10 * time.Second
 )
@@ -126,6 +133,11 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if err := registerMetrics(ctx.GetMetricsRegistry()); err != nil {
 		return err
 	}
+	h.watches = newWatches()
+	// Cleanup comes only after the grace period, which those who wait would use up.
+	if server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
+		server.RegisterOnShutdown(h.watches.stop)
+	}
 	live.add(h)
 	return nil
 }
@@ -136,6 +148,7 @@ func (h *Handler) setDefaults() {
 	}
 	setDefault(&h.Timeout, caddy.Duration(defaultTimeout))
 	setDefault(&h.PollInterval, caddy.Duration(defaultPollInterval))
+	setDefault(&h.MaxWait, caddy.Duration(defaultMaxWait))
 	setDefault(&h.MaxReport, defaultMaxReport)
 	setDefault(&h.FailDuration, caddy.Duration(defaultFailDuration))
 	setDefault(&h.Cache.TTL, caddy.Duration(defaultTTL))
@@ -252,6 +265,7 @@ func (h *Handler) Validate() error {
 	for name, value := range map[string]int64{
 		"timeout":         int64(h.Timeout),
 		"poll_interval":   int64(h.PollInterval),
+		"max_wait":        int64(h.MaxWait),
 		"max_report":      h.MaxReport,
 		"fail_duration":   int64(h.FailDuration),
 		"cache.ttl":       int64(h.Cache.TTL),
@@ -274,6 +288,9 @@ var errRetention = errors.New("retention is for what is stored: configure a stor
 func (h *Handler) Cleanup() error {
 	h.retired.Store(true)
 	live.remove(h)
+	if h.watches != nil {
+		h.watches.stop()
+	}
 	var err error
 	if h.archive != nil {
 		err = h.archive.leave(h.archiveID, h.archived)
@@ -285,7 +302,7 @@ func (h *Handler) Cleanup() error {
 }
 
 // ServeHTTP answers with a report: the request is authenticated, the question read, its task found, the report got,
-// and written.
+// waited for where it is not finished, and written.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
 	rec := newRecord(r)
 	q := readQuestion(r.URL.RawQuery)
@@ -294,6 +311,9 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 		return nil
 	}
 	found, err := h.find(r.Context(), q)
+	if err == nil && !found.entry.report().finished {
+		found, err = h.wait(w, r, q, found)
+	}
 	h.answer(w, r, rec, found, err)
 	return nil
 }

@@ -151,6 +151,8 @@ var (
 		"How many reports and submissions are kept in memory.", nil, nil)
 	cacheEvictionsTotal = prometheus.NewDesc("caddy_fsbroker_cache_evictions_total",
 		"How many had to go before their time, to make room.", nil, nil)
+	waiters = prometheus.NewDesc("caddy_fsbroker_waiters",
+		"Callers who wait for a report that is not finished.", nil, nil)
 	storageQueueLength = prometheus.NewDesc("caddy_fsbroker_storage_queue_length",
 		"How many values wait to be written to the storage.", nil, nil)
 	storageQueueBytes = prometheus.NewDesc("caddy_fsbroker_storage_queue_bytes",
@@ -163,7 +165,7 @@ type liveMetrics struct{}
 // Describe implements prometheus.Collector.
 func (liveMetrics) Describe(descs chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		nodeUp, questionsInFlight, cacheBytes, cacheLimitBytes, cacheEntries, cacheEvictionsTotal,
+		nodeUp, questionsInFlight, cacheBytes, cacheLimitBytes, cacheEntries, cacheEvictionsTotal, waiters,
 		storageQueueLength, storageQueueBytes,
 	} {
 		descs <- d
@@ -191,6 +193,7 @@ func (liveMetrics) Collect(metrics chan<- prometheus.Metric) {
 	set(cacheLimitBytes, prometheus.GaugeValue, float64(memory.Limit))
 	set(cacheEntries, prometheus.GaugeValue, float64(memory.Entries))
 	set(cacheEvictionsTotal, prometheus.CounterValue, float64(memory.Evictions))
+	set(waiters, prometheus.GaugeValue, float64(memory.Waiters))
 	set(storageQueueLength, prometheus.GaugeValue, float64(storage.Queued))
 	set(storageQueueBytes, prometheus.GaugeValue, float64(storage.QueuedBytes))
 }

@@ -1,9 +1,11 @@
 package fsbroker
 
 import (
+	"errors"
 	"fmt"
 	"net/http"
 	"net/url"
+	"strconv"
 	"strings"
 	"unicode"
 	"unicode/utf8"
@@ -17,11 +19,22 @@ type question struct {
 	submitID    string // wins over the pair below
 	appServerID string
 	taskID      string
-	all         bool // the complete report instead of the high-level one
-	nocache     bool // ask the node, whatever is kept
+	all         bool   // the complete report instead of the high-level one
+	nocache     bool   // ask the node, whatever is kept
+	waitGiven   bool   // it says how long to wait, or else the header may
+	wait        uint32 // for how many seconds to have the answer wait for the report to be finished
 
 	serect, secret string   // the caller's secret under both of its spellings
 	bad            *problem // what is wrong with the query; told to nobody without a right secret
+}
+
+// subject is the question without what is only about its caller.
+func (q question) subject() question {
+	s := question{submitID: q.submitID, all: q.all, nocache: q.nocache}
+	if s.submitID == "" {
+		s.appServerID, s.taskID = q.appServerID, q.taskID
+	}
+	return s
 }
 
 // readQuestion reads a raw query. It always comes back with the secrets it could find, so that a request is
@@ -49,6 +62,7 @@ const (
 	paramTaskID
 	paramAll
 	paramNoCache
+	paramWait
 )
 
 // read takes in one name=value pair. Parameters the Task API does not know are nobody's trouble.
@@ -79,6 +93,8 @@ func (q *question) read(pair string, seen *parameter) {
 		which, flag = paramAll, &q.all
 	case "nocache":
 		which, flag = paramNoCache, &q.nocache
+	case "wait":
+		which, q.waitGiven = paramWait, true
 	default:
 		return
 	}
@@ -88,15 +104,19 @@ func (q *question) read(pair string, seen *parameter) {
 		return
 	}
 	*seen |= which
-	if text != nil {
+	var ok bool
+	switch {
+	case text != nil:
 		*text = value
-		return
+	case flag != nil:
+		if *flag, ok = parseBool(value); !ok {
+			q.refuse("malformed_parameter", fmt.Sprintf("the parameter %s wants true or false (or 1/0, yes/no, on/off)", name))
+		}
+	default:
+		if q.wait, ok = parseSeconds(value); !ok {
+			q.refuse("malformed_parameter", fmt.Sprintf("the parameter %s wants a number of whole seconds", name))
+		}
 	}
-	on, ok := parseBool(value)
-	if !ok {
-		q.refuse("malformed_parameter", fmt.Sprintf("the parameter %s wants true or false (or 1/0, yes/no, on/off)", name))
-	}
-	*flag = on
 }
 
 // check tells whether the parameters that were seen make a question.
@@ -143,4 +163,54 @@ func parseBool(s string) (value, ok bool) {
 		return false, true
 	}
 	return false, false
+}
+
+// parseSeconds reads a number of whole seconds. One that is too large for that is as good as the largest.
+func parseSeconds(s string) (seconds uint32, ok bool) {
+	n, err := strconv.ParseUint(s, 10, 32)
+	return uint32(n), err == nil || errors.Is(err, strconv.ErrRange)
+}
+
+// preferredWait reads the wait preference (RFC 7240, section 4.3), of which the first one counts. What is malformed is
+// nobody's preference.
+func preferredWait(header http.Header) (seconds uint32) {
+	for _, line := range header["Prefer"] {
+		for more := true; more; {
+			var preference string
+			preference, line, more = cutUnquoted(line, ',')
+			preference, _, _ = cutUnquoted(preference, ';') // its parameters are not for us
+			name, value, _ := strings.Cut(preference, "=")
+			if strings.EqualFold(strings.TrimSpace(name), "wait") {
+				seconds, _ = parseSeconds(unquote(strings.TrimSpace(value)))
+				return seconds
+			}
+		}
+	}
+	return 0
+}
+
+// cutUnquoted cuts s at the first separator that is not part of a quoted string.
+func cutUnquoted(s string, separator byte) (before, after string, found bool) {
+	quoted := false
+	for i := 0; i < len(s); i++ {
+		switch c := s[i]; {
+		case quoted && c == '\\':
+			i++
+		case c == '"':
+			quoted = !quoted
+		case c == separator && !quoted:
+			return s[:i], s[i+1:], true
+		}
+	}
+	return s, "", false
+}
+
+// unquote is what a word says that may be a quoted string. Numbers have nothing to escape.
+func unquote(word string) string {
+	if inner, ok := strings.CutPrefix(word, `"`); ok {
+		if inner, ok = strings.CutSuffix(inner, `"`); ok {
+			return inner
+		}
+	}
+	return word
 }

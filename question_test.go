@@ -1,6 +1,8 @@
 package fsbroker
 
 import (
+	"math"
+	"net/http"
 	"net/url"
 	"testing"
 )
@@ -12,6 +14,9 @@ func TestQuestion(t *testing.T) {
 		"&&taskID=t%201&appServerID=a+b&":          {appServerID: "a b", taskID: "t 1"},
 		"appServerID=a&taskID=t&all=no&secret=%26": {appServerID: "a", taskID: "t", secret: "&"},
 		"serect=x=y&submitID=s%C3%A4":              {submitID: "sä", serect: "x=y"},
+		"submitID=s1&wait=0":                       {submitID: "s1", waitGiven: true},
+		"submitID=s1&wait=030":                     {submitID: "s1", waitGiven: true, wait: 30},
+		"submitID=s1&wait=99999999999999999999":    {submitID: "s1", waitGiven: true, wait: math.MaxUint32},
 	} {
 		if got := readQuestion(query); got != want {
 			t.Errorf("%s: %+v, want %+v", query, got, want)
@@ -19,9 +24,57 @@ func TestQuestion(t *testing.T) {
 	}
 }
 
+func TestPreferredWait(t *testing.T) {
+	for prefer, want := range map[string]uint32{
+		"":                                     0,
+		"wait=7":                               7,
+		"WAIT = 7":                             7,
+		`wait="7"`:                             7,
+		"respond-async,wait=7,handling=strict": 7,
+		"respond-async , wait=7 ; foo=bar":     7,
+		"return=minimal; wait=1, wait=7":       7,
+		`x="a, wait=1", wait=7`:                7,
+		`x="\", wait=1", wait=7`:               7,
+		`x; y=";,wait=1" ;z, wait=7`:           7,
+		",, wait=7":                            7,
+		"wait=7, wait=1":                       7,
+		"wait=x, wait=7":                       0,
+		"wait, wait=7":                         0,
+		`wait="", wait=7`:                      0,
+		`wait="7`:                              0,
+		"wait=-7":                              0,
+		"wait=7s":                              0,
+		"wait=7 7":                             0,
+		"wait:7":                               0,
+		"await=7":                              0,
+		`x="wait=1, wait=7`:                    0,
+	} {
+		if got := preferredWait(http.Header{"Prefer": {prefer}}); got != want {
+			t.Errorf("%s: %d, want %d", prefer, got, want)
+		}
+	}
+	if got := preferredWait(http.Header{"Prefer": {"respond-async", "wait=7", "wait=1"}}); got != 7 {
+		t.Errorf("in several lines: %d", got)
+	}
+}
+
+func FuzzPreferredWait(f *testing.F) {
+	f.Add(`respond-async, wait="10"; a="b\", c", x`)
+	f.Fuzz(func(t *testing.T, line string) {
+		preferredWait(http.Header{"Prefer": {line}})
+		// Nothing that follows the first one counts.
+		for _, first := range []http.Header{{"Prefer": {"wait=3", line}}, {"Prefer": {"wait=3," + line}}, {"Prefer": {"wait=3;" + line}}} {
+			if wait := preferredWait(first); wait != 3 {
+				t.Errorf("%s: %d", first, wait)
+			}
+		}
+	})
+}
+
 func FuzzQuestion(f *testing.F) {
 	f.Add("appServerID=n1&taskID=t1&all=true&nocache=0&serect=x")
 	f.Add("submitID=%41&secret=%zz;&all")
+	f.Add("submitID=a&wait=30&nocache")
 	f.Fuzz(func(t *testing.T, query string) {
 		q := readQuestion(query)
 		values, err := url.ParseQuery(query)
@@ -40,6 +93,9 @@ func FuzzQuestion(f *testing.F) {
 			if len(values[name]) > 1 || values.Get(name) != got {
 				t.Errorf("%s is %q, not %q", name, got, values[name])
 			}
+		}
+		if q.waitGiven != values.Has("wait") {
+			t.Errorf("waits %t for %d, not %q", q.waitGiven, q.wait, values["wait"])
 		}
 		if q.submitID == "" && (q.appServerID == "" || q.taskID == "") {
 			t.Errorf("names no report: %+v", q)
