@@ -17,6 +17,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
@@ -71,9 +72,23 @@ type Handler struct {
 	// How long a node or the broker is not asked again when it could not be connected to. Default: `10s`
 	FailDuration caddy.Duration `json:"fail_duration,omitempty"`
 
+	// How often each node is asked for its `/system-info`, to see that it is well. One that cannot be connected to is
+	// treated as one that failed to be asked for a report; one that answers with anything but a JSON object is logged,
+	// and is still asked for reports. The events `fsbroker_node_unhealthy` and `fsbroker_node_healthy` tell of changes,
+	// with `role`, `node`, `address` and `reason`, whether a check or a question has found them. Default: not at all
+	HealthInterval caddy.Duration `json:"health_interval,omitempty"`
+
+	// How long a node may take to answer that. Default: `5s`
+	HealthTimeout caddy.Duration `json:"health_timeout,omitempty"`
+
 	// What is kept, and for how long.
 	Cache *Cache `json:"cache,omitempty"`
 
+	ctx       caddy.Context
+	events    *caddyevents.App
+	started   atomic.Bool        // as is the configuration; there are no events before
+	checks    context.Context    // ends with the handler
+	endChecks context.CancelFunc // nil before there can be any
 	logger    *zap.Logger
 	transport *reverseproxy.HTTPTransport
 	clients   clients
@@ -91,6 +106,8 @@ const (
 	defaultPollInterval = 2 * time.Second
 	defaultMaxReport    = 64 << 20
 	defaultFailDuration = 10 * time.Second
+
+	defaultHealthTimeout = 5 * time.Second
 )
 
 // CaddyModule returns the Caddy module information.
@@ -126,7 +143,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		return err
 	}
 	live.add(h)
-	return nil
+	return h.provisionHealth(ctx)
 }
 
 func (h *Handler) setDefaults() {
@@ -137,6 +154,7 @@ func (h *Handler) setDefaults() {
 	setDefault(&h.PollInterval, caddy.Duration(defaultPollInterval))
 	setDefault(&h.MaxReport, defaultMaxReport)
 	setDefault(&h.FailDuration, caddy.Duration(defaultFailDuration))
+	setDefault(&h.HealthTimeout, caddy.Duration(defaultHealthTimeout))
 	setDefault(&h.Cache.TTL, caddy.Duration(defaultTTL))
 	setDefault(&h.Cache.MaxSize, defaultMaxSize)
 	if h.Cache.StorageRaw != nil {
@@ -253,6 +271,8 @@ func (h *Handler) Validate() error {
 		"poll_interval":   int64(h.PollInterval),
 		"max_report":      h.MaxReport,
 		"fail_duration":   int64(h.FailDuration),
+		"health_interval": int64(h.HealthInterval),
+		"health_timeout":  int64(h.HealthTimeout),
 		"cache.ttl":       int64(h.Cache.TTL),
 		"cache.max_size":  h.Cache.MaxSize,
 		"cache.retention": int64(h.Cache.Retention),
@@ -273,6 +293,9 @@ var errRetention = errors.New("retention is for what is stored: configure a stor
 func (h *Handler) Cleanup() error {
 	h.retired.Store(true)
 	live.remove(h)
+	if h.endChecks != nil {
+		h.endChecks()
+	}
 	var err error
 	if h.archive != nil {
 		err = h.archive.leave(h.archiveID, h.archived)
