@@ -1203,6 +1203,8 @@ func TestJSON(t *testing.T) {
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "broker": {}}`:                                              "broker: the address wants",
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "timeout": -1}`:                                             "timeout wants to be more than 0",
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "max_wait": -1}`:                                            "max_wait wants to be more than 0",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "health_interval": -1}`:                                     "health_interval wants to be more than 0",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "health_timeout": -1}`:                                      "health_timeout wants to be more than 0",
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "cache": {"ttl": -1}}`:                                      "cache.ttl wants to be more than 0",
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "transport": {"protocol": "no"}}`:                           "unknown module",
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "transport": {"protocol": "fastcgi"}}`:                      "cannot be used: use http",

@@ -60,6 +60,8 @@ func parseDirective(helper httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, e
 //	    max_wait      <duration>
 //	    max_report    <size>
 //	    fail_duration <duration>
+//	    health_interval <duration>
+//	    health_timeout  <duration>
 //	    cache {
 //	        ttl       <duration>
 //	        max_size  <size>
@@ -108,10 +110,14 @@ func (h *Handler) unmarshalOption(d *caddyfile.Dispenser) error {
 		return unmarshalSize(d, &h.MaxReport)
 	case "fail_duration":
 		return unmarshalDuration(d, &h.FailDuration)
+	case "health_interval":
+		return unmarshalDuration(d, &h.HealthInterval)
+	case "health_timeout":
+		return unmarshalDuration(d, &h.HealthTimeout)
 	case "cache":
 		return h.unmarshalCache(d)
 	default:
-		return d.Errf("unknown option %s: fsbroker_task wants secret, node, broker, transport, timeout, poll_interval, max_wait, max_report, fail_duration or cache", option)
+		return d.Errf("unknown option %s: fsbroker_task wants secret, node, broker, transport, timeout, poll_interval, max_wait, max_report, fail_duration, health_interval, health_timeout or cache", option)
 	}
 }
 

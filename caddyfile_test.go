@@ -43,6 +43,8 @@ func TestCaddyfileToJSON(t *testing.T) {
 			max_wait 2m
 			max_report 1MiB
 			fail_duration 1d
+			health_interval 30s
+			health_timeout 1s
 			cache {
 				ttl 7d
 				max_size 1GB
@@ -55,7 +57,7 @@ func TestCaddyfileToJSON(t *testing.T) {
 				{"app_server_id":"n3","address":"{env.N3_ADDRESS}"}],
 			"broker":{"address":"10.0.0.9","secret":"{env.B}","secret_param":"secret"},
 			"transport":{"dial_timeout":2000000000,"protocol":"http"},
-			"timeout":60000000000,"poll_interval":500000000,"max_wait":120000000000,"max_report":1048576,"fail_duration":86400000000000,
+			"timeout":60000000000,"poll_interval":500000000,"max_wait":120000000000,"max_report":1048576,"fail_duration":86400000000000,"health_interval":30000000000,"health_timeout":1000000000,
 			"cache":{"ttl":604800000000000,"max_size":1000000000,"storage":{"module":"file_system","root":"/var/lib/fsbroker"},"retention":7776000000000000}}`,
 		},
 	} {
@@ -133,6 +135,8 @@ func TestCaddyfileErrors(t *testing.T) {
 		"max_wait never":                         "max_wait wants a duration of more than 0, such as 30s or 24h, not never",
 		"max_wait 1s\nmax_wait 1s":               "max_wait is given more than once",
 		"fail_duration x":                        "fail_duration wants a duration of more than 0, such as 30s or 24h, not x",
+		"health_interval off":                    "health_interval wants a duration of more than 0, such as 30s or 24h, not off",
+		"health_timeout 0s":                      "health_timeout wants a duration of more than 0, such as 30s or 24h, not 0s",
 		"max_report":                             "wrong number of arguments: it wants max_report with a size of more than 0, such as 64MiB",
 		"max_report much":                        "max_report wants a size of more than 0, such as 64MiB, not much",
 		"max_report 0":                           "max_report wants a size of more than 0, such as 64MiB, not 0",
@@ -147,7 +151,7 @@ func TestCaddyfileErrors(t *testing.T) {
 		"cache {\nretention 0\n}":                "retention wants a duration of more than 0, such as 30s or 24h, not 0",
 		"cache {\nstorage\nstorage\n}":           "storage is given more than once",
 		"cache {\nstorage {\nx\n}\n}":            "storage without a module takes no block",
-		"nodes a b":                              "unknown option nodes: fsbroker_task wants secret, node, broker, transport, timeout, poll_interval, max_wait, max_report, fail_duration or cache",
+		"nodes a b":                              "unknown option nodes: fsbroker_task wants secret, node, broker, transport, timeout, poll_interval, max_wait, max_report, fail_duration, health_interval, health_timeout or cache",
 	} {
 		t.Run(options, func(t *testing.T) {
 			text := "fsbroker_task {\n" + options

@@ -18,6 +18,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 )
@@ -77,9 +78,23 @@ type Handler struct {
 	// How long a node or the broker is not asked again when it could not be connected to. Default: `10s`
 	FailDuration caddy.Duration `json:"fail_duration,omitempty"`
 
+	// How often each node is asked for its `/system-info`, to see that it is well. One that cannot be connected to is
+	// treated as one that failed to be asked for a report; one that answers with anything but a JSON object is logged,
+	// and is still asked for reports. The events `fsbroker_node_unhealthy` and `fsbroker_node_healthy` tell of changes,
+	// with `role`, `node`, `address` and `reason`, whether a check or a question has found them. Default: not at all
+	HealthInterval caddy.Duration `json:"health_interval,omitempty"`
+
+	// How long a node may take to answer that. Default: `5s`
+	HealthTimeout caddy.Duration `json:"health_timeout,omitempty"`
+
 	// What is kept, and for how long.
 	Cache *Cache `json:"cache,omitempty"`
 
+	ctx       caddy.Context
+	events    *caddyevents.App
+	started   atomic.Bool        // as is the configuration; there are no events before
+	checks    context.Context    // ends with the handler
+	endChecks context.CancelFunc // nil before there can be any
 	logger    *zap.Logger
 	transport *reverseproxy.HTTPTransport
 	clients   clients
@@ -99,6 +114,8 @@ const (
 	defaultMaxWait      = time.Minute
 	defaultMaxReport    = 64 << 20
 	defaultFailDuration = 10 * time.Second
+
+	defaultHealthTimeout = 5 * time.Second
 )
 
 // CaddyModule returns the Caddy module information.
@@ -139,7 +156,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		server.RegisterOnShutdown(h.watches.stop)
 	}
 	live.add(h)
-	return nil
+	return h.provisionHealth(ctx)
 }
 
 func (h *Handler) setDefaults() {
@@ -151,6 +168,7 @@ func (h *Handler) setDefaults() {
 	setDefault(&h.MaxWait, caddy.Duration(defaultMaxWait))
 	setDefault(&h.MaxReport, defaultMaxReport)
 	setDefault(&h.FailDuration, caddy.Duration(defaultFailDuration))
+	setDefault(&h.HealthTimeout, caddy.Duration(defaultHealthTimeout))
 	setDefault(&h.Cache.TTL, caddy.Duration(defaultTTL))
 	setDefault(&h.Cache.MaxSize, defaultMaxSize)
 	if h.Cache.StorageRaw != nil {
@@ -268,6 +286,8 @@ func (h *Handler) Validate() error {
 		"max_wait":        int64(h.MaxWait),
 		"max_report":      h.MaxReport,
 		"fail_duration":   int64(h.FailDuration),
+		"health_interval": int64(h.HealthInterval),
+		"health_timeout":  int64(h.HealthTimeout),
 		"cache.ttl":       int64(h.Cache.TTL),
 		"cache.max_size":  h.Cache.MaxSize,
 		"cache.retention": int64(h.Cache.Retention),
@@ -290,6 +310,9 @@ func (h *Handler) Cleanup() error {
 	live.remove(h)
 	if h.watches != nil {
 		h.watches.stop()
+	}
+	if h.endChecks != nil {
+		h.endChecks()
 	}
 	var err error
 	if h.archive != nil {

@@ -180,7 +180,7 @@ func (liveMetrics) Collect(metrics chan<- prometheus.Metric) {
 	for id, peers := range live.peers() {
 		up, asking := 1.0, int64(0)
 		for _, p := range peers {
-			if p.health.Load() != nil {
+			if p.ailment.Load() != nil {
 				up = 0
 			}
 			asking += p.asking.Load()

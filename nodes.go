@@ -113,9 +113,12 @@ type peer struct {
 	maxAnswer    int64
 	logger       *zap.Logger
 
-	asking atomic.Int64           // questions under way
-	failed atomic.Int64           // when it last could not be connected to, in Unix nanoseconds; 0 when it could
-	health atomic.Pointer[string] // the code of what is wrong with it, as last logged; nil when nothing is
+	asking atomic.Int64 // questions under way
+	failed atomic.Int64 // when it last could not be connected to, in Unix nanoseconds; 0 when it could
+
+	ailment atomic.Pointer[lapse] // what is wrong with it; nil when nothing is
+	last    atomic.Pointer[lapse] // what last was, with it or an answer of it
+	emit    emitter
 }
 
 // newPeer resolves and checks what an Endpoint says.
@@ -162,6 +165,7 @@ func (h *Handler) newPeer(repl *caddy.Replacer, role, name string, e Endpoint) (
 		failDuration: time.Duration(h.FailDuration),
 		maxAnswer:    h.MaxReport,
 		logger:       logger,
+		emit:         h.emit,
 	}, nil
 }
 
@@ -199,36 +203,49 @@ func (p *peer) ask(ctx context.Context, path string, query url.Values, room *lea
 	}
 	p.asking.Add(1)
 	defer p.asking.Add(-1)
-	status, err = p.exchange(ctx, path, query, room, read)
-	p.countQuestion(status, err, time.Since(start))
-	return status, err
+	x, err := p.exchange(ctx, p.timeout, path, query, room, read)
+	if err == nil {
+		p.note(byQuestion, x)
+		if x.trouble != nil {
+			err = x.trouble
+		}
+	}
+	p.countQuestion(x.status, err, time.Since(start))
+	if err != nil {
+		return 0, err
+	}
+	return x.status, nil
 }
 
-// exchange is ask, whatever is known of the peer.
-func (p *peer) exchange(ctx context.Context, path string, query url.Values, room *lease, read reader) (status int, err error) {
+// exchange is a question and its answer.
+type exchange struct {
+	status     int
+	trouble    *problem // nil where the answer is a good one
+	cause      error    // of the trouble, which may hold what the peer sent
+	dialFailed bool
+}
+
+// exchange asks a question, whatever is known of the peer. Its error says that ctx has ended.
+func (p *peer) exchange(ctx context.Context, timeout time.Duration, path string, query url.Values, room *lease, read reader) (exchange, error) {
 	start := time.Now()
-	timed, cancel := context.WithTimeout(ctx, p.timeout)
+	timed, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
 	var dial dialWatch
 	body := &answerBody{peer: p, room: room}
-	status, err = p.roundTrip(p.request(httptrace.WithClientTrace(timed, dial.trace()), path, query), body, read)
+	status, err := p.roundTrip(p.request(httptrace.WithClientTrace(timed, dial.trace()), path, query), body, read)
 	if err != nil && ctx.Err() != nil {
-		return 0, context.Cause(ctx)
+		return exchange{}, context.Cause(ctx)
 	}
-	trouble := p.diagnose(err, &dial)
-	p.note(trouble, err, dial.failed())
+	x := exchange{status: status, trouble: p.diagnose(err, &dial), cause: err, dialFailed: dial.failed()}
 	if ce := p.logger.Check(zap.DebugLevel, "asked"); ce != nil {
 		code := ""
-		if trouble != nil {
-			code = trouble.code
+		if x.trouble != nil {
+			code = x.trouble.code
 		}
 		ce.Write(zap.String("path", path), zap.Int("status", status), zap.Int64("size", body.size),
 			zap.Duration("duration", time.Since(start)), zap.String("problem", code))
 	}
-	if trouble != nil {
-		return 0, trouble
-	}
-	return status, nil
+	return x, nil
 }
 
 // request is a question to the peer, with its secret.
@@ -352,28 +369,6 @@ var busy = &problem{
 
 // drain reads a little of a body that nobody wants, so that the connection can be used again.
 func drain(body io.Reader) { _, _ = io.CopyN(io.Discard, body, 4<<10) }
-
-// note logs what has changed about the peer: that it fails, and that it no longer does. A slow or senseless answer is
-// one report's trouble and changes nothing. The errors of dialing hold no more than an address; others might hold what
-// the peer sent, and are not logged.
-func (p *peer) note(trouble *problem, cause error, dialFailed bool) {
-	refused := trouble != nil && strings.HasSuffix(trouble.code, "_refused_secret")
-	switch {
-	case trouble == nil:
-		if p.health.Swap(nil) != nil {
-			p.logger.Info("answers again")
-		}
-	case dialFailed || refused:
-		if last := p.health.Swap(&trouble.code); last != nil && *last == trouble.code {
-			return
-		}
-		fields := []zap.Field{zap.String("code", trouble.code)}
-		if dialFailed {
-			fields = append(fields, zap.NamedError("cause", cause), zap.Duration("fail_duration", p.failDuration))
-		}
-		p.logger.Warn("fails", fields...)
-	}
-}
 
 // isTimeout tells whether err says that something took too long.
 func isTimeout(err error) bool {
