@@ -262,7 +262,7 @@ func (h *Handler) provisionPeers(repl *caddy.Replacer) error {
 		if _, exists := h.nodes[n.AppServerID]; exists {
 			return fmt.Errorf("node %q is configured twice", n.AppServerID)
 		}
-		node, err := h.newPeer(repl, "node", n.AppServerID, n.Endpoint)
+		node, err := h.newPeer(repl, roleNode, n.AppServerID, n.Endpoint)
 		if err != nil {
 			return fmt.Errorf("node %q: %w", n.AppServerID, err)
 		}
@@ -272,7 +272,7 @@ func (h *Handler) provisionPeers(repl *caddy.Replacer) error {
 		return nil
 	}
 	var err error
-	if h.broker, err = h.newPeer(repl, "broker", "", *h.Broker); err != nil {
+	if h.broker, err = h.newPeer(repl, roleBroker, "", *h.Broker); err != nil {
 		return fmt.Errorf("broker: %w", err)
 	}
 	return nil

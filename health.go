@@ -178,6 +178,27 @@ func (p *peer) note(by finder, x exchange) {
 	}
 }
 
+// condition is how a peer is, as far as is known.
+type condition int
+
+const (
+	healthy condition = iota
+	unhealthy
+	isDown // and not asked for a while
+)
+
+func (c condition) String() string { return [...]string{"healthy", "unhealthy", "down"}[c] }
+
+func (p *peer) condition(now time.Time) condition {
+	switch {
+	case p.down(now) != nil:
+		return isDown
+	case p.ailment.Load() != nil:
+		return unhealthy
+	}
+	return healthy
+}
+
 // noteRecovery notes that the peer does as it should, if what was wrong with it could be seen in that way.
 func (p *peer) noteRecovery(by finder) {
 	known := p.ailment.Load()

@@ -35,13 +35,19 @@ func (l *liveHandlers) all() []*Handler {
 // peerID is what an operator knows a node or the broker by.
 type peerID struct{ role, name, host string }
 
+// livePeer is a peer of a handler.
+type livePeer struct {
+	*peer
+	handler *Handler
+}
+
 // peers are the nodes and brokers of all handlers. Several handlers may have the same one.
-func (l *liveHandlers) peers() map[peerID][]*peer {
-	all := make(map[peerID][]*peer)
+func (l *liveHandlers) peers() map[peerID][]livePeer {
+	all := make(map[peerID][]livePeer)
 	for _, h := range l.all() {
 		for p := range h.peers() {
 			id := peerID{p.role, p.name, p.base.Host}
-			all[id] = append(all[id], p)
+			all[id] = append(all[id], livePeer{p, h})
 		}
 	}
 	return all

@@ -129,17 +129,39 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
-// Every metric in the queries of the dashboard is one that the module exports.
-func TestDashboard(t *testing.T) {
+// exportedMetrics are the names of all series that a site with traffic has.
+func exportedMetrics(t *testing.T) map[string]bool {
+	t.Helper()
 	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
-	s := startWithAdmin(t, options(node, "cache {\n storage\n }"), "")
-	s.get(pair).wantStatus(t, 200)
+	s := startWithAdmin(t, options(node, stored), "")
+	s.get(pair).wantStatus(t, http.StatusOK)
 	exported := make(map[string]bool)
 	for series := range s.scrape() {
 		name, _, _ := strings.Cut(series, "{")
 		exported[name] = true
 	}
+	return exported
+}
 
+func TestReadmeExplainsEveryMetric(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name := range exportedMetrics(t) {
+		name = strings.TrimPrefix(name, "caddy_fsbroker_")
+		for _, suffix := range []string{"_bucket", "_sum", "_count"} { // of a histogram
+			name = strings.TrimSuffix(name, suffix)
+		}
+		if !strings.Contains(string(readme), "`"+name+"`") {
+			t.Errorf("the README does not explain %s", name)
+		}
+	}
+}
+
+// Every metric in the queries of the dashboard is one that the module exports.
+func TestDashboard(t *testing.T) {
+	exported := exportedMetrics(t)
 	text, err := os.ReadFile(filepath.Join("examples", "grafana", "dashboard.json"))
 	if err != nil {
 		t.Fatal(err)

@@ -96,9 +96,15 @@ func parseAddress(address, defaultScheme string) (*url.URL, error) {
 	return u, nil
 }
 
+// The roles of peers, in codes, details and logs.
+const (
+	roleNode   = "node"
+	roleBroker = "broker"
+)
+
 // peer is a node or the broker as it is asked.
 type peer struct {
-	role    string // "node" or "broker": in codes, details and logs
+	role    string // roleNode or roleBroker
 	name    string // the node's application server ID
 	base    *url.URL
 	address string      // base, as it stands in keys

@@ -25,11 +25,12 @@ import (
 // An archive lives on when the configuration is reloaded. It holds nothing of a configuration but what its users have
 // attached, and uses what the newest of them has.
 type archive struct {
-	slots chan struct{} // bounds the operations that are under way, and those that hang
-	wake  chan struct{} // tells the writer that there is something to write
-	ctx   context.Context
-	stop  context.CancelFunc
-	tasks sync.WaitGroup // the writer and the sweeper
+	slots   chan struct{} // bounds the operations that are under way, and those that hang
+	wake    chan struct{} // tells the writer that there is something to write
+	writing chan struct{} // full while something is written, or must not be
+	ctx     context.Context
+	stop    context.CancelFunc
+	tasks   sync.WaitGroup // the writer and the sweeper
 
 	rests atomic.Int64 // until when nothing is read after a failure, in Unix nanoseconds
 
@@ -39,7 +40,7 @@ type archive struct {
 	queued  map[key]*list.Element
 	bytes   int
 	refused int           // writes that found the queue full, since it was last empty
-	written chan struct{} // closed and renewed whenever a write has ended
+	written chan struct{} // closed and renewed whenever something has left the queue
 	failing bool          // as was last logged
 }
 
@@ -89,6 +90,7 @@ func openArchive(id string, user *archiveUser) (*archive, error) {
 		a := &archive{
 			slots:   make(chan struct{}, storageSlots),
 			wake:    make(chan struct{}, 1),
+			writing: make(chan struct{}, 1),
 			queue:   list.New(),
 			queued:  make(map[key]*list.Element),
 			written: make(chan struct{}),
@@ -213,7 +215,7 @@ func (a *archive) setAside(k key, value []byte) {
 	ctx, cancel := context.WithTimeout(a.ctx, readTimeout)
 	defer cancel()
 	err := a.try(ctx, func(ctx context.Context, storage certmagic.Storage) error {
-		if err := storage.Store(ctx, fmt.Sprintf("%s/%x", partition(damagedPartition), k), value); err != nil {
+		if err := storage.Store(ctx, damagedKey(k), value); err != nil {
 			return err
 		}
 		return storage.Delete(ctx, storageKey(k))
@@ -267,7 +269,12 @@ func (a *archive) waiting(k key) keepable {
 func (a *archive) writeAll() {
 	retry := firstRetry
 	for {
+		if a.holdWrites(a.ctx) != nil {
+			return
+		}
 		w := a.oldest()
+		stored := w != nil && a.store(w)
+		a.releaseWrites()
 		if w == nil {
 			select {
 			case <-a.wake:
@@ -276,7 +283,7 @@ func (a *archive) writeAll() {
 				return
 			}
 		}
-		if a.store(w) {
+		if stored {
 			retry = firstRetry
 			continue
 		}
@@ -288,6 +295,18 @@ func (a *archive) writeAll() {
 		}
 	}
 }
+
+// holdWrites waits for the write under way to end, and keeps the next one from beginning.
+func (a *archive) holdWrites(ctx context.Context) error {
+	select {
+	case a.writing <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (a *archive) releaseWrites() { <-a.writing }
 
 func (a *archive) oldest() *write {
 	a.mu.Lock()
@@ -321,17 +340,23 @@ func (a *archive) store(w *write) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if element := a.queued[w.key]; element.Value == any(w) {
-		a.queue.Remove(element)
-		delete(a.queued, w.key)
-		a.bytes -= w.value.size()
+		a.dequeue(element)
 	}
 	if a.queue.Len() == 0 && a.refused > 0 {
 		user.logger.Warn("the queue to the storage is empty again", zap.Int("refused", a.refused))
 		a.refused = 0
 	}
+	return true
+}
+
+// dequeue takes a write out of the queue, and lets those know who wait for that.
+func (a *archive) dequeue(element *list.Element) {
+	w := element.Value.(*write)
+	a.queue.Remove(element)
+	delete(a.queued, w.key)
+	a.bytes -= w.value.size()
 	close(a.written)
 	a.written = make(chan struct{})
-	return true
 }
 
 // note logs that the storage fails, and that it no longer does, once each.
@@ -400,6 +425,9 @@ func (a *archive) drain(ctx context.Context, user *archiveUser) error {
 func storageKey(k key) string {
 	return fmt.Sprintf("%s/%x", partition(int(k[0])<<4|int(k[1])>>4), k)
 }
+
+// damagedKey is where what was damaged is set aside.
+func damagedKey(k key) string { return fmt.Sprintf("%s/%x", partition(damagedPartition), k) }
 
 // The partitions of the storage: as many as three hexadecimal digits count, and one for what is damaged.
 const (

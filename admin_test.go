@@ -1,0 +1,248 @@
+package fsbroker_test
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
+)
+
+// wantAdmin checks an answer of the admin API, without times.
+func (s *adminSite) wantAdmin(method, path string, status int, want string) {
+	s.t.Helper()
+	code, body := s.askAdmin(method, path)
+	got := strings.TrimSpace(regexp.MustCompile(`"at":"[^"]+"`).ReplaceAllString(body, `"at":"…"`))
+	if code != status || got != want {
+		s.t.Errorf("%s %s: status %d, want %d\ngot  %s\nwant %s", method, path, code, status, got, want)
+	}
+}
+
+func TestAdminNodes(t *testing.T) {
+	waits, answered := make(chan bool), make(chan bool)
+	well := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+		r.URL.Path = strings.TrimPrefix(r.URL.Path, "/base")
+		if r.URL.Path == "/task" {
+			waits <- true
+			<-answered
+		}
+		systemInfo(w, r)
+	})
+	old := newBackend(t, says(http.StatusNotFound, ""))
+	slow := newBackend(t, func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
+	gone := newBackend(t, nil)
+	gone.Close()
+	broker := newBackend(t, says(http.StatusInternalServerError, ""))
+	s := startWithAdmin(t, fmt.Sprintf(`fsbroker_task {
+		secret {env.CALLER_SECRET}
+		node a-well %s/base {env.NODE_SECRET}
+		node b-old %s
+		node c-slow %s
+		node d-gone %s
+		broker %s {env.BROKER_SECRET}
+		health_timeout 300ms
+	}
+	fsbroker_task /other {
+		secret {env.CALLER_SECRET}
+		node a-well %[1]s/base {env.NODE_SECRET}
+	}`, well.URL, old.URL, slow.URL, gone.URL, broker.URL), "")
+
+	s.get("/task?submitID=s1").wantProblem(t, http.StatusBadGateway, "broker_bad_answer")
+	done := make(chan bool)
+	go func() {
+		defer close(done)
+		s.get("/task?appServerID=a-well&taskID=t1")
+	}()
+	<-waits
+	host := func(b *backend) string { return strings.TrimPrefix(b.URL, "http://") }
+	begin := time.Now()
+	s.wantAdmin(http.MethodGet, "/fsbroker/nodes", http.StatusOK, fmt.Sprintf(`[`+
+		`{"role":"node","node":"a-well","address":"%s","state":"healthy","questions":1,`+
+		`"system_info":{"name":"fsTransform","version":"2.1.0","queue":{"active":3,"queued":2,"completed":12345}}},`+
+		`{"role":"node","node":"b-old","address":"%s","state":"healthy","questions":0,"system_info_problem":"node_bad_answer"},`+
+		`{"role":"node","node":"c-slow","address":"%s","state":"healthy","questions":0,"system_info_problem":"node_timeout"},`+
+		`{"role":"node","node":"d-gone","address":"%s","state":"down","last_problem":{"code":"node_unreachable","at":"…"},"questions":0,"system_info_problem":"node_unreachable"},`+
+		`{"role":"broker","address":"%s","state":"healthy","last_problem":{"code":"broker_bad_answer","at":"…"},"questions":0}]`,
+		host(well), host(old), host(slow), host(gone), host(broker)))
+	if took := time.Since(begin); took > 5*time.Second {
+		t.Errorf("asking took %s", took)
+	}
+	close(answered)
+	<-done
+
+	if _, body := s.askAdmin(http.MethodGet, "/fsbroker/nodes"); strings.Contains(body, `"questions":1`) {
+		t.Errorf("a question goes on: %s", body)
+	}
+	s.wantNoSecretInLog()
+}
+
+func TestAdminCache(t *testing.T) {
+	node := newBackend(t, systemInfo)
+	s := startWithAdmin(t, options(node, ""), "")
+	s.wantAdmin(http.MethodGet, "/fsbroker/cache", http.StatusOK, `{"bytes":0,"limit":268435456,"entries":0,"evictions":0,"waiters":0}`)
+	s.get(pair)
+	var memory struct {
+		Bytes   int64
+		Entries int
+	}
+	_, body := s.askAdmin(http.MethodGet, "/fsbroker/cache")
+	if err := json.Unmarshal([]byte(body), &memory); err != nil || memory.Entries != 1 || memory.Bytes < 1000 {
+		t.Errorf("%v: %s", err, body)
+	}
+
+	s.load(options(node, "cache {\n max_size 1\n storage\n }"))
+	s.get(pair)
+	eventually(t, "it to be stored", func() bool {
+		_, body := s.askAdmin(http.MethodGet, "/fsbroker/cache")
+		return strings.Contains(body, `"queued":0`)
+	})
+	s.wantAdmin(http.MethodGet, "/fsbroker/cache", http.StatusOK,
+		`{"bytes":0,"limit":1,"entries":0,"evictions":1,"waiters":0,"storage":{"queued":0,"queued_bytes":0,"failing":false}}`)
+
+	s.load("respond 404") // without the handler there is nothing to tell
+	s.wantAdmin(http.MethodGet, "/fsbroker/cache", http.StatusOK, `{"bytes":0,"limit":0,"entries":0,"evictions":0,"waiters":0}`)
+	s.wantAdmin(http.MethodGet, "/fsbroker/nodes", http.StatusOK, `[]`)
+	s.wantAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusOK, `{"memory":0,"queue":0,"storage":0}`)
+}
+
+func TestAdminErrors(t *testing.T) {
+	node := newBackend(t, systemInfo)
+	s := startWithAdmin(t, options(node, stored), "")
+	s.get(pair)
+	const halfAPair = `{"error":"give appServerID and taskID together, once each, to purge the reports of a task, or nothing to purge everything"}`
+	for request, want := range map[string]string{
+		"POST /fsbroker/nodes":                                       `405 {"error":"method not allowed: use GET"}`,
+		"DELETE /fsbroker/nodes":                                     `405 {"error":"method not allowed: use GET"}`,
+		"POST /fsbroker/cache":                                       `405 {"error":"method not allowed: use DELETE, GET"}`,
+		"DELETE /fsbroker/cache?taskID=t1":                           "400 " + halfAPair,
+		"DELETE /fsbroker/cache?appServerID=node-1":                  "400 " + halfAPair,
+		"DELETE /fsbroker/cache?appServerID=node-1&taskID=":          "400 " + halfAPair,
+		"DELETE /fsbroker/cache?appServerID=node-1&taskid=t1":        "400 " + halfAPair,
+		"DELETE /fsbroker/cache?task=t1":                             "400 " + halfAPair,
+		"DELETE /fsbroker/cache?appServerID=node-1&taskID=t1&all":    "400 " + halfAPair,
+		"DELETE /fsbroker/cache?appServerID=a&taskID=t1&taskID=t2":   "400 " + halfAPair,
+		"DELETE /fsbroker/cache?appServerID=node-1&taskID=%zz":       `400 {"error":"the query is not well-formed"}`,
+		"DELETE /fsbroker/cache?appServerID=node-2&taskID=t1":        `404 {"error":"no node goes by this appServerID: check it"}`,
+		"DELETE /fsbroker/cache?appServerID=node-1&taskID=not-there": `200 {"memory":0,"queue":0,"storage":0}`,
+	} {
+		method, path, _ := strings.Cut(request, " ")
+		status, body := s.askAdmin(method, path)
+		if got := fmt.Sprint(status, " ", strings.TrimSpace(body)); got != want {
+			t.Errorf("%s: got %s, want %s", request, got, want)
+		}
+	}
+	s.wantValues(1)
+	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
+}
+
+func TestPurge(t *testing.T) {
+	node := newBackend(t, systemInfo)
+	s := startWithAdmin(t, options(node, stored), "")
+	fill := func() {
+		for _, task := range []string{"t1", "t1&all", "t2"} {
+			s.get("/task?appServerID=node-1&taskID="+task).wantStatus(t, http.StatusOK)
+		}
+		s.wantValues(3)
+	}
+	const task1 = "/fsbroker/cache?appServerID=node-1&taskID=t1"
+	fill()
+	s.wantAdmin(http.MethodDelete, task1, http.StatusOK, `{"memory":2,"queue":0,"storage":2}`)
+	s.wantAdmin(http.MethodDelete, task1, http.StatusOK, `{"memory":0,"queue":0,"storage":0}`)
+	s.wantValues(1)
+	s.get("/task?appServerID=node-1&taskID=t2").wantHeader(t, "Cache-Status", "fsbroker; hit")
+	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
+	fill()
+
+	// What was set aside as damaged goes as well.
+	damaged := s.wantValues(3)[0]
+	if err := os.Mkdir(filepath.Join(s.dir, "fsbroker_task", "damaged"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(damaged, filepath.Join(s.dir, "fsbroker_task", "damaged", filepath.Base(damaged))); err != nil {
+		t.Fatal(err)
+	}
+	s.wantAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusOK, `{"memory":3,"queue":0,"storage":3}`)
+	s.wantValues(0)
+	if left, _ := filepath.Glob(filepath.Join(s.dir, "fsbroker_task", "damaged", "*")); len(left) != 0 {
+		t.Errorf("left: %v", left)
+	}
+	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
+}
+
+// What waits for the storage goes too, and a write under way brings nothing back.
+func TestPurgeOfTheQueue(t *testing.T) {
+	fsbroker.SetRetries(t, 10*time.Millisecond, 50*time.Millisecond)
+	fault.dir = t.TempDir()
+	node := newBackend(t, systemInfo)
+	s := startWithAdmin(t, options(node, "cache {\n storage faulty\n }"), "")
+	t.Cleanup(func() { setFault(nil, nil, false) })
+
+	setFault(errors.New("storage is away"), nil, false)
+	for _, task := range []string{"t1", "t1&all", "t2", "t3"} {
+		s.get("/task?appServerID=node-1&taskID="+task).wantStatus(t, http.StatusOK)
+	}
+	s.wantAdmin(http.MethodDelete, "/fsbroker/cache?appServerID=node-1&taskID=t1", http.StatusOK, `{"memory":2,"queue":2,"storage":0}`)
+	s.wantAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusOK, `{"memory":2,"queue":2,"storage":0}`)
+	if _, body := s.askAdmin(http.MethodGet, "/fsbroker/cache"); !strings.Contains(body, `"queued":0,"queued_bytes":0`) {
+		t.Errorf("the queue is not empty: %s", body)
+	}
+
+	hang := make(chan struct{})
+	setFault(nil, hang, false)
+	released := time.AfterFunc(200*time.Millisecond, func() {
+		setFault(nil, nil, false)
+		close(hang)
+	})
+	defer released.Stop()
+	node.becomes(says(http.StatusOK, reportOf("t4", "SUCCESS")))
+	s.get("/task?appServerID=node-1&taskID=t4&nocache").wantStatus(t, http.StatusOK)
+	eventually(t, "the write to begin", func() bool {
+		_, body := s.askAdmin(http.MethodGet, "/fsbroker/cache")
+		return strings.Contains(body, `"queued":1`)
+	})
+	time.Sleep(20 * time.Millisecond)
+	s.wantAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusOK, `{"memory":1,"queue":0,"storage":1}`)
+	time.Sleep(50 * time.Millisecond)
+	if left := storedIn(t, fault.dir); len(left) != 0 {
+		t.Errorf("left: %v", left)
+	}
+}
+
+// The README's commands for the admin API do as it says.
+func TestReadmeAdminCommands(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var commands []string
+	for _, block := range regexp.MustCompile("(?s)```sh\n(.*?)```").FindAllStringSubmatch(string(readme), -1) {
+		for line := range strings.Lines(block[1]) {
+			if strings.Contains(line, "localhost:2019") {
+				commands = append(commands, strings.TrimSpace(line))
+			}
+		}
+	}
+	if len(commands) < 4 {
+		t.Fatalf("found only %d commands", len(commands))
+	}
+	node := newBackend(t, systemInfo)
+	s := startWithAdmin(t, options(node, stored), "")
+	s.get(pair)
+	for _, line := range commands {
+		line, _, _ = strings.Cut(line, "#")
+		line = strings.ReplaceAll(strings.Replace(line, "curl ", "curl -fsS ", 1), "localhost:2019", s.admin)
+		answer, err := exec.CommandContext(t.Context(), "sh", "-c", line).CombinedOutput()
+		if err != nil || !json.Valid(answer) {
+			t.Errorf("%s: %v\n%s", line, err, answer)
+		}
+	}
+	s.wantValues(0)
+}
