@@ -41,10 +41,10 @@ func init() {
 // never kept, and are answered as problem documents (RFC 9457) with a stable code.
 //
 // The placeholder `{http.fsbroker.client}` holds the name of the client whose secret was presented, as does
-// `{http.auth.user.id}`, which Caddy's access log shows as `user_id`. When the answer is written, `{http.fsbroker.cache}`
-// says what the cache did for it (`hit`, `storage`, `miss`, `bypass`, `collapsed`, `error` or `none`), and
-// `{http.fsbroker.node}` names the node whose report it is. The access log has all three as `fsbroker_client`,
-// `fsbroker_cache` and `fsbroker_node`.
+// `{http.auth.user.id}`, which Caddy's access log shows as `user_id`, unless another handler has set it before. When
+// the answer is written, `{http.fsbroker.cache}` says what the cache did for it (`hit`, `storage`, `miss`, `bypass`,
+// `collapsed`, `error` or `none`), and `{http.fsbroker.node}` names the node whose report it is. The access log has all
+// three as `fsbroker_client`, `fsbroker_cache` and `fsbroker_node`.
 //
 // The handler answers every request that reaches it: put a path matcher in front of it, as the Caddyfile directive does
 // by itself.

@@ -1,6 +1,9 @@
 package main
 
 import (
+	"bytes"
+	"compress/gzip"
+	"encoding/json"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -59,6 +62,15 @@ func TestMadeReports(t *testing.T) {
 	for i, s := range all {
 		if want := wantedSizes[i].bytes; len(s.document) < want*97/100 || len(s.document) > want*103/100 || s.real {
 			t.Errorf("%s has %d bytes", s.name, len(s.document))
+		}
+		var gzipped bytes.Buffer
+		zw := gzip.NewWriter(&gzipped)
+		if _, err := zw.Write(s.document); err != nil || zw.Close() != nil {
+			t.Fatal(err)
+		}
+		// Real ones shrink to 0.21 to 0.31.
+		if ratio := float64(gzipped.Len()) / float64(len(s.document)); ratio < 0.21 || ratio > 0.31 || !json.Valid(s.document) {
+			t.Errorf("%s shrinks to %.2f, and is JSON: %v", s.name, ratio, json.Valid(s.document))
 		}
 	}
 }

@@ -1,7 +1,7 @@
 package main
 
 import (
-	"crypto/sha256"
+	"crypto/sha512"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -60,17 +60,19 @@ func makeReport(bytes int) []byte {
 		`"ID":"37c43f9c-79c3-440e-9ac5-7279695d0c9a","state":"SUCCESS","opcount":1,"processTime":2238},` +
 		`"subtaskReferences":[{"name":"osint","additionalInfo":"FILE_HASH_SHA256","ID":"8c9e1e3e-8811-433a-87af-b41ea96f3e0d",` +
 		`"state":"SUCCESS","opcount":2,"processTime":1018}],"resources":{`)
-	for i := 0; b.Len() < bytes-300; i++ {
-		sum := sha256.Sum256(fmt.Append(nil, i))
+	for i := 0; b.Len() < bytes-500; i++ {
+		sum := sha512.Sum512(fmt.Append(nil, i))
+		digest := sha512.Sum512(sum[:])
+		more := sha512.Sum512(digest[:])
 		if i > 0 {
 			b.WriteByte(',')
 		}
-		fmt.Fprintf(&b, `"%x-%x-%x":{"results":[{"verdict":"NO_THREAT","tags":[],"digest":"%x","scanners":[{"name":"engine-%d",`+
+		fmt.Fprintf(&b, `"%x-%x-%x":{"results":[{"verdict":"NO_THREAT","tags":[],"digests":{"SHA-512":"%x","SHA-256":"%x","MD5":"%x","SHA-384":"%x"},"scanners":[{"name":"engine-%d",`+
 			`"result":"clean","detail":null}]}],"relatedTaskType":"OSINT_EXTENDED","origin":{"type":"URL","data":{"offset":%d}},`+
 			`"resourceReference":{"type":"HASH","name":"osint","ID":"%x"},"mediaType":{"string":"application/octet-stream","number":%d},`+
 			`"signalGroupsByID":{},"signalGroups":[],"allTags":[],"originVerdicts":[],"verdict":{"verdict":"UNKNOWN","threatLevel":0,`+
 			`"confidence":1},"notifications":[],"additionalTasks":[{"name":"osint","state":"IN_PROGRESS","resourceReference":null}]}`,
-			sum[:4], sum[4:6], sum[6:12], sum, i%17, i*37, sum[12:24], i%91)
+			sum[:4], sum[4:6], sum[6:12], digest, sum[12:44], sum[44:60], more[:48], i%17, i*37, digest[:12], i%91)
 	}
 	b.WriteString(`},"filesDownloadFinished":true,"additionalStepsDone":true}}`)
 	return []byte(b.String())

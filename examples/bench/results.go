@@ -6,6 +6,7 @@ import (
 	"os/exec"
 	"runtime"
 	"runtime/debug"
+	"slices"
 	"strings"
 	"time"
 )
@@ -55,11 +56,47 @@ func (r *results) print(out io.Writer, lab *laboratory) {
 		fmt.Fprintf(out, "%s: %d bytes, %s. ", s.name, len(s.document), kind)
 	}
 	fmt.Fprint(out, "\n\n")
+	r.printSummary(out)
 	r.printLoads(out)
 	r.printMemory(out)
 	r.printCold(out)
 	r.printMisses(out)
 	r.printGoals(out)
+}
+
+// printSummary prints how many times as fast as each of the others the module is, for loads of many callers.
+func (r *results) printSummary(out io.Writer) {
+	var others []*contender
+	for _, l := range r.loads {
+		if l.contender != module && !slices.Contains(others, l.contender) {
+			others = append(others, l.contender)
+		}
+	}
+	fmt.Fprint(out, "**How many times as fast the module is**\n\n| load | requests/s |")
+	for _, c := range others {
+		fmt.Fprintf(out, " %s |", c.name)
+	}
+	fmt.Fprint(out, "\n|---|--:|", strings.Repeat("--:|", len(others)), "\n")
+	for _, ours := range r.loads {
+		if ours.contender != module || ours.conns == 1 {
+			continue
+		}
+		fmt.Fprintf(out, "| %s | %.0f |", ours.load, ours.Requests)
+		for _, c := range others {
+			fmt.Fprintf(out, " %s |", r.ratio(ours.load, c))
+		}
+		fmt.Fprintln(out)
+	}
+}
+
+// ratio is what printSummary says of one contender, which may not have taken part in a load.
+func (r *results) ratio(of load, c *contender) string {
+	for _, l := range r.loads {
+		if l.contender == c && l.load.String() == of.String() {
+			return fmt.Sprintf("%.2f", l.ratio)
+		}
+	}
+	return ""
 }
 
 func (r *results) printLoads(out io.Writer) {
@@ -145,9 +182,10 @@ var goals = []goal{
 	{"HTTP, gzip: 0.55 of Varnish", "Varnish", 0.55, httpGzip},
 }
 
-// printGoals says how the goals were met at the worst of the loads that each is about.
+// printGoals says how the goals were met at the worst of the loads that each is about, and how a bare handler in Caddy
+// would have met them there: what lies between is the module's.
 func (r *results) printGoals(out io.Writer) {
-	fmt.Fprint(out, "\n**Goals**\n\n| goal | reached at worst | at | |\n|---|--:|---|---|\n")
+	fmt.Fprint(out, "\n**Goals**\n\n| goal | reached at worst | a bare handler there | at | |\n|---|--:|--:|---|---|\n")
 	for _, g := range goals {
 		var worst *loadResult
 		for i, l := range r.loads {
@@ -156,19 +194,29 @@ func (r *results) printGoals(out io.Writer) {
 			}
 		}
 		if worst != nil {
-			fmt.Fprintf(out, "| %s | %.2f | %s | %s |\n", g.text, worst.ratio, worst.load, verdict(worst.ratio >= g.least))
+			fmt.Fprintf(out, "| %s | %.2f | %s | %s | %s |\n", g.text, worst.ratio, r.bare(*worst), worst.load, verdict(worst.ratio >= g.least))
 		}
 	}
 	for _, m := range r.memory {
 		if each := m.bytes / float64(len(m.document)); m.contender == module {
-			fmt.Fprintf(out, "| at most 0.35 byte kept for each byte of a report | %.2f | %s | %s |\n", each, m.size.name, verdict(each <= 0.35))
+			fmt.Fprintf(out, "| at most 0.35 byte kept for each byte of a report | %.2f | | %s | %s |\n", each, m.size.name, verdict(each <= 0.35))
 		}
 	}
 	for _, c := range r.cold {
 		if c.contender == module {
-			fmt.Fprintf(out, "| 1 question for %d callers | %d | | %s |\n", c.callers, c.questions, verdict(c.questions == 1 && c.failed == 0))
+			fmt.Fprintf(out, "| 1 question for %d callers | %d | | | %s |\n", c.callers, c.questions, verdict(c.questions == 1 && c.failed == 0))
 		}
 	}
+}
+
+// bare is how many times as fast as l's contender a bare handler is.
+func (r *results) bare(than loadResult) string {
+	for _, l := range r.loads {
+		if l.contender == bareHandler && l.load.String() == than.load.String() {
+			return fmt.Sprintf("%.2f", than.ratio/l.ratio)
+		}
+	}
+	return ""
 }
 
 func verdict(met bool) string {
