@@ -9,6 +9,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -16,7 +17,7 @@ import (
 func (lab *laboratory) memory(ctx context.Context, taking []*contender, results *results) error {
 	for _, size := range lab.sizes[:2] {
 		for _, c := range taking {
-			if !c.keeps || c.name != module.name && c.config == module.config {
+			if !c.keeps {
 				continue
 			}
 			progress.Printf("memory of %s, %s", c.name, size.name)
@@ -103,22 +104,17 @@ func (lab *laboratory) cold(ctx context.Context, taking []*contender, results *r
 		progress.Printf("%d callers of %s", callers, c.name)
 		url := "http://" + servers[c.config.Name()].Plain + c.target(load{gzip: true}, "cold-"+lab.sizes[1].id()+"-"+strings.ReplaceAll(c.name, " ", ""))
 		before := lab.node.questions.Load()
-		errs := make(chan error, callers)
+		var failed atomic.Int64
 		var wg sync.WaitGroup
 		for range callers {
 			wg.Go(func() {
-				_, err := lab.get(ctx, url, true)
-				errs <- err
+				if _, err := lab.get(ctx, url, true); err != nil {
+					failed.Add(1)
+				}
 			})
 		}
 		wg.Wait()
-		failed := 0
-		for range callers {
-			if err := <-errs; err != nil {
-				failed++
-			}
-		}
-		results.cold = append(results.cold, coldResult{c, callers, int(lab.node.questions.Load() - before), failed})
+		results.cold = append(results.cold, coldResult{c, callers, int(lab.node.questions.Load() - before), int(failed.Load())})
 	}
 	return nil
 }
@@ -129,7 +125,7 @@ func (lab *laboratory) miss(ctx context.Context, taking []*contender, results *r
 		id := strconv.Itoa(mib) + "MiBmiss"
 		lab.node.documents[id] = makeReport(mib << 20)
 		for _, c := range taking {
-			if c.name != module.name && c.config != proxies {
+			if c != module && c.config != proxies {
 				continue
 			}
 			for _, gzipped := range []bool{true, false} {

@@ -12,8 +12,7 @@ import (
 	"path/filepath"
 	"regexp"
 
-	"github.com/caddyserver/cache-handler"
-	"github.com/caddyserver/caddy/v2"
+	_ "github.com/caddyserver/cache-handler"
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 
@@ -23,8 +22,6 @@ import (
 // beCaddy is the environment variable that makes this program a Caddy with the module, its peers among Caddy's modules
 // and the bare handler.
 const beCaddy = "FSBROKER_BENCH_BE_CADDY"
-
-var _ caddy.Module = (*httpcache.SouinCaddyMiddleware)(nil) // cache-handler is there for what it registers
 
 // progress is for the console. Caddy has the log package write to its own log.
 var progress = log.New(os.Stderr, "", log.Ltime)
@@ -69,7 +66,7 @@ type options struct {
 
 // takesPart tells whether a contender is wanted.
 func (o options) takesPart(c *contender) bool {
-	return c.name == module.name || o.peers.MatchString(c.name)
+	return c == module || o.peers.MatchString(c.name)
 }
 
 func (o options) String() string {

@@ -83,20 +83,24 @@ func (r *results) printSummary(out io.Writer) {
 		}
 		fmt.Fprintf(out, "| %s | %.0f |", ours.load, ours.Requests)
 		for _, c := range others {
-			fmt.Fprintf(out, " %s |", r.ratio(ours.load, c))
+			ratio := ""
+			if theirs := r.find(ours.load, c); theirs != nil {
+				ratio = fmt.Sprintf("%.2f", theirs.ratio)
+			}
+			fmt.Fprintf(out, " %s |", ratio)
 		}
 		fmt.Fprintln(out)
 	}
 }
 
-// ratio is what printSummary says of one contender, which may not have taken part in a load.
-func (r *results) ratio(of load, c *contender) string {
-	for _, l := range r.loads {
-		if l.contender == c && l.load.String() == of.String() {
-			return fmt.Sprintf("%.2f", l.ratio)
+// find gives what a contender did under a load, or nil where it took no part.
+func (r *results) find(under load, c *contender) *loadResult {
+	for i, l := range r.loads {
+		if l.contender == c && l.load.String() == under.String() {
+			return &r.loads[i]
 		}
 	}
-	return ""
+	return nil
 }
 
 func (r *results) printLoads(out io.Writer) {
@@ -193,9 +197,14 @@ func (r *results) printGoals(out io.Writer) {
 				worst = &r.loads[i]
 			}
 		}
-		if worst != nil {
-			fmt.Fprintf(out, "| %s | %.2f | %s | %s | %s |\n", g.text, worst.ratio, r.bare(*worst), worst.load, verdict(worst.ratio >= g.least))
+		if worst == nil {
+			continue
 		}
+		bare := ""
+		if floor := r.find(worst.load, bareHandler); floor != nil {
+			bare = fmt.Sprintf("%.2f", worst.ratio/floor.ratio)
+		}
+		fmt.Fprintf(out, "| %s | %.2f | %s | %s | %s |\n", g.text, worst.ratio, bare, worst.load, verdict(worst.ratio >= g.least))
 	}
 	for _, m := range r.memory {
 		if each := m.bytes / float64(len(m.document)); m.contender == module {
@@ -207,16 +216,6 @@ func (r *results) printGoals(out io.Writer) {
 			fmt.Fprintf(out, "| 1 question for %d callers | %d | | | %s |\n", c.callers, c.questions, verdict(c.questions == 1 && c.failed == 0))
 		}
 	}
-}
-
-// bare is how many times as fast as l's contender a bare handler is.
-func (r *results) bare(than loadResult) string {
-	for _, l := range r.loads {
-		if l.contender == bareHandler && l.load.String() == than.load.String() {
-			return fmt.Sprintf("%.2f", than.ratio/l.ratio)
-		}
-	}
-	return ""
 }
 
 func verdict(met bool) string {
