@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
@@ -90,6 +91,7 @@ func TestByteForByte(t *testing.T) {
 		"large numbers":         `{"result":{"n":123456789012345678901234567890}}`,
 		"incompressible":        `{"result":{}}`,
 		"long":                  reportOf("t1", "SUCCESS") + strings.Repeat(" ", 1<<20),
+		"long and dense":        dense(5 << 20),
 	} {
 		t.Run(name, func(t *testing.T) {
 			node := newBackend(t, says(http.StatusOK, document))
@@ -104,6 +106,13 @@ func TestByteForByte(t *testing.T) {
 			node.wantQuestions(t, 1)
 		})
 	}
+}
+
+// dense is a finished report of about a size, of which gzip can save no more than half.
+func dense(size int) string {
+	digits := make([]byte, size/2)
+	_, _ = rand.NewChaCha8([32]byte{}).Read(digits)
+	return fmt.Sprintf(`{"result":{"taskReference":{"state":"SUCCESS"},"digest":"%x"}}`, digits)
 }
 
 // plain is a reply's body without its encoding.
