@@ -28,7 +28,7 @@ type bare struct {
 	// A folder of recorded answers.
 	Folder string `json:"folder"`
 
-	answers map[string]recorded
+	answers answers
 }
 
 // recorded is an answer of the module as it was got from it.
@@ -50,24 +50,46 @@ func (b *bare) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	return nil
 }
 
+// folders are those that have been read. The sites of a server share them, as the module's share what it keeps: what is
+// in memory decides how often Go collects garbage.
+var folders = caddy.NewUsagePool()
+
+type answers map[string]recorded
+
+func (answers) Destruct() error { return nil }
+
 func (b *bare) Provision(caddy.Context) error {
-	names, err := filepath.Glob(filepath.Join(b.Folder, "*.recorded"))
+	read, _, err := folders.LoadOrNew(b.Folder, func() (caddy.Destructor, error) { return readAnswers(b.Folder) })
 	if err != nil {
 		return err
 	}
-	b.answers = make(map[string]recorded)
+	b.answers = read.(answers)
+	return nil
+}
+
+func (b *bare) Cleanup() error {
+	_, err := folders.Delete(b.Folder)
+	return err
+}
+
+func readAnswers(folder string) (answers, error) {
+	names, err := filepath.Glob(filepath.Join(folder, "*.recorded"))
+	if err != nil {
+		return nil, err
+	}
+	all := make(answers)
 	for _, name := range names {
 		text, err := os.ReadFile(name)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		var r recorded
 		if err := json.Unmarshal(text, &r); err != nil {
-			return fmt.Errorf("%s: %w", name, err)
+			return nil, fmt.Errorf("%s: %w", name, err)
 		}
-		b.answers[r.Query] = r
+		all[r.Query] = r
 	}
-	return nil
+	return all, nil
 }
 
 func (b *bare) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {

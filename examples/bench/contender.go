@@ -2,12 +2,14 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"fmt"
 	"os"
 	"os/exec"
 	"os/user"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"text/template"
 )
@@ -64,9 +66,9 @@ var functions = template.FuncMap{
 	"port": func(address string) string { return address[strings.LastIndexByte(address, ':')+1:] },
 }
 
-func byPair(_ load, task string) string {
-	return "/task?secret=" + secret + "&appServerID=node-1&taskID=" + task
-}
+func byPair(_ load, task string) string { return "/task?" + pairQuery(task) }
+
+func pairQuery(task string) string { return "secret=" + secret + "&appServerID=node-1&taskID=" + task }
 
 var module = &contender{
 	name: "fsbroker_task", keeps: true, target: byPair,
@@ -84,7 +86,7 @@ var module = &contender{
 var bareHandler = &contender{
 	name:   "bare Caddy handler",
 	config: caddyConfig("bare", "", `bench_bare /task {{.Dir}}`),
-	target: func(l load, _ string) string { return "/task?" + l.form() },
+	target: func(l load, _ string) string { return "/task?" + pairQuery(l.form()) },
 }
 
 var files = caddyConfig("files", "", `
@@ -127,7 +129,7 @@ daemon off;
 user {{.User}};
 pid {{.Dir}}/nginx.pid;
 error_log stderr warn;
-worker_processes auto;
+worker_processes {{.CPUs}};
 events {}
 http {
 	access_log off;
@@ -245,14 +247,16 @@ func encodedOr(l load, other string) string {
 // server is a contender, or several with one configuration, as it runs: what its configuration is made from.
 type server struct {
 	Dir, User, Plain, Secure, Admin, Node, Secret string
-	Sizes                                         []struct{ ID string }
+
+	CPUs  int
+	Sizes []struct{ ID string }
 
 	process *process
 }
 
 // start runs a contender's server, with the folder of files that the laboratory has made.
 func (c *contender) start(ctx context.Context, lab *laboratory) (*server, error) {
-	s := &server{Node: lab.node.address, Secret: secret}
+	s := &server{Node: lab.node.address, Secret: secret, CPUs: cmp.Or(lab.options.serverCPUs, runtime.NumCPU())}
 	for _, size := range lab.sizes {
 		s.Sizes = append(s.Sizes, struct{ ID string }{size.id()})
 	}
@@ -285,6 +289,7 @@ func (c *contender) start(ctx context.Context, lab *laboratory) (*server, error)
 	if c.command != nil {
 		name, args = c.command(config, s)
 	}
+	name, args = onCPUs(lab.options.serverCPUs, name, args)
 	if s.process, err = startProcess(ctx, s.Dir, s.Plain, env, name, args...); err != nil {
 		return nil, fmt.Errorf("%s: %w", c.name, err)
 	}

@@ -11,6 +11,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"runtime"
 
 	_ "github.com/caddyserver/cache-handler"
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
@@ -35,6 +36,7 @@ func main() {
 	flag.IntVar(&o.seconds, "seconds", 1, "how long each is under load in a round")
 	flag.IntVar(&o.rounds, "rounds", 5, "how many rounds there are for each load")
 	flag.IntVar(&o.kept, "kept", 2000, "for how many reports memory is measured")
+	flag.IntVar(&o.serverCPUs, "server-cpus", runtime.NumCPU()/2, "how many CPUs the servers have to themselves, while load and node have the rest; 0 for all sharing all")
 	peers := flag.String("peers", ".", "a regular expression for the names of those who take part; the module always does")
 	loads := flag.String("loads", ".", "a regular expression for the names of the loads, such as '^HTTPS, gzip'")
 	flag.StringVar(&o.reports, "reports", filepath.Join("..", "..", "..", "shared", "reports"),
@@ -56,12 +58,13 @@ func main() {
 
 // options are what a run does.
 type options struct {
-	seconds int
-	rounds  int
-	kept    int
-	peers   *regexp.Regexp
-	loads   *regexp.Regexp
-	reports string
+	seconds    int
+	rounds     int
+	kept       int
+	serverCPUs int
+	peers      *regexp.Regexp
+	loads      *regexp.Regexp
+	reports    string
 }
 
 // takesPart tells whether a contender is wanted.
@@ -70,5 +73,9 @@ func (o options) takesPart(c *contender) bool {
 }
 
 func (o options) String() string {
-	return fmt.Sprintf("%d rounds of %d s", o.rounds, o.seconds)
+	whose := "all on all of them"
+	if o.serverCPUs > 0 {
+		whose = fmt.Sprintf("%d of them the servers' own", o.serverCPUs)
+	}
+	return fmt.Sprintf("%d cores, %s, %d rounds of %d s", runtime.NumCPU(), whose, o.rounds, o.seconds)
 }

@@ -7,6 +7,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"syscall"
@@ -17,6 +18,26 @@ import (
 type process struct {
 	cmd *exec.Cmd
 	log string
+}
+
+// keepOff has this process, and all that it starts, keep off the CPUs that are the servers'.
+func keepOff(serverCPUs int) error {
+	if serverCPUs == 0 {
+		return nil
+	}
+	rest := fmt.Sprintf("%d-%d", serverCPUs, runtime.NumCPU()-1)
+	if out, err := exec.Command("taskset", "--all-tasks", "--cpu-list", "--pid", rest, strconv.Itoa(os.Getpid())).CombinedOutput(); err != nil {
+		return fmt.Errorf("keeping off the servers' CPUs (-server-cpus 0 shares them all): %w\n%s", err, out)
+	}
+	return nil
+}
+
+// onCPUs is a command that runs on the servers' CPUs.
+func onCPUs(serverCPUs int, name string, args []string) (string, []string) {
+	if serverCPUs == 0 {
+		return name, args
+	}
+	return "taskset", append([]string{"--cpu-list", fmt.Sprintf("0-%d", serverCPUs-1), name}, args...)
 }
 
 // startProcess starts a command and waits until it listens.

@@ -47,7 +47,7 @@ type missResult struct {
 
 // print prints the tables, and how the goals were met.
 func (r *results) print(out io.Writer, lab *laboratory) {
-	fmt.Fprintf(out, "Measured on %s with %s, %d cores, %s.\n", time.Now().Format(time.DateOnly), versions(), runtime.NumCPU(), lab.options)
+	fmt.Fprintf(out, "Measured on %s with %s, %s.\n", time.Now().Format(time.DateOnly), versions(), lab.options)
 	for _, s := range lab.sizes {
 		kind := "made"
 		if s.real {

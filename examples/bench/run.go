@@ -106,6 +106,9 @@ func run(ctx context.Context, o options, out io.Writer) error {
 	if err != nil {
 		return err
 	}
+	if err := keepOff(o.serverCPUs); err != nil {
+		return err
+	}
 	var all results
 	var taking []*contender
 	for _, c := range contenders {
@@ -124,43 +127,51 @@ func run(ctx context.Context, o options, out io.Writer) error {
 	return nil
 }
 
-// load puts everybody under every load, in rounds in which each has its turn.
+// load puts everybody under every load, in rounds in which each has its turn. Servers start anew for each round, since
+// how a process happens to lie in memory makes it a few percent faster or slower for as long as it lives.
 func (lab *laboratory) load(ctx context.Context, taking []*contender, results *results) error {
-	servers, err := lab.startAll(ctx, taking)
-	defer stopAll(servers)
-	if err != nil {
-		return err
+	type trial struct {
+		load   load
+		by     *contender
+		ours   *trial // of the module
+		rounds []measure
 	}
+	var trials []*trial
 	for _, l := range allLoads(lab.sizes) {
-		if !lab.options.loads.MatchString(l.String()) {
-			continue
-		}
-		progress.Print(l)
+		var ours *trial
 		for _, c := range taking {
-			if l.suits(c) {
-				if err := lab.check(ctx, l, c, servers[c.config.Name()]); err != nil {
-					return err
-				}
+			if !l.suits(c) || !lab.options.loads.MatchString(l.String()) {
+				continue
+			}
+			t := &trial{load: l, by: c}
+			if c == module {
+				ours = t
+			}
+			t.ours = ours
+			trials = append(trials, t)
+		}
+	}
+	for round := range lab.options.rounds {
+		progress.Printf("round %d of %d", round+1, lab.options.rounds)
+		servers, err := lab.startAll(ctx, taking)
+		for _, t := range trials {
+			if err != nil {
+				break
+			}
+			s := servers[t.by.config.Name()]
+			if err = lab.check(ctx, t.load, t.by, s); err == nil {
+				var m measure
+				m, err = t.load.put(ctx, lab, t.by, s)
+				t.rounds = append(t.rounds, m)
 			}
 		}
-		rounds := make(map[*contender][]measure)
-		for range lab.options.rounds {
-			for _, c := range taking {
-				if !l.suits(c) {
-					continue
-				}
-				m, err := l.put(ctx, lab, c, servers[c.config.Name()])
-				if err != nil {
-					return err
-				}
-				rounds[c] = append(rounds[c], m)
-			}
+		stopAll(servers)
+		if err != nil {
+			return err
 		}
-		for _, c := range taking {
-			if l.suits(c) {
-				results.loads = append(results.loads, summarize(l, c, rounds[c], rounds[module]))
-			}
-		}
+	}
+	for _, t := range trials {
+		results.loads = append(results.loads, summarize(t.load, t.by, t.rounds, t.ours.rounds))
 	}
 	return nil
 }
@@ -209,7 +220,7 @@ func (lab *laboratory) record(ctx context.Context, s *server) error {
 		for _, own := range []string{"Server", "Date", "Alt-Svc"} { // Caddy and Go set these
 			a.header.Del(own)
 		}
-		text, err := json.Marshal(recorded{l.form(), a.header, a.body})
+		text, err := json.Marshal(recorded{pairQuery(l.form()), a.header, a.body})
 		if err != nil {
 			return err
 		}
