@@ -51,13 +51,16 @@ func (l load) url(c *contender, s *server) string {
 	return "http://" + s.Plain + c.target(l, l.size.id())
 }
 
+// connections are how many callers there are at once: one, and many.
+var connections = []int{1, 32}
+
 // allLoads are all there are, the largest reports last.
 func allLoads(sizes []size) []load {
 	var all []load
 	for _, size := range sizes {
 		for _, tls := range []bool{false, true} {
 			for _, gzip := range []bool{false, true} {
-				for _, conns := range []int{1, 32} {
+				for _, conns := range connections {
 					all = append(all, load{size, gzip, tls, conns})
 				}
 			}

@@ -17,6 +17,7 @@ type results struct {
 	memory []memoryResult
 	cold   []coldResult
 	misses []missResult
+	forms  []formResult
 }
 
 type loadResult struct {
@@ -45,6 +46,13 @@ type missResult struct {
 	peak int64
 }
 
+type formResult struct {
+	size
+	way   string
+	bytes int
+	took  time.Duration
+}
+
 // print prints the tables, and how the goals were met.
 func (r *results) print(out io.Writer, lab *laboratory) {
 	fmt.Fprintf(out, "Measured on %s with %s, %s.\n", time.Now().Format(time.DateOnly), versions(), lab.options)
@@ -61,6 +69,7 @@ func (r *results) print(out io.Writer, lab *laboratory) {
 	r.printMemory(out)
 	r.printCold(out)
 	r.printMisses(out)
+	r.printForms(out)
 	r.printGoals(out)
 }
 
@@ -147,6 +156,13 @@ func (r *results) printMisses(out io.Writer) {
 	}
 }
 
+func (r *results) printForms(out io.Writer) {
+	fmt.Fprint(out, "\n**What a report could be kept as**\n\n| report | compressed with | bytes | for each byte of the report | time |\n|---|---|--:|--:|--:|\n")
+	for _, f := range r.forms {
+		fmt.Fprintf(out, "| %s | %s | %d | %.3f | %s |\n", f.size.name, f.way, f.bytes, float64(f.bytes)/float64(len(f.document)), short(f.took))
+	}
+}
+
 // goal is what the module should reach.
 type goal struct {
 	text  string
@@ -186,25 +202,22 @@ var goals = []goal{
 	{"HTTP, gzip: 0.55 of Varnish", "Varnish", 0.55, httpGzip},
 }
 
-// printGoals says how the goals were met at the worst of the loads that each is about, and how a bare handler in Caddy
-// would have met them there: what lies between is the module's.
+// printGoals says how the goals were met by one caller and by many, at the worst of the loads that each is about, and how
+// a bare handler in Caddy would have met them there: what lies between is the module's.
 func (r *results) printGoals(out io.Writer) {
 	fmt.Fprint(out, "\n**Goals**\n\n| goal | reached at worst | a bare handler there | at | |\n|---|--:|--:|---|---|\n")
 	for _, g := range goals {
-		var worst *loadResult
-		for i, l := range r.loads {
-			if l.contender.name == g.peer && g.of(l.load) && (worst == nil || l.ratio < worst.ratio) {
-				worst = &r.loads[i]
+		for _, conns := range connections {
+			worst := r.worst(g, conns)
+			if worst == nil {
+				continue
 			}
+			bare := ""
+			if floor := r.find(worst.load, bareHandler); floor != nil {
+				bare = fmt.Sprintf("%.2f", worst.ratio/floor.ratio)
+			}
+			fmt.Fprintf(out, "| %s | %.2f | %s | %s | %s |\n", g.text, worst.ratio, bare, worst.load, verdict(worst.ratio >= g.least))
 		}
-		if worst == nil {
-			continue
-		}
-		bare := ""
-		if floor := r.find(worst.load, bareHandler); floor != nil {
-			bare = fmt.Sprintf("%.2f", worst.ratio/floor.ratio)
-		}
-		fmt.Fprintf(out, "| %s | %.2f | %s | %s | %s |\n", g.text, worst.ratio, bare, worst.load, verdict(worst.ratio >= g.least))
 	}
 	for _, m := range r.memory {
 		if each := m.bytes / float64(len(m.document)); m.contender == module {
@@ -216,6 +229,17 @@ func (r *results) printGoals(out io.Writer) {
 			fmt.Fprintf(out, "| 1 question for %d callers | %d | | | %s |\n", c.callers, c.questions, verdict(c.questions == 1 && c.failed == 0))
 		}
 	}
+}
+
+// worst is what the goal is furthest from, or nil where nothing that it is about was measured.
+func (r *results) worst(g goal, conns int) *loadResult {
+	var worst *loadResult
+	for i, l := range r.loads {
+		if l.contender.name == g.peer && l.conns == conns && g.of(l.load) && (worst == nil || l.ratio < worst.ratio) {
+			worst = &r.loads[i]
+		}
+	}
+	return worst
 }
 
 func verdict(met bool) string {

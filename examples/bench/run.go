@@ -118,7 +118,7 @@ func run(ctx context.Context, o options, out io.Writer) error {
 			taking = append(taking, c)
 		}
 	}
-	for _, part := range []func(context.Context, []*contender, *results) error{lab.load, lab.memory, lab.cold, lab.miss} {
+	for _, part := range []func(context.Context, []*contender, *results) error{lab.load, lab.memory, lab.cold, lab.miss, lab.forms} {
 		if err := part(ctx, taking, &all); err != nil {
 			return err
 		}
