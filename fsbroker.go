@@ -516,11 +516,15 @@ func (h *Handler) fetchSubmission(ctx context.Context, broker *peer, k key, q qu
 	return fetched{entry: e}, nil
 }
 
-// doubt keeps a caller from believing that something is unknown while it may well be in a storage that cannot be read.
+// doubt keeps a caller from believing that something is unknown, or that only the peer fails, while what is wanted may
+// well be in a storage that cannot be read.
 func (h *Handler) doubt(err, unreadable error) error {
 	p, ok := errors.AsType[*problem](err)
-	if !ok || unreadable == nil || p.status != http.StatusNotFound {
+	switch {
+	case !ok || unreadable == nil:
 		return err
+	case p.status != http.StatusNotFound:
+		return p.adding("the storage that may have it cannot be read either")
 	}
 	return &problem{
 		status: http.StatusServiceUnavailable, code: "storage_unavailable", asked: true,
@@ -570,9 +574,7 @@ func (h *Handler) mentionKept(ctx context.Context, err error, k key) error {
 	if e == nil || !e.value.isReport() {
 		return err
 	}
-	told := *p // the others who got p may not have asked for this
-	told.detail += "; a report is kept here: ask without nocache to get it"
-	return &told
+	return p.adding("a report is kept here: ask without nocache to get it")
 }
 
 // Interface guards

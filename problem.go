@@ -24,6 +24,13 @@ type problem struct {
 // Error makes a problem an error, so that it can come back from a question.
 func (p *problem) Error() string { return p.code + ": " + p.detail }
 
+// adding is p with more to its detail. It is another problem, as others may be given p.
+func (p *problem) adding(detail string) *problem {
+	more := *p
+	more.detail += "; " + detail
+	return &more
+}
+
 // problemDocument is the JSON of RFC 9457, section 3, and the code as its one extension member.
 type problemDocument struct {
 	Type   string `json:"type"`

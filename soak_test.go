@@ -38,7 +38,7 @@ type soak struct {
 
 // TestSoak mixes callers, polls, faults of nodes and of the storage, reloads and restarts, against the model that every
 // finished report that was ever answered is answered again, byte for byte. Only a storage that is away at that moment
-// excuses an answer, and then it has to be a 503.
+// excuses an answer, and then it has to say so.
 func TestSoak(t *testing.T) {
 	if *soakFor == 0 {
 		t.Skip("say for how long: -soak 10m")
@@ -191,7 +191,7 @@ func (s *soak) again(ctx context.Context, n int64, accept string) {
 		if err != nil {
 			return // the end of the soak
 		}
-		if r.status == http.StatusServiceUnavailable && strings.Contains(string(r.body), `"storage_unavailable"`) {
+		if r.status >= 500 && strings.Contains(string(r.body), "the storage that may have it cannot be read") {
 			s.excused.Add(1)
 			select {
 			case <-ctx.Done():
@@ -215,7 +215,7 @@ func (s *soak) disturb(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
-		case <-time.After(200 * time.Millisecond):
+		case <-time.After(rand.N(400 * time.Millisecond)):
 		}
 		switch rand.IntN(4) {
 		case 0:

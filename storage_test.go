@@ -320,6 +320,12 @@ func TestStorageFaults(t *testing.T) {
 			if !test.garbage {
 				node.becomes(says(http.StatusNotFound, "")) // which may be so or not while the storage cannot be read
 				s.get("/task?appServerID=node-1&taskID=other").wantProblem(t, http.StatusServiceUnavailable, "storage_unavailable")
+				node.becomes(says(http.StatusInternalServerError, "")) // so that there are two who may be the reason
+				r := s.get("/task?appServerID=node-1&taskID=other")
+				r.wantProblem(t, http.StatusBadGateway, "node_bad_answer")
+				if !strings.Contains(string(r.body), "storage that may have it cannot be read either") {
+					t.Errorf("the problem does not say that the storage cannot be read: %s", r.body)
+				}
 			}
 
 			setFault(nil, nil, false)
