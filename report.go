@@ -41,11 +41,14 @@ func newForm(body []byte, etag string) *form {
 	return &form{body: body, etag: etag, length: strconv.Itoa(len(body))}
 }
 
-// readReport reads a node's document to its end, once: while it comes, it is judged, hashed and compressed, so that no
-// more of it is in memory than is kept. The error says what is wrong with it, and shows none of it.
+// readReport reads a node's document to its end, once: while it comes, it is judged, hashed and compressed, so that it is
+// never in memory as it came. The error says what is wrong with it, and shows none of it.
 func readReport(document io.Reader) (*report, error) {
 	p := press{sum: sha256.New(), zw: gzipWriters.Get().(*gzip.Writer)}
-	defer gzipWriters.Put(p.zw)
+	defer func() {
+		p.zw.Reset(io.Discard) // lest it hold on to what it has written
+		gzipWriters.Put(p.zw)
+	}()
 	p.zw.Reset(&p.gzipped)
 	finished, err := judge(io.TeeReader(document, &p))
 	if err != nil {
@@ -165,10 +168,23 @@ func (r *report) inflated() (plain *form, made bool, err error) {
 		return nil, false, fmt.Errorf("inflating a kept report: %w", err)
 	}
 	document := slices.Grow([]byte(nil), r.plainSize)[:r.plainSize]
-	if _, err := io.ReadFull(zr, document); err != nil {
+	_, err = io.ReadFull(zr, document)
+	if err == nil {
+		err = wantEnd(zr)
+	}
+	if err != nil {
 		return nil, false, fmt.Errorf("inflating a kept report: %w", err)
 	}
 	plain = r.plainForm(document)
 	r.plain.Store(plain)
 	return plain, true, nil
+}
+
+// wantEnd reads on to the end, which is where a gzip.Reader compares the checksum, and wants nothing before it.
+func wantEnd(r io.Reader) error {
+	n, err := io.Copy(io.Discard, r)
+	if err == nil && n > 0 {
+		err = errSize
+	}
+	return err
 }

@@ -10,6 +10,26 @@ import (
 	"testing"
 )
 
+// What has changed in memory is not taken for a report.
+func TestDamageInMemory(t *testing.T) {
+	document := `{"result":{"text":"` + strings.Repeat("it is as it was ", 100) + `"}}`
+	sound, err := readReport(strings.NewReader(document))
+	if err != nil {
+		t.Fatal(err)
+	}
+	body := sound.gzipped.Load().body
+	const header = 10 // of which a reader ignores some
+	for i := header; i < len(body); i++ {
+		changed := bytes.Clone(body)
+		changed[i] ^= 4
+		r := &report{hash: sound.hash, plainSize: sound.plainSize}
+		r.gzipped.Store(r.gzippedForm(changed))
+		if plain, _, err := r.inflated(); err == nil && string(plain.body) != document {
+			t.Errorf("byte %d of %d: a change went unnoticed", i, len(body))
+		}
+	}
+}
+
 func TestJudge(t *testing.T) {
 	for name, test := range map[string]struct {
 		document string
