@@ -89,9 +89,9 @@ type cache struct {
 type entry struct {
 	key     key
 	value   keepable
-	number  uint64 // of all entries there ever were
+	number  uint64 // of all entries there ever were; 0 where it has not been kept
 	timer   *time.Timer
-	unsaved atomic.Bool // there was no room in the queue to the storage
+	unsaved atomic.Bool // there was no storage, or no room in the queue to it
 
 	whole slot // the entry's place in the eviction order
 	plain slot // that of its report's plain form, where there is a gzip form too

@@ -1,6 +1,7 @@
 package fsbroker
 
 import (
+	"encoding/binary"
 	"encoding/hex"
 	"testing"
 	"time"
@@ -39,4 +40,22 @@ func CheckStored(name string, value []byte) error {
 	}
 	_, err := decodeStored(k, value)
 	return err
+}
+
+// StoredLater is a stored value as it would be had it come that much later.
+func StoredLater(t *testing.T, value []byte, later time.Duration) []byte {
+	var h storedHeader
+	if _, err := binary.Decode(value, binary.BigEndian, &h); err != nil {
+		t.Fatal(err)
+	}
+	v, err := decodeStored(h.Key, value)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r := v.(*report)
+	r.at = r.at.Add(later)
+	if value, err = encodeStored(h.Key, r); err != nil {
+		t.Fatal(err)
+	}
+	return value
 }

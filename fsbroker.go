@@ -408,7 +408,7 @@ func (h *Handler) find(ctx context.Context, q question) (finding, error) {
 		}
 		sub := found.entry.submission()
 		if sub.queued {
-			found.entry = &entry{value: nothingYet(sub.at)}
+			found.entry = &entry{value: nothingYet(sub.at), number: found.entry.number}
 			return found, nil
 		}
 		q.appServerID, q.taskID = sub.appServerID, sub.taskID
@@ -440,7 +440,7 @@ type fetcher func(h *Handler, ctx context.Context, p *peer, k key, q question, f
 // lookUp gives what is kept under k, if that will do, or else what p answers.
 func (h *Handler) lookUp(ctx context.Context, p *peer, k key, q question, fetch fetcher) (finding, error) {
 	if e, ok := h.store.get(k); ok && e.value.answers(q.nocache) {
-		if e.unsaved.Load() {
+		if h.archive != nil && e.unsaved.Load() {
 			h.save(e)
 		}
 		return finding{fetched: fetched{entry: e}, hit: true}, nil
@@ -459,7 +459,7 @@ func (h *Handler) ask(ctx context.Context, p *peer, k key, q question, fetch fet
 			return fetch(h, ctx, p, k, q, fresh)
 		})
 	if q.nocache {
-		err = h.mentionKept(ctx, err, k)
+		err = h.mentionKept(err, k)
 	}
 	if h.retired.Load() { // the transport has been cleaned up before
 		h.transport.Transport.CloseIdleConnections()
@@ -470,9 +470,9 @@ func (h *Handler) ask(ctx context.Context, p *peer, k key, q question, fetch fet
 // fetchReport is the fetcher of reports. One that is not finished does not replace one that is.
 func (h *Handler) fetchReport(ctx context.Context, node *peer, k key, q question, fresh bool) (fetched, error) {
 	var unreadable error
-	if !fresh {
+	if _, ok := h.store.get(k); !ok {
 		e, err := h.recall(ctx, k)
-		if e != nil {
+		if e != nil && !fresh {
 			return fetched{entry: e, recalled: true}, nil
 		}
 		unreadable = err
@@ -521,7 +521,7 @@ func (h *Handler) fetchSubmission(ctx context.Context, broker *peer, k key, q qu
 func (h *Handler) doubt(err, unreadable error) error {
 	p, ok := errors.AsType[*problem](err)
 	switch {
-	case !ok || unreadable == nil:
+	case !ok || unreadable == nil || p.code == "submission_failed":
 		return err
 	case p.status != http.StatusNotFound:
 		return p.adding("the storage that may have it cannot be read either")
@@ -545,11 +545,10 @@ func (h *Handler) recall(ctx context.Context, k key) (*entry, error) {
 	return h.store.put(k, value, min(time.Duration(h.Cache.TTL), left)), nil
 }
 
-// save has an entry stored. Where there is no room to wait for that, it is tried again when the entry is asked for.
+// save has an entry stored. Where there is no storage yet, or no room to wait for it, that is tried again when the entry
+// is asked for.
 func (h *Handler) save(e *entry) {
-	if h.archive != nil {
-		e.unsaved.Store(!h.archive.save(e.key, e.value))
-	}
+	e.unsaved.Store(h.archive == nil || !h.archive.save(e.key, e.value))
 }
 
 // unknownNode says which of the two has to be corrected: the question or the configuration.
@@ -562,16 +561,12 @@ func unknownNode(q question) *problem {
 }
 
 // mentionKept tells a caller who wanted no kept report that there is one, when there is no other.
-func (h *Handler) mentionKept(ctx context.Context, err error, k key) error {
+func (h *Handler) mentionKept(err error, k key) error {
 	p, ok := errors.AsType[*problem](err)
 	if !ok {
 		return err
 	}
-	e, ok := h.store.get(k)
-	if !ok {
-		e, _ = h.recall(ctx, k)
-	}
-	if e == nil || !e.value.isReport() {
+	if e, ok := h.store.get(k); !ok || !e.value.isReport() {
 		return err
 	}
 	return p.adding("a report is kept here: ask without nocache to get it")

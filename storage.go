@@ -27,6 +27,7 @@ import (
 type archive struct {
 	slots   chan struct{} // bounds the operations that are under way, and those that hang
 	wake    chan struct{} // tells the writer that there is something to write
+	hurry   chan struct{} // tells it not to wait for the next try
 	writing chan struct{} // full while something is written, or must not be
 	ctx     context.Context
 	stop    context.CancelFunc
@@ -36,7 +37,7 @@ type archive struct {
 
 	mu      sync.Mutex // guards all below
 	users   []*archiveUser
-	queue   *list.List // of *write, the oldest in front
+	queue   *list.List // of *write, the next one in front
 	queued  map[key]*list.Element
 	bytes   int
 	refused int           // writes that found the queue full, since it was last empty
@@ -56,7 +57,6 @@ type archiveUser struct {
 type write struct {
 	key   key
 	value keepable
-	since time.Time
 }
 
 const (
@@ -90,6 +90,7 @@ func openArchive(id string, user *archiveUser) (*archive, error) {
 		a := &archive{
 			slots:   make(chan struct{}, storageSlots),
 			wake:    make(chan struct{}, 1),
+			hurry:   make(chan struct{}, 1),
 			writing: make(chan struct{}, 1),
 			queue:   list.New(),
 			queued:  make(map[key]*list.Element),
@@ -235,24 +236,29 @@ func (a *archive) save(k key, value keepable) bool {
 	if element, ok := a.queued[k]; ok {
 		w := element.Value.(*write)
 		a.bytes += value.size() - w.value.size()
-		element.Value = &write{key: k, value: value, since: w.since}
+		element.Value = &write{key: k, value: value}
 		return true
 	}
 	if a.queue.Len() >= maxQueue || a.bytes+value.size() > maxQueueBytes {
 		storageRefusedTotal.Inc()
 		if a.refused++; a.refused == 1 {
 			a.users[len(a.users)-1].logger.Warn("the queue to the storage is full: reports stay in memory alone until they are asked for again",
-				zap.Int("queued", a.queue.Len()), zap.Duration("oldest", time.Since(a.queue.Front().Value.(*write).since)))
+				zap.Int("queued", a.queue.Len()))
 		}
 		return false
 	}
-	a.queued[k] = a.queue.PushBack(&write{key: k, value: value, since: time.Now()})
+	a.queued[k] = a.queue.PushBack(&write{key: k, value: value})
 	a.bytes += value.size()
+	signal(a.wake)
+	return true
+}
+
+// signal leaves word in a channel that has room for one.
+func signal(c chan struct{}) {
 	select {
-	case a.wake <- struct{}{}:
+	case c <- struct{}{}:
 	default:
 	}
-	return true
 }
 
 // waiting gives what is queued under k, which memory may have let go of since.
@@ -272,7 +278,7 @@ func (a *archive) writeAll() {
 		if a.holdWrites(a.ctx) != nil {
 			return
 		}
-		w := a.oldest()
+		w := a.next()
 		stored := w != nil && a.store(w)
 		a.releaseWrites()
 		if w == nil {
@@ -290,6 +296,8 @@ func (a *archive) writeAll() {
 		select {
 		case <-time.After(retry/2 + rand.N(retry/2)): //nolint:gosec // nobody gains by guessing it
 			retry = min(2*retry, lastRetry)
+		case <-a.hurry:
+			retry = firstRetry
 		case <-a.ctx.Done():
 			return
 		}
@@ -308,7 +316,7 @@ func (a *archive) holdWrites(ctx context.Context) error {
 
 func (a *archive) releaseWrites() { <-a.writing }
 
-func (a *archive) oldest() *write {
+func (a *archive) next() *write {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if front := a.queue.Front(); front != nil {
@@ -317,7 +325,8 @@ func (a *archive) oldest() *write {
 	return nil
 }
 
-// store stores one value, and takes it out of the queue unless a newer one has taken its place.
+// store stores one value, and takes it out of the queue unless a newer one has taken its place. One that fails goes to
+// the end of the queue, so that a value that the storage does not take holds up no other.
 func (a *archive) store(w *write) bool {
 	user := a.user()
 	if user == nil {
@@ -331,18 +340,37 @@ func (a *archive) store(w *write) bool {
 			return storage.Store(ctx, storageKey(w.key), value)
 		})
 	}
-	a.note(user, err)
 	if err != nil {
 		storageFailuresTotal.Inc()
+		a.note(user, fmt.Errorf("storing %s: %w", storageKey(w.key), err))
+		a.postpone(w.key)
 		return false
 	}
 	storageWritesTotal.Inc()
+	if a.finish(user, w) {
+		a.note(user, nil)
+	}
+	return true
+}
+
+// postpone puts what waits under k at the end of the queue.
+func (a *archive) postpone(k key) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.queue.MoveToBack(a.queued[k])
+}
+
+// finish takes what has been stored out of the queue, and tells whether nothing is left there.
+func (a *archive) finish(user *archiveUser, w *write) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if element := a.queued[w.key]; element.Value == any(w) {
 		a.dequeue(element)
 	}
-	if a.queue.Len() == 0 && a.refused > 0 {
+	if a.queue.Len() > 0 {
+		return false
+	}
+	if a.refused > 0 {
 		user.logger.Warn("the queue to the storage is empty again", zap.Int("refused", a.refused))
 		a.refused = 0
 	}
@@ -404,6 +432,7 @@ func (a *archive) drain(ctx context.Context, user *archiveUser) error {
 		ctx, cancel = context.WithTimeout(ctx, drainTimeout)
 		defer cancel()
 	}
+	signal(a.hurry)
 	for {
 		a.mu.Lock()
 		user.leaving = true

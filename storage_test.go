@@ -226,6 +226,7 @@ var fault struct {
 	err     error         // of every operation
 	hang    chan struct{} // what every operation waits for, whatever its context says
 	garbage bool          // is what Load finds
+	most    int           // bytes that a value may have, where it is not 0
 	stored  int
 }
 
@@ -269,8 +270,12 @@ func (f *faulty) Store(ctx context.Context, k string, value []byte) error {
 		return err
 	}
 	fault.Lock()
+	tooLarge := fault.most > 0 && len(value) > fault.most
 	fault.stored++
 	fault.Unlock()
+	if tooLarge {
+		return errors.New("value too large")
+	}
 	return f.Storage.Store(ctx, k, value)
 }
 
@@ -385,6 +390,138 @@ func TestEvictedBeforeItIsStored(t *testing.T) {
 	setFault(nil, nil, false)
 	close(hang)
 	eventually(t, "all to be stored", func() bool { return len(storedIn(t, fault.dir)) == 12 })
+}
+
+// One value that the storage does not take keeps none of the others from it.
+func TestValueThatIsRefused(t *testing.T) {
+	fsbroker.SetRetries(t, 10*time.Millisecond, 50*time.Millisecond)
+	fault.dir = t.TempDir()
+	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Query().Get("taskID") == "large" {
+			says(http.StatusOK, dense(20_000))(w, r)
+			return
+		}
+		says(http.StatusOK, reportOf("t1", "SUCCESS"))(w, r)
+	})
+	s := startSite(t, options(node, "cache {\n storage faulty\n }"))
+	limit := func(most int) {
+		fault.Lock()
+		defer fault.Unlock()
+		fault.most = most
+	}
+	limit(4000)
+	t.Cleanup(func() { limit(0) })
+	s.get("/task?appServerID=node-1&taskID=large").wantStatus(t, http.StatusOK)
+	const small = 20
+	for i := range small {
+		s.get(fmt.Sprintf("/task?appServerID=node-1&taskID=t%d", i)).wantStatus(t, http.StatusOK)
+		time.Sleep(5 * time.Millisecond) // so that it is tried between others
+	}
+	eventually(t, "the small ones to be stored", func() bool { return len(storedIn(t, fault.dir)) == small })
+	limit(0)
+	eventually(t, "the large one to be stored", func() bool { return len(storedIn(t, fault.dir)) == small+1 })
+	eventually(t, "the storage to work again", func() bool { return len(s.logged("the storage works again")) == 1 })
+	if n := len(s.logged("the storage fails: answers go on without it")); n != 1 {
+		t.Errorf("it is logged %d times that the storage fails", n)
+	}
+}
+
+// What waits for its next try is tried before the process ends.
+func TestStoppingDoesNotWaitForTheNextTry(t *testing.T) {
+	fsbroker.SetRetries(t, time.Hour, time.Hour)
+	fault.dir = t.TempDir()
+	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	s := startSite(t, options(node, "cache {\n storage faulty\n }"))
+	setFault(errors.New("away"), nil, false)
+	defer setFault(nil, nil, false)
+	s.get(pair).wantStatus(t, http.StatusOK)
+	eventually(t, "the first try", func() bool { return len(s.logged("the storage fails: answers go on without it")) == 1 })
+	setFault(nil, nil, false)
+	if err := caddy.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if n := len(storedIn(t, fault.dir)); n != 1 {
+		t.Errorf("%d reports are stored", n)
+	}
+}
+
+// What is in memory when a configuration brings a storage is stored once it is asked for.
+func TestStorageComesWithAReload(t *testing.T) {
+	document := reportOf("t1", "SUCCESS")
+	node := newBackend(t, says(http.StatusOK, document))
+	s := startSite(t, options(node, ""))
+	s.get(pair).wantStatus(t, http.StatusOK)
+	s.load(options(node, stored))
+	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
+	s.wantValues(1)
+	node.becomes(says(http.StatusNotFound, ""))
+	s.restart(options(node, stored))
+	if r := s.get(pair); string(r.body) != document {
+		t.Errorf("status %d: %s", r.status, r.body)
+	}
+}
+
+// Who wants nothing that is only kept still hears of the storage, and takes nothing away from the others.
+func TestNocacheBesideAStorage(t *testing.T) {
+	fault.dir = t.TempDir()
+	document := reportOf("t1", "SUCCESS")
+	node := newBackend(t, says(http.StatusOK, document))
+	directives := options(node, "cache {\n storage faulty\n }\nfail_duration 1ms")
+	s := startSite(t, directives)
+	s.get(pair).wantStatus(t, http.StatusOK)
+	eventually(t, "it to be stored", func() bool { return len(storedIn(t, fault.dir)) == 1 })
+
+	s.restart(directives)
+	node.becomes(says(http.StatusNoContent, ""))
+	s.get(pair+"&nocache").wantStatus(t, http.StatusNoContent)
+	if r := s.get(pair); string(r.body) != document {
+		t.Errorf("after an answer that is less: status %d: %s", r.status, r.body)
+	}
+
+	s.restart(directives)
+	setFault(errors.New("away"), nil, false)
+	defer setFault(nil, nil, false)
+	node.becomes(says(http.StatusNotFound, ""))
+	s.get(pair+"&nocache").wantProblem(t, http.StatusServiceUnavailable, "storage_unavailable")
+	node.becomes(says(http.StatusInternalServerError, ""))
+	r := s.get(pair + "&nocache")
+	r.wantProblem(t, http.StatusBadGateway, "node_bad_answer")
+	if !strings.Contains(string(r.body), "storage that may have it cannot be read either") {
+		t.Errorf("the problem does not say that the storage cannot be read: %s", r.body)
+	}
+}
+
+// That a submission failed is certain, whatever the storage may have.
+func TestFailedSubmissionBesideAStorage(t *testing.T) {
+	fault.dir = t.TempDir()
+	node := newBackend(t, says(http.StatusNotFound, ""))
+	broker := newBackend(t, says(http.StatusOK, `{"state":"FAILED"}`))
+	s := startSite(t, options(node, brokerOption(broker)+"\ncache {\n storage faulty\n }"))
+	setFault(errors.New("away"), nil, false)
+	defer setFault(nil, nil, false)
+	s.get("/task?submitID=s1").wantProblem(t, http.StatusNotFound, "submission_failed")
+}
+
+// An instance whose clock is ahead may have stored it.
+func TestAgeIsNeverNegative(t *testing.T) {
+	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	s := startSite(t, options(node, stored))
+	s.get(pair).wantStatus(t, http.StatusOK)
+	name := s.wantValues(1)[0]
+	if err := caddy.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	value, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(name, fsbroker.StoredLater(t, value, time.Minute), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s.restart(options(node, stored))
+	r := s.get(pair)
+	r.wantHeader(t, "Cache-Status", "fsbroker; hit; detail=storage")
+	r.wantHeader(t, "Age", "0")
 }
 
 // process is a Caddy of its own, which is this test binary.
