@@ -16,7 +16,7 @@ func (h *Handler) write(w http.ResponseWriter, r *http.Request, found finding) i
 	f.set("Cache-Status", found.cacheStatus(nil))
 	f.addVary("Accept-Encoding")
 	if found.hit {
-		f.set("Age", strconv.Itoa(int(time.Since(report.at)/time.Second)))
+		f.set("Age", strconv.Itoa(int(max(0, time.Since(report.at))/time.Second)))
 	}
 	if report.finished {
 		f.set("Cache-Control", "private, no-cache")
@@ -116,6 +116,9 @@ func (f *finding) cacheStatus(p *problem) string {
 		return "fsbroker; hit"
 	case outcomeCollapsed:
 		return forward + "; collapsed"
+	}
+	if f.entry.number == 0 {
+		return forward
 	}
 	return forward + "; stored"
 }

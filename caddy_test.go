@@ -423,6 +423,39 @@ func TestNothingToReportYet(t *testing.T) {
 	node.wantQuestions(t, 1)
 }
 
+func TestSecretWithBraces(t *testing.T) {
+	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	s := startSite(t, options(node, `secret braced a\{b\}c`))
+	s.do(t.Context(), http.MethodGet, pair, "Authorization: Bearer a{b}c").wantStatus(t, http.StatusOK)
+}
+
+func TestTooLargeToBeKept(t *testing.T) {
+	node := newBackend(t, says(http.StatusOK, dense(100<<10)))
+	s := startSite(t, options(node, "cache {\n max_size 10KiB\n }"))
+	for range 2 {
+		s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss")
+	}
+	node.wantQuestions(t, 2)
+}
+
+// A site that takes less of a node than another does not spoil the other's answer.
+func TestSitesWithOtherBounds(t *testing.T) {
+	answer := make(chan struct{})
+	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+		<-answer
+		says(http.StatusOK, dense(100<<10))(w, r)
+	})
+	s := startSite(t, "handle_path /strict/* {\n"+options(node, "max_report 1KiB")+"\n}\n"+options(node, ""))
+	strict, lax := make(chan reply, 1), make(chan reply, 1)
+	go func() { strict <- s.get("/strict" + pair) }()
+	eventually(t, "the first question", func() bool { return len(node.questions()) == 1 })
+	go func() { lax <- s.get(pair) }()
+	time.Sleep(100 * time.Millisecond) // for it to join the first, if it does
+	close(answer)
+	(<-strict).wantProblem(t, http.StatusBadGateway, "node_answer_too_large")
+	(<-lax).wantStatus(t, http.StatusOK)
+}
+
 func TestReportsExpire(t *testing.T) {
 	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startSite(t, options(node, "cache {\n ttl 300ms\n }"))
@@ -1200,6 +1233,9 @@ func TestJSON(t *testing.T) {
 		`{"handler": "fsbroker_task", "secrets": [{"secret": ""}]}`:                                                                                                                  "the secret is empty",
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "{env.NOT_SET}"}]}`:                                                                                                     "{env.NOT_SET} is empty",
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "{no.such}"}]}`:                                                                                                         "unrecognized placeholder {no.such}",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "one {env.NOT_SET}"}]}`:                                                                                                 "braces",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "an{unspeakable}one"}]}`:                                                                                                "braces",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "{unspeakable}"}]}`:                                                                                                     "braces",
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "{file./no/such/file}"}]}`:                                                                                              "{file./no/such/file} is empty",
 		`{"handler": "fsbroker_task", "secrets": [{"client": "a b", "secret": "s"}]}`:                                                                                                "client's name wants",
 		`{"handler": "fsbroker_task", "secrets": [{"client": "a", "secret": "s"}, {"client": "b", "secret": "s"}]}`:                                                                  "share one secret",
@@ -1224,6 +1260,9 @@ func TestJSON(t *testing.T) {
 		err := load(handler)
 		if err == nil || !strings.Contains(err.Error(), want) {
 			t.Errorf("%s: %v, want %s", handler, err, want)
+		}
+		if err != nil && strings.Contains(err.Error(), "unspeakable") {
+			t.Errorf("%s: the error shows a part of a secret: %v", handler, err)
 		}
 	}
 	// What did not load has changed nothing.

@@ -76,10 +76,19 @@ func newClients(repl *caddy.Replacer, secrets []Secret) (clients, error) {
 	return known, nil
 }
 
-// resolveSecret replaces the placeholders of a secret. Its errors name the placeholder and never the value.
+// onePlaceholder is a secret that is nothing but a placeholder such as {env.NAME}.
+var onePlaceholder = regexp.MustCompile(`^\{\w+\.[^{}]+\}$`)
+
+var errBraces = errors.New("what is in braces is no placeholder that has a value: write braces of the secret itself as \\{ and \\}")
+
+// resolveSecret replaces the placeholders of a secret. Its errors name a placeholder only where it cannot be a part of
+// the secret itself.
 func resolveSecret(repl *caddy.Replacer, secret string) (string, error) {
 	value, err := repl.ReplaceOrErr(secret, true, true)
 	if err != nil {
+		if !onePlaceholder.MatchString(secret) {
+			err = errBraces
+		}
 		return "", fmt.Errorf("resolving the secret: %w", err)
 	}
 	if value == "" {

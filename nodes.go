@@ -3,7 +3,6 @@ package fsbroker
 import (
 	"cmp"
 	"context"
-	"crypto/sha256"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -110,7 +109,7 @@ type peer struct {
 	address string      // base, as it stands in keys
 	secret  *url.Values // behind a pointer, so that nobody who prints a peer prints it
 
-	// identity tells peers apart that may not share an answer: another address, or another secret.
+	// identity tells peers apart that may not share an answer: another address, another secret, or other bounds.
 	identity key
 
 	transport    http.RoundTripper
@@ -165,7 +164,7 @@ func (h *Handler) newPeer(repl *caddy.Replacer, role, name string, e Endpoint) (
 		base:         base,
 		address:      base.String(),
 		secret:       &secret,
-		identity:     sha256.Sum256([]byte(base.String() + "?" + secret.Encode())),
+		identity:     newKey(base.String(), secret.Encode(), fmt.Sprint(h.Timeout, h.MaxReport)),
 		transport:    h.transport,
 		timeout:      time.Duration(h.Timeout),
 		failDuration: time.Duration(h.FailDuration),
