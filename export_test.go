@@ -1,7 +1,6 @@
 package fsbroker
 
 import (
-	"encoding/binary"
 	"encoding/hex"
 	"testing"
 	"time"
@@ -32,29 +31,30 @@ func SetRetries(t *testing.T, first, last time.Duration) {
 	t.Cleanup(func() { firstRetry, lastRetry = wasFirst, wasLast })
 }
 
-// CheckStored says what is wrong with a stored value, by the hexadecimal name it is stored under.
-func CheckStored(name string, value []byte) error {
-	var k key
+// decodeNamed decodes a stored value, by the hexadecimal name it is stored under.
+func decodeNamed(name string, value []byte) (k key, v keepable, err error) {
 	if _, err := hex.Decode(k[:], []byte(name)); err != nil {
-		return err
+		return k, nil, err
 	}
-	_, err := decodeStored(k, value)
+	v, err = decodeStored(k, value)
+	return k, v, err
+}
+
+// CheckStored says what is wrong with a stored value, by its name.
+func CheckStored(name string, value []byte) error {
+	_, _, err := decodeNamed(name, value)
 	return err
 }
 
-// StoredLater is a stored value as it would be had it come that much later.
-func StoredLater(t *testing.T, value []byte, later time.Duration) []byte {
-	var h storedHeader
-	if _, err := binary.Decode(value, binary.BigEndian, &h); err != nil {
-		t.Fatal(err)
-	}
-	v, err := decodeStored(h.Key, value)
+// StoredLater is a stored report as it would be had it come that much later.
+func StoredLater(t *testing.T, name string, value []byte, later time.Duration) []byte {
+	k, v, err := decodeNamed(name, value)
 	if err != nil {
 		t.Fatal(err)
 	}
 	r := v.(*report)
 	r.at = r.at.Add(later)
-	if value, err = encodeStored(h.Key, r); err != nil {
+	if value, err = encodeStored(k, r); err != nil {
 		t.Fatal(err)
 	}
 	return value

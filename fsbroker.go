@@ -521,7 +521,7 @@ func (h *Handler) fetchSubmission(ctx context.Context, broker *peer, k key, q qu
 func (h *Handler) doubt(err, unreadable error) error {
 	p, ok := errors.AsType[*problem](err)
 	switch {
-	case !ok || unreadable == nil || p.code == "submission_failed":
+	case !ok || unreadable == nil || p == errSubmissionFailed:
 		return err
 	case p.status != http.StatusNotFound:
 		return p.adding("the storage that may have it cannot be read either")

@@ -468,6 +468,12 @@ func (p *peer) askSubmission(ctx context.Context, submitID string, room *lease) 
 	return sub, nil
 }
 
+// errSubmissionFailed is the one thing a broker says of a submission that is as final as what it became.
+var errSubmissionFailed = &problem{
+	status: http.StatusNotFound, code: "submission_failed", asked: true,
+	detail: "the broker could not pass this submission to a node: submit the file again",
+}
+
 // readSubmission reads the broker's answer. Its exact form is not documented, so what matters is looked for in every
 // place where brokers are known or likely to have it.
 func (p *peer) readSubmission(body io.Reader) (*submission, error) {
@@ -485,10 +491,7 @@ func (p *peer) readSubmission(body io.Reader) (*submission, error) {
 		s = state(result.id("state"))
 	}
 	if strings.EqualFold(string(s), "FAILED") {
-		return nil, &problem{
-			status: http.StatusNotFound, code: "submission_failed", asked: true,
-			detail: "the broker could not pass this submission to a node: submit the file again",
-		}
+		return nil, errSubmissionFailed
 	}
 	if s != "" && !s.finished() {
 		return &submission{at: time.Now(), queued: true}, nil

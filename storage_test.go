@@ -41,8 +41,14 @@ func (s *site) values() []string { return storedIn(s.t, s.dir) }
 
 func (s *site) wantValues(want int) []string {
 	s.t.Helper()
-	eventually(s.t, fmt.Sprintf("%d values in the storage", want), func() bool { return len(s.values()) == want })
+	wantStoredIn(s.t, s.dir, want)
 	return s.values()
+}
+
+// wantStoredIn waits until there are that many values in a storage folder.
+func wantStoredIn(t testing.TB, dir string, want int) {
+	t.Helper()
+	eventually(t, fmt.Sprintf("%d values in the storage", want), func() bool { return len(storedIn(t, dir)) == want })
 }
 
 func eventually(t testing.TB, what string, done func() bool) {
@@ -178,11 +184,7 @@ func TestDamagedValues(t *testing.T) {
 			})
 		})
 	}
-	log, err := os.ReadFile(s.logFile())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if n := bytes.Count(log, []byte("is damaged and is set aside")); n != questions-1 {
+	if n := len(s.logged("is damaged and is set aside")); n != questions-1 {
 		t.Errorf("%d warnings for %d damaged values", n, questions-1)
 	}
 
@@ -323,29 +325,33 @@ func TestStorageFaults(t *testing.T) {
 			}
 			s.get("/task?appServerID=node-1&taskID=t0").wantHeader(t, "Cache-Status", "fsbroker; hit")
 			if !test.garbage {
-				node.becomes(says(http.StatusNotFound, "")) // which may be so or not while the storage cannot be read
-				s.get("/task?appServerID=node-1&taskID=other").wantProblem(t, http.StatusServiceUnavailable, "storage_unavailable")
-				node.becomes(says(http.StatusInternalServerError, "")) // so that there are two who may be the reason
-				r := s.get("/task?appServerID=node-1&taskID=other")
-				r.wantProblem(t, http.StatusBadGateway, "node_bad_answer")
-				if !strings.Contains(string(r.body), "storage that may have it cannot be read either") {
-					t.Errorf("the problem does not say that the storage cannot be read: %s", r.body)
-				}
+				s.wantUnreadable(t, node, "/task?appServerID=node-1&taskID=other")
 			}
 
 			setFault(nil, nil, false)
 			if test.hang != nil {
 				close(test.hang)
 			}
-			eventually(t, "all to be stored", func() bool {
-				return len(storedIn(t, fault.dir)) == reports
-			})
+			wantStoredIn(t, fault.dir, reports)
 			node.becomes(says(http.StatusNotFound, ""))
 			s.restart(directives)
 			for i := range reports {
 				s.get(fmt.Sprintf("/task?appServerID=node-1&taskID=t%d", i)).wantStatus(t, http.StatusOK)
 			}
 		})
+	}
+}
+
+// wantUnreadable wants a caller to hear of a storage that cannot be read.
+func (s *site) wantUnreadable(t *testing.T, node *backend, path string) {
+	t.Helper()
+	node.becomes(says(http.StatusNotFound, "")) // which may be so or not
+	s.get(path).wantProblem(t, http.StatusServiceUnavailable, "storage_unavailable")
+	node.becomes(says(http.StatusInternalServerError, "")) // so that there are two who may be the reason
+	r := s.get(path)
+	r.wantProblem(t, http.StatusBadGateway, "node_bad_answer")
+	if !strings.Contains(string(r.body), "storage that may have it cannot be read either") {
+		t.Errorf("the problem does not say that the storage cannot be read: %s", r.body)
 	}
 }
 
@@ -365,7 +371,7 @@ func TestStoppingWithAStorageThatHangs(t *testing.T) {
 	}
 	setFault(nil, nil, false)
 	close(hang)
-	eventually(t, "the released write to end", func() bool { return len(storedIn(t, fault.dir)) == 1 })
+	wantStoredIn(t, fault.dir, 1) // the released write
 }
 
 // What has left memory before the storage has taken it is still there: in the queue to the storage.
@@ -389,7 +395,7 @@ func TestEvictedBeforeItIsStored(t *testing.T) {
 	}
 	setFault(nil, nil, false)
 	close(hang)
-	eventually(t, "all to be stored", func() bool { return len(storedIn(t, fault.dir)) == 12 })
+	wantStoredIn(t, fault.dir, 12)
 }
 
 // One value that the storage does not take keeps none of the others from it.
@@ -417,9 +423,9 @@ func TestValueThatIsRefused(t *testing.T) {
 		s.get(fmt.Sprintf("/task?appServerID=node-1&taskID=t%d", i)).wantStatus(t, http.StatusOK)
 		time.Sleep(5 * time.Millisecond) // so that it is tried between others
 	}
-	eventually(t, "the small ones to be stored", func() bool { return len(storedIn(t, fault.dir)) == small })
+	wantStoredIn(t, fault.dir, small)
 	limit(0)
-	eventually(t, "the large one to be stored", func() bool { return len(storedIn(t, fault.dir)) == small+1 })
+	wantStoredIn(t, fault.dir, small+1)
 	eventually(t, "the storage to work again", func() bool { return len(s.logged("the storage works again")) == 1 })
 	if n := len(s.logged("the storage fails: answers go on without it")); n != 1 {
 		t.Errorf("it is logged %d times that the storage fails", n)
@@ -469,7 +475,7 @@ func TestNocacheBesideAStorage(t *testing.T) {
 	directives := options(node, "cache {\n storage faulty\n }\nfail_duration 1ms")
 	s := startSite(t, directives)
 	s.get(pair).wantStatus(t, http.StatusOK)
-	eventually(t, "it to be stored", func() bool { return len(storedIn(t, fault.dir)) == 1 })
+	wantStoredIn(t, fault.dir, 1)
 
 	s.restart(directives)
 	node.becomes(says(http.StatusNoContent, ""))
@@ -481,14 +487,7 @@ func TestNocacheBesideAStorage(t *testing.T) {
 	s.restart(directives)
 	setFault(errors.New("away"), nil, false)
 	defer setFault(nil, nil, false)
-	node.becomes(says(http.StatusNotFound, ""))
-	s.get(pair+"&nocache").wantProblem(t, http.StatusServiceUnavailable, "storage_unavailable")
-	node.becomes(says(http.StatusInternalServerError, ""))
-	r := s.get(pair + "&nocache")
-	r.wantProblem(t, http.StatusBadGateway, "node_bad_answer")
-	if !strings.Contains(string(r.body), "storage that may have it cannot be read either") {
-		t.Errorf("the problem does not say that the storage cannot be read: %s", r.body)
-	}
+	s.wantUnreadable(t, node, pair+"&nocache")
 }
 
 // That a submission failed is certain, whatever the storage may have.
@@ -515,7 +514,7 @@ func TestAgeIsNeverNegative(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(name, fsbroker.StoredLater(t, value, time.Minute), 0o600); err != nil {
+	if err := os.WriteFile(name, fsbroker.StoredLater(t, filepath.Base(name), value, time.Minute), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	s.restart(options(node, stored))
@@ -569,9 +568,7 @@ func TestInstancesShareReports(t *testing.T) {
 	one, other := startProcess(t, dir, directives), startProcess(t, dir, directives)
 
 	one.get("/task?submitID=s1").wantStatus(t, http.StatusOK)
-	eventually(t, "both to be stored", func() bool {
-		return len(storedIn(t, dir)) == 2
-	})
+	wantStoredIn(t, dir, 2)
 	r := other.get("/task?submitID=s1")
 	r.wantHeader(t, "Cache-Status", "fsbroker; hit; detail=storage")
 	if string(r.body) != document {
