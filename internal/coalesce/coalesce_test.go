@@ -1,0 +1,219 @@
+package coalesce
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"testing/synctest"
+)
+
+// step is a call that a test controls.
+type step struct {
+	ctx   context.Context
+	fresh bool
+	end   chan string // its value
+}
+
+// group is a Group whose calls wait for the test.
+type group struct {
+	Group[string, string]
+	t     *testing.T
+	began []*step
+}
+
+// outcome is what Do returned.
+type outcome struct {
+	value  string
+	joined bool
+	err    error
+}
+
+// caller calls Do in a goroutine of its own.
+type caller struct {
+	leave func()
+	done  chan outcome
+}
+
+func (g *group) call(key string, fresh bool) *caller {
+	ctx, cancel := context.WithCancelCause(g.t.Context())
+	c := &caller{leave: func() { cancel(errLeft) }, done: make(chan outcome, 1)}
+	go func() {
+		var o outcome
+		o.value, o.joined, o.err = g.Do(ctx, key, fresh, func(ctx context.Context, fresh bool) (string, error) {
+			s := &step{ctx: ctx, fresh: fresh, end: make(chan string)}
+			g.began = append(g.began, s)
+			select {
+			case value := <-s.end:
+				return value, nil
+			case <-ctx.Done():
+				return "", context.Cause(ctx)
+			}
+		})
+		c.done <- o
+	}()
+	synctest.Wait()
+	return c
+}
+
+var errLeft = errors.New("left")
+
+func (g *group) wantBegan(want int) {
+	g.t.Helper()
+	synctest.Wait()
+	if len(g.began) != want {
+		g.t.Fatalf("%d calls began, want %d", len(g.began), want)
+	}
+}
+
+func (g *group) wantEmpty() {
+	g.t.Helper()
+	synctest.Wait()
+	if len(g.slots) > 0 {
+		g.t.Errorf("%d slots are left", len(g.slots))
+	}
+}
+
+func (c *caller) want(t *testing.T, value string, joined bool) {
+	t.Helper()
+	if o := <-c.done; o.value != value || o.joined != joined || o.err != nil {
+		t.Errorf("got %q, joined %v, error %v; want %q, joined %v", o.value, o.joined, o.err, value, joined)
+	}
+}
+
+func (c *caller) wantError(t *testing.T, want error) {
+	t.Helper()
+	if o := <-c.done; !errors.Is(o.err, want) {
+		t.Errorf("got %q, error %v, want error %v", o.value, o.err, want)
+	}
+}
+
+func TestJoin(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := &group{t: t}
+		first, second, other := g.call("a", false), g.call("a", false), g.call("b", false)
+		g.wantBegan(2)
+		g.began[0].end <- "one"
+		first.want(t, "one", false)
+		second.want(t, "one", true)
+		g.began[1].end <- "other"
+		other.want(t, "other", false)
+		g.wantEmpty()
+
+		third := g.call("a", false) // what has ended is not joined
+		g.wantBegan(3)
+		g.began[2].end <- "two"
+		third.want(t, "two", false)
+		g.wantEmpty()
+	})
+}
+
+func TestLeave(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := &group{t: t}
+		first, second := g.call("a", false), g.call("a", false)
+		first.leave()
+		first.wantError(t, errLeft)
+		if err := g.began[0].ctx.Err(); err != nil {
+			t.Errorf("the call has ended with %v, although a caller waits for it", err)
+		}
+		g.began[0].end <- "one"
+		second.want(t, "one", true)
+		g.wantBegan(1)
+		g.wantEmpty()
+	})
+}
+
+func TestAbandon(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := &group{t: t}
+		first, second := g.call("a", false), g.call("a", false)
+		first.leave()
+		second.leave()
+		first.wantError(t, errLeft)
+		second.wantError(t, errLeft)
+		if cause := context.Cause(g.began[0].ctx); !errors.Is(cause, ErrAbandoned) {
+			t.Errorf("the call was canceled with %v, want %v", cause, ErrAbandoned)
+		}
+		g.wantEmpty()
+	})
+}
+
+// A caller that comes while an abandoned call winds down gets a call of its own, after it.
+func TestAbandonedCallIsNotJoined(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var g Group[string, string]
+		winding := make(chan struct{})
+		ctx, leave := context.WithCancel(t.Context())
+		go func() {
+			_, _, _ = g.Do(ctx, "a", false, func(ctx context.Context, _ bool) (string, error) {
+				<-ctx.Done()
+				<-winding
+				return "late", nil
+			})
+		}()
+		synctest.Wait()
+		leave()
+		synctest.Wait()
+		done := make(chan outcome, 1)
+		go func() {
+			var o outcome
+			o.value, o.joined, o.err = g.Do(t.Context(), "a", false, func(context.Context, bool) (string, error) { return "new", nil })
+			done <- o
+		}()
+		synctest.Wait()
+		select {
+		case o := <-done:
+			t.Fatalf("two calls of one key ran at once: %+v", o)
+		default:
+		}
+		close(winding)
+		if o := <-done; o.value != "new" || o.joined || o.err != nil {
+			t.Errorf("got %+v", o)
+		}
+	})
+}
+
+func TestFresh(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := &group{t: t}
+		stale := g.call("a", false)
+		fresh, alsoFresh := g.call("a", true), g.call("a", true)
+		g.wantBegan(1) // one at a time
+		g.began[0].end <- "stale"
+		stale.want(t, "stale", false)
+		g.wantBegan(2)
+		if g.began[0].fresh || !g.began[1].fresh {
+			t.Errorf("the calls are fresh: %v and %v", g.began[0].fresh, g.began[1].fresh)
+		}
+		late := g.call("a", false) // it joins the fresh call
+		g.began[1].end <- "fresh"
+		fresh.want(t, "fresh", false)
+		alsoFresh.want(t, "fresh", true)
+		late.want(t, "fresh", true)
+		g.wantEmpty()
+	})
+}
+
+// A call that all its callers have left before it began never begins.
+func TestLeaveBeforeItBegins(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := &group{t: t}
+		first, waiting := g.call("a", false), g.call("a", true)
+		waiting.leave()
+		waiting.wantError(t, errLeft)
+		g.began[0].end <- "one"
+		first.want(t, "one", false)
+		g.wantBegan(1)
+		g.wantEmpty()
+	})
+}
+
+func TestError(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var g Group[string, string]
+		want := errors.New("failed")
+		if _, _, err := g.Do(t.Context(), "a", false, func(context.Context, bool) (string, error) { return "", want }); !errors.Is(err, want) {
+			t.Errorf("got %v", err)
+		}
+	})
+}
