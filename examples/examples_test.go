@@ -1,5 +1,5 @@
-// Package examples_test checks the examples: that Caddy formats them as they are and accepts them, and that the one for
-// production does what it says. An example is found by the names of its files, Caddyfile and caddy.json.
+// Package examples_test checks that the examples are formatted and valid, and runs some of them. It finds an example by
+// the names of its files, Caddyfile and caddy.json.
 package examples_test
 
 import (
@@ -28,8 +28,8 @@ import (
 	_ "github.com/caddy-fsbroker/caddy-fsbroker"
 )
 
-// beCaddy is the environment variable that makes this test binary a Caddy with the module: nothing has to be built, and
-// the race detector comes along.
+// beCaddy is the environment variable that makes this test binary run as Caddy with the module. So the tests need no
+// separate build of Caddy, and the race detector covers it too.
 const beCaddy = "FSBROKER_TEST_BE_CADDY"
 
 func TestMain(m *testing.M) {
@@ -46,7 +46,7 @@ func TestExamples(t *testing.T) {
 			return err
 		}
 		if _, err := os.Stat(filepath.Join(path, "go.mod")); err == nil {
-			return fs.SkipDir // a module of its own, perhaps for another Caddy
+			return fs.SkipDir // a nested module, which may use another Caddy
 		}
 		switch entry.Name() {
 		case "Caddyfile":
@@ -62,7 +62,7 @@ func TestExamples(t *testing.T) {
 }
 
 func testCaddyfile(t *testing.T, path string) {
-	caddy(t, nil, "fmt", absolute(t, path)) // fails where the formatting differs
+	caddy(t, nil, "fmt", absolute(t, path)) // fails if the formatting differs
 
 	adapted := caddy(t, nil, "adapt", "--pretty", "--config", absolute(t, path))
 	validate(t, adapted)
@@ -76,18 +76,18 @@ func testCaddyfile(t *testing.T, path string) {
 	}
 }
 
-// validate has Caddy provision a configuration, which resolves its secrets.
+// validate runs `caddy validate`, which provisions the configuration and resolves its secrets.
 func validate(t *testing.T, config []byte) {
 	t.Helper()
 	path, _ := withSecrets(t, config)
 	caddy(t, nil, "validate", "--config", path)
 }
 
-// placeholder is {env.NAME} or {file./path/to/name}, which examples have for secrets and nothing else.
+// placeholder matches {env.NAME} and {file./path/to/name}. The examples use these only for secrets.
 var placeholder = regexp.MustCompile(`\{(?:env\.|file\.(?:[^}]*/)?)([^}/]+)\}`)
 
-// withSecrets makes every placeholder of a configuration one for a file that holds a secret. It writes the configuration
-// to a file as well, and returns its path, and the secrets by the names of the variables and files they stand for.
+// withSecrets replaces every placeholder of a configuration with one for a file that contains a secret. It writes the
+// configuration to a file. It returns the path of that file, and the secrets by the names of the variables and files.
 func withSecrets(t *testing.T, config []byte) (path string, secrets map[string]string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -104,8 +104,8 @@ func withSecrets(t *testing.T, config []byte) (path string, secrets map[string]s
 	return path, secrets
 }
 
-// TestProduction runs the example for production, for a domain that needs no certificate. The requests end before a node
-// or the broker would be asked: there are none.
+// TestProduction runs the production example with a domain that needs no certificate. There are no nodes and no broker,
+// so it sends only requests that do not reach them.
 func TestProduction(t *testing.T) {
 	address := freeAddress(t)
 	env := []string{"FSBROKER_DOMAIN=http://" + address}
@@ -147,13 +147,13 @@ func TestProduction(t *testing.T) {
 			}
 			logged := log.waitFor(t, "handled request")
 			if test.client != "" && !strings.Contains(logged, spelling+"=REDACTED") {
-				t.Errorf("%s with the secret of %q: it is not redacted in %s", test.path, test.client, logged)
+				t.Errorf("%s with the secret of %q: the secret is not redacted in %s", test.path, test.client, logged)
 			}
 		}
 	}
 }
 
-// TestRateLimit checks that fail2ban would count those who have no right secret, and nobody else.
+// TestRateLimit checks that fail2ban counts exactly the requests without a valid secret.
 func TestRateLimit(t *testing.T) {
 	filter := regexp.MustCompile(`(?m)^failregex = (.*)$`).FindSubmatch(readFile(t, "rate-limit/fail2ban/filter.d/caddy-fsbroker.conf"))
 	if filter == nil {
@@ -174,7 +174,7 @@ func TestRateLimit(t *testing.T) {
 		{"/task", secrets["PORTAL_SECRET"], `"client_ip":"192.0.2.1","status":401,"fsbroker; detail=unauthorized"`, 400},
 	}
 	for _, request := range requests {
-		if response := ask(t, site+request.path, request.secret, request.userAgent); response.StatusCode != request.status {
+		if response := get(t, site+request.path, request.secret, request.userAgent); response.StatusCode != request.status {
 			t.Errorf("%+v: got %d", request, response.StatusCode)
 		}
 	}
@@ -193,20 +193,20 @@ func TestRateLimit(t *testing.T) {
 	site, _ = startExample(t, "rate-limit/Caddyfile", "LOGS_DIRECTORY="+t.TempDir())
 	if response, err := http.Get(site + "/task"); err == nil {
 		response.Body.Close()
-		t.Errorf("from a network that is not named: got %d", response.StatusCode)
+		t.Errorf("from a network that is not allowed: got %d", response.StatusCode)
 	}
 }
 
-// TestMigration asks the site before and after the migration for the same things.
+// TestMigration sends the same requests to the site before and after the migration.
 func TestMigration(t *testing.T) {
-	says := func(name string) *httptest.Server {
+	startUpstream := func(name string) *httptest.Server {
 		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 			_, _ = fmt.Fprintf(w, `{"result":{"from":"%s","path":"%s"}}`, name, r.URL.Path)
 		}))
 		t.Cleanup(server.Close)
 		return server
 	}
-	broker, node := says("broker"), says("node-1")
+	broker, node := startUpstream("broker"), startUpstream("node-1")
 	const task = "/task?appServerID=node-1&taskID=1"
 	for folder, wanted := range map[string]map[string]string{
 		"before": {
@@ -231,30 +231,30 @@ func TestMigration(t *testing.T) {
 						}
 						url, bearer = url+separator+secretParam+"="+bearer, ""
 					}
-					response := ask(t, url, bearer, "")
+					response := get(t, url, bearer, "")
 					if got := response.body; got != want {
 						t.Errorf("%s with %q: %d %s", path, secretParam, response.StatusCode, got)
 					}
 				}
 			}
-			if status := ask(t, site+task, "", "").StatusCode; folder == "after" && status != http.StatusUnauthorized {
+			if status := get(t, site+task, "", "").StatusCode; folder == "after" && status != http.StatusUnauthorized {
 				t.Errorf("without a secret: got %d", status)
 			}
-			if status := ask(t, site+task+"&taskID=2", secrets["BROKER_SECRET"], "").StatusCode; folder == "after" && status != http.StatusBadRequest {
-				t.Errorf("with a parameter given twice: got %d", status)
+			if status := get(t, site+task+"&taskID=2", secrets["BROKER_SECRET"], "").StatusCode; folder == "after" && status != http.StatusBadRequest {
+				t.Errorf("with a repeated parameter: got %d", status)
 			}
 		})
 	}
 }
 
-// response is one that has been read.
+// response is an HTTP response with its body.
 type response struct {
 	*http.Response
 	body string
 }
 
-// ask makes a request, with a secret and a User-Agent where they are given.
-func ask(t *testing.T, url, secret, userAgent string) response {
+// get sends a GET request, with a secret and a User-Agent unless they are empty.
+func get(t *testing.T, url, secret, userAgent string) response {
 	t.Helper()
 	request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
 	if err != nil {
@@ -278,7 +278,7 @@ func ask(t *testing.T, url, secret, userAgent string) response {
 	return response{r, string(body)}
 }
 
-// startExample runs an example whose site is $SITE, with more variables, and returns the site's URL.
+// startExample runs an example with the given environment variables. It sets $SITE, and returns the site's URL.
 func startExample(t *testing.T, path string, env ...string) (site string, secrets map[string]string) {
 	t.Helper()
 	site = "http://" + freeAddress(t)
@@ -287,7 +287,7 @@ func startExample(t *testing.T, path string, env ...string) (site string, secret
 	return site, secrets
 }
 
-// TestSecretsAreGiven checks that what runs Caddy gives it the secrets that its Caddyfile reads, and no others.
+// TestSecretsAreGiven checks that systemd and Docker Compose give Caddy exactly the secrets that the Caddyfile reads.
 func TestSecretsAreGiven(t *testing.T) {
 	for _, test := range []struct{ runner, given, caddyfile string }{
 		{"systemd/caddy.service", `(?m)^LoadCredential=([\w-]+):/etc/caddy/secrets/([\w-]+)$`, "systemd/Caddyfile"},
@@ -312,20 +312,20 @@ func TestSecretsAreGiven(t *testing.T) {
 	}
 	compose := readFile(t, "compose/compose.yaml")
 	if list := regexp.MustCompile(`secrets: \[(.*)\]`).FindSubmatch(compose); list == nil {
-		t.Error("compose.yaml gives the service no secrets")
+		t.Error("the service in compose.yaml has no secrets")
 	} else {
 		for name := range strings.SplitSeq(string(list[1]), ", ") {
 			if !bytes.Contains(compose, []byte("\n  "+name+":\n    file: ")) {
-				t.Errorf("compose.yaml does not say where %s is", name)
+				t.Errorf("compose.yaml has no file for %s", name)
 			}
 		}
 	}
 }
 
-// output is what a running Caddy writes to its log, line by line.
+// output reads the log of a running Caddy, line by line.
 type output struct{ *bufio.Scanner }
 
-// start starts Caddy, until the test ends, or until nobody can be expected to wait for its log any longer.
+// start starts Caddy. It is killed when the test ends, or after a minute.
 func start(t *testing.T, args ...string) output {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
@@ -344,7 +344,7 @@ func start(t *testing.T, args ...string) output {
 	return output{bufio.NewScanner(stderr)}
 }
 
-// waitFor returns the next line of the log with a message.
+// waitFor returns the next line of the log that contains message.
 func (o output) waitFor(t *testing.T, message string) string {
 	t.Helper()
 	for o.Scan() {
@@ -354,11 +354,11 @@ func (o output) waitFor(t *testing.T, message string) string {
 			t.Error(line)
 		}
 	}
-	t.Fatalf("Caddy ended, and never logged %q", message)
+	t.Fatalf("Caddy ended without logging %q", message)
 	return ""
 }
 
-// caddy runs Caddy to its end, which has to be a good one, and returns its output.
+// caddy runs a Caddy command, which must succeed, and returns its output.
 func caddy(t *testing.T, env []string, args ...string) []byte {
 	t.Helper()
 	command := caddyCommand(t.Context(), t, env, args...)
@@ -371,8 +371,8 @@ func caddy(t *testing.T, env []string, args ...string) []byte {
 	return stdout
 }
 
-// caddyCommand gives Caddy an environment of its own, as a variable of ours must not get into an example, and a directory
-// of its own, as an example's files must not get into ours.
+// caddyCommand returns a command that runs Caddy with a separate environment and directory. So the examples see no
+// variables of the test process, and leave no files in the source tree.
 func caddyCommand(ctx context.Context, t *testing.T, env []string, args ...string) *exec.Cmd {
 	t.Helper()
 	self, err := os.Executable()
@@ -386,7 +386,7 @@ func caddyCommand(ctx context.Context, t *testing.T, env []string, args ...strin
 	return command
 }
 
-// TestDockerfile checks that the image's Caddy is the one that the module is tested with.
+// TestDockerfile checks that the image has the Caddy version of go.mod.
 func TestDockerfile(t *testing.T) {
 	var caddy struct{ Version string }
 	list := exec.CommandContext(t.Context(), "go", "list", "-m", "-json", "github.com/caddyserver/caddy/v2")
@@ -397,11 +397,11 @@ func TestDockerfile(t *testing.T) {
 	}
 	want := fmt.Sprintf("ARG CADDY_VERSION=%s\n", strings.TrimPrefix(caddy.Version, "v"))
 	if dockerfile := readFile(t, "production/Dockerfile"); !bytes.Contains(dockerfile, []byte(want)) {
-		t.Errorf("production/Dockerfile: go.mod wants %s", want)
+		t.Errorf("production/Dockerfile: go.mod requires %s", want)
 	}
 }
 
-// freeAddress names an address of the loopback interface that nobody listens on.
+// freeAddress returns a loopback address on which no process listens.
 func freeAddress(t *testing.T) string {
 	t.Helper()
 	listener, err := net.Listen("tcp", "127.0.0.1:0")

@@ -22,16 +22,15 @@ func init() {
 	httpcaddyfile.RegisterDirectiveOrder("bench_bare", httpcaddyfile.Before, "respond")
 }
 
-// bare is the least that a handler in Caddy can do: it writes a header and a body that are ready, by the query, and
-// nothing else.
+// bare is a minimal Caddy handler. It writes a recorded header and body, selected by the query, and does nothing else.
 type bare struct {
-	// A folder of recorded answers.
+	// A folder of recorded responses.
 	Folder string `json:"folder"`
 
-	answers answers
+	responses responses
 }
 
-// recorded is an answer of the module as it was got from it.
+// recorded is a response of the module.
 type recorded struct {
 	Query  string
 	Header http.Header
@@ -50,20 +49,20 @@ func (b *bare) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	return nil
 }
 
-// folders are those that have been read. The sites of a server share them, as the module's share what it keeps: what is
-// in memory decides how often Go collects garbage.
+// folders has the folders that have been read. The sites of a server share them, as the module's sites share its cache.
+// This matters because the size of the heap determines how often Go collects garbage.
 var folders = caddy.NewUsagePool()
 
-type answers map[string]recorded
+type responses map[string]recorded
 
-func (answers) Destruct() error { return nil }
+func (responses) Destruct() error { return nil }
 
 func (b *bare) Provision(caddy.Context) error {
-	read, _, err := folders.LoadOrNew(b.Folder, func() (caddy.Destructor, error) { return readAnswers(b.Folder) })
+	read, _, err := folders.LoadOrNew(b.Folder, func() (caddy.Destructor, error) { return readResponses(b.Folder) })
 	if err != nil {
 		return err
 	}
-	b.answers = read.(answers)
+	b.responses = read.(responses)
 	return nil
 }
 
@@ -72,12 +71,12 @@ func (b *bare) Cleanup() error {
 	return err
 }
 
-func readAnswers(folder string) (answers, error) {
+func readResponses(folder string) (responses, error) {
 	names, err := filepath.Glob(filepath.Join(folder, "*.recorded"))
 	if err != nil {
 		return nil, err
 	}
-	all := make(answers)
+	all := make(responses)
 	for _, name := range names {
 		text, err := os.ReadFile(name)
 		if err != nil {
@@ -93,7 +92,7 @@ func readAnswers(folder string) (answers, error) {
 }
 
 func (b *bare) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
-	a, ok := b.answers[r.URL.RawQuery]
+	a, ok := b.responses[r.URL.RawQuery]
 	if !ok {
 		return caddyhttp.Error(http.StatusNotFound, nil)
 	}

@@ -22,7 +22,8 @@ func TestMain(m *testing.M) {
 	os.Exit(m.Run())
 }
 
-// TestRun measures for as short as can be: everybody starts, gives what is asked for, and comes into the tables.
+// TestRun does a run that is as short as possible. Every server must start, return the report, and appear in the
+// tables.
 func TestRun(t *testing.T) {
 	if _, err := exec.LookPath("wrk"); err != nil {
 		t.Skip("wrk is not installed")
@@ -36,7 +37,7 @@ func TestRun(t *testing.T) {
 		t.Fatal(err)
 	}
 	for _, c := range contenders {
-		if c.isThere() && !strings.Contains(out.String(), "\n| "+c.name+" | ") {
+		if c.installed() && !strings.Contains(out.String(), "\n| "+c.name+" | ") {
 			t.Errorf("%s is missing", c.name)
 		}
 	}
@@ -68,7 +69,7 @@ func TestMadeReports(t *testing.T) {
 		if _, err := zw.Write(s.document); err != nil || zw.Close() != nil {
 			t.Fatal(err)
 		}
-		// Real ones shrink to 0.21 to 0.31.
+		// Real reports compress to 0.21 to 0.31 of their size.
 		if ratio := float64(gzipped.Len()) / float64(len(s.document)); ratio < 0.21 || ratio > 0.31 || !json.Valid(s.document) {
 			t.Errorf("%s shrinks to %.2f, and is JSON: %v", s.name, ratio, json.Valid(s.document))
 		}

@@ -14,22 +14,22 @@ import (
 	"text/template"
 )
 
-// contender is somebody who serves reports.
+// contender is a server of reports that takes part in the comparison.
 type contender struct {
 	name string
 
-	// config is the template of its configuration. Contenders with one config are one server.
+	// config is the template of its configuration. Contenders with the same config share one server.
 	config *template.Template
 
-	// command is what runs it, for a configuration in a file; nil for Caddy.
+	// command returns the command that runs it with a configuration file. It is nil for Caddy.
 	command func(config string, s *server) (name string, args []string)
 
-	// target is what a caller asks for, for a task of a size.
+	// target returns the path and query to request for a task.
 	target func(l load, task string) string
 
 	noTLS  bool
-	maxLen int  // what it can serve, in bytes; 0 for anything
-	keeps  bool // it keeps what it has got
+	maxLen int  // size of the largest report that it can serve, in bytes; 0 means unlimited
+	caches bool // whether it caches reports
 }
 
 const caddyBase = `{
@@ -71,7 +71,7 @@ func byPair(_ load, task string) string { return "/task?" + pairQuery(task) }
 func pairQuery(task string) string { return "secret=" + secret + "&appServerID=node-1&taskID=" + task }
 
 var module = &contender{
-	name: "fsbroker_task", keeps: true, target: byPair,
+	name: "fsbroker_task", caches: true, target: byPair,
 	config: caddyConfig("fsbroker", "", `
 	fsbroker_task {
 		secret bench {{.Secret}}
@@ -86,7 +86,7 @@ var module = &contender{
 var bareHandler = &contender{
 	name:   "bare Caddy handler",
 	config: caddyConfig("bare", "", `bench_bare /task {{.Dir}}`),
-	target: func(l load, _ string) string { return "/task?" + pairQuery(l.form()) },
+	target: func(l load, _ string) string { return "/task?" + pairQuery(l.representation()) },
 }
 
 var files = caddyConfig("files", "", `
@@ -170,7 +170,7 @@ http {
 `, level)))
 }
 
-// contenders are all that take part, the module first. Each is configured as its users would have it for this purpose.
+// contenders lists all contenders, the module first. Each is configured as its users would configure it for this purpose.
 var contenders = []*contender{
 	module,
 	{
@@ -184,7 +184,7 @@ var contenders = []*contender{
 	},
 	{
 		name: "Caddy respond", config: files,
-		maxLen: 1 << 20, // of a file as a placeholder
+		maxLen: 1 << 20, // the limit for a file in a placeholder
 		target: func(l load, _ string) string {
 			if l.gzip {
 				return "/respond-encoded/" + l.size.id()
@@ -197,7 +197,7 @@ var contenders = []*contender{
 		target: func(l load, task string) string { return encodedOr(l, "") + byPair(l, task) },
 	},
 	{
-		name: "Caddy cache-handler", keeps: true, target: byPair,
+		name: "Caddy cache-handler", caches: true, target: byPair,
 		config: caddyConfig("cache-handler", `
 	cache {
 		ttl 24h
@@ -210,11 +210,11 @@ var contenders = []*contender{
 		reverse_proxy {{.Node}}
 	}`),
 	},
-	// At nginx's own level, and at the module's.
-	{name: "nginx", keeps: true, target: byPair, command: nginx, config: nginxConfig("nginx", 1)},
-	{name: "nginx, level 6", keeps: true, target: byPair, command: nginx, config: nginxConfig("nginx-6", 6)},
+	// At nginx's default level, and at the module's level.
+	{name: "nginx", caches: true, target: byPair, command: nginx, config: nginxConfig("nginx", 1)},
+	{name: "nginx, level 6", caches: true, target: byPair, command: nginx, config: nginxConfig("nginx-6", 6)},
 	{
-		name: "Varnish", keeps: true, target: byPair, noTLS: true,
+		name: "Varnish", caches: true, target: byPair, noTLS: true,
 		command: func(config string, s *server) (string, []string) {
 			return "varnishd", []string{"-F", "-j", "none", "-n", filepath.Join(s.Dir, "varnish"), "-a", s.Plain, "-f", config, "-s", "malloc,2g"}
 		},
@@ -244,7 +244,8 @@ func encodedOr(l load, other string) string {
 	return other
 }
 
-// server is a contender, or several with one configuration, as it runs: what its configuration is made from.
+// server is a running server of one contender, or of several that share a configuration. It is also the data for the
+// template of that configuration.
 type server struct {
 	Dir, User, Plain, Secure, Admin, Node, Secret string
 
@@ -254,10 +255,10 @@ type server struct {
 	process *process
 }
 
-// start runs a contender's server, with the folder of files that the laboratory has made.
-func (c *contender) start(ctx context.Context, lab *laboratory) (*server, error) {
-	s := &server{Node: lab.node.address, Secret: secret, CPUs: cmp.Or(lab.options.serverCPUs, runtime.NumCPU())}
-	for _, size := range lab.sizes {
+// start starts the server of c with a copy of the harness's files.
+func (c *contender) start(ctx context.Context, h *harness) (*server, error) {
+	s := &server{Node: h.node.address, Secret: secret, CPUs: cmp.Or(h.options.serverCPUs, runtime.NumCPU())}
+	for _, size := range h.sizes {
 		s.Sizes = append(s.Sizes, struct{ ID string }{size.id()})
 	}
 	me, err := user.Current()
@@ -265,10 +266,10 @@ func (c *contender) start(ctx context.Context, lab *laboratory) (*server, error)
 		return nil, err
 	}
 	s.User = me.Username
-	if s.Dir, err = os.MkdirTemp(lab.dir, c.config.Name()+"-"); err != nil {
+	if s.Dir, err = os.MkdirTemp(h.dir, c.config.Name()+"-"); err != nil {
 		return nil, err
 	}
-	if err := os.CopyFS(s.Dir, os.DirFS(lab.files)); err != nil {
+	if err := os.CopyFS(s.Dir, os.DirFS(h.files)); err != nil {
 		return nil, err
 	}
 	for _, address := range []*string{&s.Plain, &s.Secure, &s.Admin} {
@@ -289,15 +290,15 @@ func (c *contender) start(ctx context.Context, lab *laboratory) (*server, error)
 	if c.command != nil {
 		name, args = c.command(config, s)
 	}
-	name, args = onCPUs(lab.options.serverCPUs, name, args)
+	name, args = onServerCPUs(h.options.serverCPUs, name, args)
 	if s.process, err = startProcess(ctx, s.Dir, s.Plain, env, name, args...); err != nil {
 		return nil, fmt.Errorf("%s: %w", c.name, err)
 	}
 	return s, nil
 }
 
-// isThere tells whether the contender can be run here.
-func (c *contender) isThere() bool {
+// installed reports whether the command of c is installed.
+func (c *contender) installed() bool {
 	if c.command == nil {
 		return true
 	}

@@ -13,15 +13,15 @@ import (
 	"time"
 )
 
-// memory measures what a kept report costs those who keep some, when clients take gzip.
-func (lab *laboratory) memory(ctx context.Context, taking []*contender, results *results) error {
-	for _, size := range lab.sizes[:2] {
-		for _, c := range taking {
-			if !c.keeps {
+// memory measures the memory per cached report, for the contenders that cache, when clients accept gzip.
+func (h *harness) memory(ctx context.Context, participants []*contender, results *results) error {
+	for _, size := range h.sizes[:2] {
+		for _, c := range participants {
+			if !c.caches {
 				continue
 			}
 			progress.Printf("memory of %s, %s", c.name, size.name)
-			bytes, err := lab.memoryOf(ctx, c, load{size: size, gzip: true})
+			bytes, err := h.memoryOf(ctx, c, load{size: size, gzip: true})
 			if err != nil {
 				return err
 			}
@@ -31,43 +31,43 @@ func (lab *laboratory) memory(ctx context.Context, taking []*contender, results 
 	return nil
 }
 
-// memoryOf gives the bytes for one report: what a Go process has on its heap after a collection, what another process
-// has resident and in files.
-func (lab *laboratory) memoryOf(ctx context.Context, c *contender, l load) (float64, error) {
-	s, err := c.start(ctx, lab)
+// memoryOf returns the bytes per report. For a Go process, these are on its heap after a garbage collection. For other
+// processes, they are resident or in files.
+func (h *harness) memoryOf(ctx context.Context, c *contender, l load) (float64, error) {
+	s, err := c.start(ctx, h)
 	if err != nil {
 		return 0, err
 	}
 	defer s.process.stop()
-	ask := func(from, to int) error {
+	fetch := func(from, to int) error {
 		for i := from; i < to; i++ {
-			if _, err := lab.get(ctx, "http://"+s.Plain+c.target(l, fmt.Sprintf("%s-%d", l.size.id(), i)), true); err != nil {
+			if _, err := h.get(ctx, "http://"+s.Plain+c.target(l, fmt.Sprintf("%s-%d", l.size.id(), i)), true); err != nil {
 				return fmt.Errorf("%s: %w", c.name, err)
 			}
 		}
 		return nil
 	}
 	const warmUp = 100
-	if err := ask(0, warmUp); err != nil {
+	if err := fetch(0, warmUp); err != nil {
 		return 0, err
 	}
-	before, err := lab.held(ctx, c, s)
+	before, err := h.memoryUsed(ctx, c, s)
 	if err != nil {
 		return 0, err
 	}
-	if err := ask(warmUp, warmUp+lab.options.kept); err != nil {
+	if err := fetch(warmUp, warmUp+h.options.kept); err != nil {
 		return 0, err
 	}
-	after, err := lab.held(ctx, c, s)
-	return float64(after-before) / float64(lab.options.kept), err
+	after, err := h.memoryUsed(ctx, c, s)
+	return float64(after-before) / float64(h.options.kept), err
 }
 
-func (lab *laboratory) held(ctx context.Context, c *contender, s *server) (int64, error) {
+func (h *harness) memoryUsed(ctx context.Context, c *contender, s *server) (int64, error) {
 	if c.command != nil {
 		var files int64
 		err := filepath.WalkDir(filepath.Join(s.Dir, "cache"), func(path string, entry fs.DirEntry, err error) error {
 			if err != nil || entry.IsDir() {
-				return nil //nolint:nilerr // there may be none
+				return nil //nolint:nilerr // the folder may not exist
 			}
 			info, err := os.Stat(path)
 			if err == nil {
@@ -77,10 +77,10 @@ func (lab *laboratory) held(ctx context.Context, c *contender, s *server) (int64
 		})
 		return s.process.memory("VmRSS") + files, err
 	}
-	var a answer
-	for range 2 { // what has a finalizer goes the second time
+	var a response
+	for range 2 { // objects with a finalizer are only freed by the second collection
 		var err error
-		if a, err = lab.get(ctx, "http://"+s.Admin+"/debug/pprof/heap?gc=1&debug=1", false); err != nil {
+		if a, err = h.get(ctx, "http://"+s.Admin+"/debug/pprof/heap?gc=1&debug=1", false); err != nil {
 			return 0, err
 		}
 	}
@@ -89,42 +89,42 @@ func (lab *laboratory) held(ctx context.Context, c *contender, s *server) (int64
 	return strconv.ParseInt(line, 10, 64)
 }
 
-// cold counts the questions that the node gets when many callers ask for a report at once that nobody has yet.
-func (lab *laboratory) cold(ctx context.Context, taking []*contender, results *results) error {
+// cold counts the requests that the node receives when many callers request an uncached report at once.
+func (h *harness) cold(ctx context.Context, participants []*contender, results *results) error {
 	const callers = 200
-	servers, err := lab.startAll(ctx, taking)
+	servers, err := h.startAll(ctx, participants)
 	defer stopAll(servers)
 	if err != nil {
 		return err
 	}
-	for _, c := range taking {
-		if !c.keeps {
+	for _, c := range participants {
+		if !c.caches {
 			continue
 		}
 		progress.Printf("%d callers of %s", callers, c.name)
-		url := "http://" + servers[c.config.Name()].Plain + c.target(load{gzip: true}, "cold-"+lab.sizes[1].id()+"-"+strings.ReplaceAll(c.name, " ", ""))
-		before := lab.node.questions.Load()
+		url := "http://" + servers[c.config.Name()].Plain + c.target(load{gzip: true}, "cold-"+h.sizes[1].id()+"-"+strings.ReplaceAll(c.name, " ", ""))
+		before := h.node.requests.Load()
 		var failed atomic.Int64
 		var wg sync.WaitGroup
 		for range callers {
 			wg.Go(func() {
-				if _, err := lab.get(ctx, url, true); err != nil {
+				if _, err := h.get(ctx, url, true); err != nil {
 					failed.Add(1)
 				}
 			})
 		}
 		wg.Wait()
-		results.cold = append(results.cold, coldResult{c, callers, int(lab.node.questions.Load() - before), int(failed.Load())})
+		results.cold = append(results.cold, coldResult{c, callers, int(h.node.requests.Load() - before), int(failed.Load())})
 	}
 	return nil
 }
 
-// miss measures what it takes to ask the node, beside a proxy that does nothing but that.
-func (lab *laboratory) miss(ctx context.Context, taking []*contender, results *results) error {
+// miss measures the cost of fetching a report from the node, compared with a proxy that does nothing else.
+func (h *harness) miss(ctx context.Context, participants []*contender, results *results) error {
 	for _, mib := range []int{2, 16, 50} {
 		id := strconv.Itoa(mib) + "MiBmiss"
-		lab.node.documents[id] = makeReport(mib << 20)
-		for _, c := range taking {
+		h.node.documents[id] = makeReport(mib << 20)
+		for _, c := range participants {
 			if c != module && c.config != proxies {
 				continue
 			}
@@ -132,8 +132,8 @@ func (lab *laboratory) miss(ctx context.Context, taking []*contender, results *r
 				if gzipped && c.config == proxies {
 					continue
 				}
-				progress.Printf("%d MiB asked for through %s", mib, c.name)
-				r, err := lab.missOf(ctx, c, id, gzipped)
+				progress.Printf("cache miss of %d MiB, %s", mib, c.name)
+				r, err := h.missOf(ctx, c, id, gzipped)
 				if err != nil {
 					return err
 				}
@@ -141,19 +141,19 @@ func (lab *laboratory) miss(ctx context.Context, taking []*contender, results *r
 				results.misses = append(results.misses, r)
 			}
 		}
-		delete(lab.node.documents, id)
+		delete(h.node.documents, id)
 	}
 	return nil
 }
 
-// missOf asks for different reports of one size, one after the other. The peak is that of the first.
-func (lab *laboratory) missOf(ctx context.Context, c *contender, id string, gzipped bool) (missResult, error) {
-	s, err := c.start(ctx, lab)
+// missOf requests different reports of one size, one after the other. The peak memory is that of the first.
+func (h *harness) missOf(ctx context.Context, c *contender, id string, gzipped bool) (missResult, error) {
+	s, err := c.start(ctx, h)
 	if err != nil {
 		return missResult{}, err
 	}
 	defer s.process.stop()
-	if _, err := lab.get(ctx, "http://"+s.Plain+c.target(load{}, lab.sizes[0].id()+"-warm"), gzipped); err != nil {
+	if _, err := h.get(ctx, "http://"+s.Plain+c.target(load{}, h.sizes[0].id()+"-warm"), gzipped); err != nil {
 		return missResult{}, err
 	}
 	var r missResult
@@ -164,7 +164,7 @@ func (lab *laboratory) missOf(ctx context.Context, c *contender, id string, gzip
 			return missResult{}, err
 		}
 		begin := time.Now()
-		if _, err := lab.get(ctx, "http://"+s.Plain+c.target(load{}, fmt.Sprintf("%s-%d", id, i)), gzipped); err != nil {
+		if _, err := h.get(ctx, "http://"+s.Plain+c.target(load{}, fmt.Sprintf("%s-%d", id, i)), gzipped); err != nil {
 			return missResult{}, err
 		}
 		took = append(took, time.Since(begin))

@@ -10,8 +10,8 @@ import (
 	"time"
 )
 
-// load is what a contender is put under: callers on a number of connections that are kept alive, each of which asks for
-// one report as fast as it is answered.
+// load describes the load on a contender: a number of keep-alive connections, each of which requests the same report
+// again as soon as it has the response.
 type load struct {
 	size  size
 	gzip  bool
@@ -30,20 +30,20 @@ func (l load) String() string {
 	return fmt.Sprintf("%s, %s, %s, %d conn.", protocol, form, l.size.name, l.conns)
 }
 
-// form names the report's size and form.
-func (l load) form() string {
+// representation returns a name for the report's size and encoding.
+func (l load) representation() string {
 	if l.gzip {
 		return l.size.id() + "-gzip"
 	}
 	return l.size.id() + "-identity"
 }
 
-// suits tells whether a contender can serve it.
-func (l load) suits(c *contender) bool {
+// supportedBy reports whether c can serve l.
+func (l load) supportedBy(c *contender) bool {
 	return !(l.tls && c.noTLS) && (c.maxLen == 0 || len(l.size.document) <= c.maxLen)
 }
 
-// url is what is asked for at a contender.
+// url returns the URL to request from c.
 func (l load) url(c *contender, s *server) string {
 	if l.tls {
 		return "https://" + s.Secure + c.target(l, l.size.id())
@@ -51,10 +51,10 @@ func (l load) url(c *contender, s *server) string {
 	return "http://" + s.Plain + c.target(l, l.size.id())
 }
 
-// connections are how many callers there are at once: one, and many.
+// connections are the numbers of concurrent callers: one, and many.
 var connections = []int{1, 32}
 
-// allLoads are all there are, the largest reports last.
+// allLoads returns all loads, those with the largest reports last.
 func allLoads(sizes []size) []load {
 	var all []load
 	for _, size := range sizes {
@@ -69,15 +69,15 @@ func allLoads(sizes []size) []load {
 	return all
 }
 
-// measure is what one round of a load on a contender showed.
+// measure is the result of one round of a load on a contender.
 type measure struct {
-	Requests float64 // a second
+	Requests float64 // per second
 	P50, P99 time.Duration
-	CPU      time.Duration // for 10,000 answers
-	Wire     float64       // bytes of an answer, header included, before TLS
+	CPU      time.Duration // per 10,000 responses
+	Wire     float64       // bytes per response, including the header, before TLS
 }
 
-// script has wrk print its figures as JSON.
+// script makes wrk print its results as JSON.
 const script = `
 done = function(summary, latency)
 	local e = summary.errors
@@ -87,10 +87,10 @@ done = function(summary, latency)
 end
 `
 
-// put puts a contender under the load for a while.
-func (l load) put(ctx context.Context, lab *laboratory, c *contender, s *server) (measure, error) {
+// run puts c under the load and measures it.
+func (l load) run(ctx context.Context, h *harness, c *contender, s *server) (measure, error) {
 	args := []string{
-		"-s", lab.script, "-d", strconv.Itoa(lab.options.seconds) + "s",
+		"-s", h.script, "-d", strconv.Itoa(h.options.seconds) + "s",
 		"-c", strconv.Itoa(l.conns), "-t", strconv.Itoa(min(l.conns, 2)), "--timeout", "20s",
 	}
 	if l.gzip {

@@ -1,5 +1,5 @@
-// Command bench measures the module beside its peers, on one machine and in one run: rounds in which each in turn is put
-// under the same load. It prints tables in Markdown.
+// Command bench compares the module with other servers, on one machine and in one run. In each round, it puts every
+// server under the same load in turn. It prints tables in Markdown.
 package main
 
 import (
@@ -20,11 +20,11 @@ import (
 	_ "github.com/caddy-fsbroker/caddy-fsbroker"
 )
 
-// beCaddy is the environment variable that makes this program a Caddy with the module, its peers among Caddy's modules
-// and the bare handler.
+// beCaddy is the environment variable that makes this program run as Caddy, with the module, the Caddy modules that it
+// is compared with, and the bare handler.
 const beCaddy = "FSBROKER_BENCH_BE_CADDY"
 
-// progress is for the console. Caddy has the log package write to its own log.
+// progress logs to the console. Caddy redirects the standard logger to its own log.
 var progress = log.New(os.Stderr, "", log.Ltime)
 
 func main() {
@@ -33,14 +33,14 @@ func main() {
 		return
 	}
 	var o options
-	flag.IntVar(&o.seconds, "seconds", 1, "how long each is under load in a round")
-	flag.IntVar(&o.rounds, "rounds", 5, "how many rounds there are for each load")
-	flag.IntVar(&o.kept, "kept", 2000, "for how many reports memory is measured")
-	flag.IntVar(&o.serverCPUs, "server-cpus", runtime.NumCPU()/2, "how many CPUs the servers have to themselves, while load and node have the rest; 0 for all sharing all")
-	peers := flag.String("peers", ".", "a regular expression for the names of those who take part; the module always does")
-	loads := flag.String("loads", ".", "a regular expression for the names of the loads, such as '^HTTPS, gzip'")
+	flag.IntVar(&o.seconds, "seconds", 1, "duration of a load in a round, in seconds")
+	flag.IntVar(&o.rounds, "rounds", 5, "number of rounds for each load")
+	flag.IntVar(&o.kept, "kept", 2000, "number of cached reports for which memory is measured")
+	flag.IntVar(&o.serverCPUs, "server-cpus", runtime.NumCPU()/2, "number of CPUs that are reserved for the servers; wrk and the node use the others. With 0, all share all CPUs")
+	peers := flag.String("peers", ".", "regular expression for the names of the servers to compare with the module")
+	loads := flag.String("loads", ".", "regular expression for the names of the loads, such as '^HTTPS, gzip'")
 	flag.StringVar(&o.reports, "reports", filepath.Join("..", "..", "..", "shared", "reports"),
-		"a folder of real reports; where one is missing, one of its shape is made")
+		"folder of real reports; if one is missing, a similar one is generated")
 	flag.Parse()
 	var err error
 	if o.peers, err = regexp.Compile(*peers); err != nil {
@@ -56,7 +56,7 @@ func main() {
 	}
 }
 
-// options are what a run does.
+// options are the settings of a run.
 type options struct {
 	seconds    int
 	rounds     int
@@ -67,15 +67,15 @@ type options struct {
 	reports    string
 }
 
-// takesPart tells whether a contender is wanted.
-func (o options) takesPart(c *contender) bool {
+// includes reports whether c is selected.
+func (o options) includes(c *contender) bool {
 	return c == module || o.peers.MatchString(c.name)
 }
 
 func (o options) String() string {
-	whose := "all on all of them"
+	whose := "shared by all processes"
 	if o.serverCPUs > 0 {
-		whose = fmt.Sprintf("%d of them the servers' own", o.serverCPUs)
+		whose = fmt.Sprintf("%d of them reserved for the servers", o.serverCPUs)
 	}
 	return fmt.Sprintf("%d cores, %s, %d rounds of %d s", runtime.NumCPU(), whose, o.rounds, o.seconds)
 }

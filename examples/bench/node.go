@@ -10,19 +10,19 @@ import (
 	"time"
 )
 
-// secret is what callers and the node want to see.
+// secret is the secret of both the callers and the node.
 const secret = "bench-secret"
 
-// node is a processor node and a broker. Its task IDs say which report is wanted: "<size>-<anything>" is one of a size,
-// "cold-<size>-<anything>" the same after a while, and "<bytes>b-<anything>" one that is made.
+// node is a processor node and a broker. A task ID selects the report: "<size>-<anything>" is a report of that size,
+// and "cold-<size>-<anything>" is the same report after a delay.
 type node struct {
 	address   string
 	documents map[string][]byte
-	questions atomic.Int64
+	requests  atomic.Int64
 	server    *http.Server
 }
 
-// coldDelay is how long the node takes for a cold report, so that callers who come together find it at work.
+// coldDelay is the delay of a cold report. It ensures that concurrent callers arrive while the node is still busy.
 const coldDelay = 300 * time.Millisecond
 
 func startNode(sizes []size) (*node, error) {
@@ -45,7 +45,7 @@ func startNode(sizes []size) (*node, error) {
 }
 
 func (n *node) task(w http.ResponseWriter, r *http.Request) {
-	n.questions.Add(1)
+	n.requests.Add(1)
 	id, cold := strings.CutPrefix(r.URL.Query().Get("taskID"), "cold-")
 	if cold {
 		time.Sleep(coldDelay)

@@ -14,33 +14,33 @@ import (
 	"time"
 )
 
-// process is a server under load, with the processes that it has started.
+// process is a running server, including its child processes.
 type process struct {
 	cmd *exec.Cmd
 	log string
 }
 
-// keepOff has this process, and all that it starts, keep off the CPUs that are the servers'.
-func keepOff(serverCPUs int) error {
+// reserveCPUs keeps this process and its child processes off the first serverCPUs CPUs, which are for the servers.
+func reserveCPUs(serverCPUs int) error {
 	if serverCPUs == 0 {
 		return nil
 	}
 	rest := fmt.Sprintf("%d-%d", serverCPUs, runtime.NumCPU()-1)
 	if out, err := exec.Command("taskset", "--all-tasks", "--cpu-list", "--pid", rest, strconv.Itoa(os.Getpid())).CombinedOutput(); err != nil {
-		return fmt.Errorf("keeping off the servers' CPUs (-server-cpus 0 shares them all): %w\n%s", err, out)
+		return fmt.Errorf("reserving CPUs for the servers (use -server-cpus 0 to share all CPUs): %w\n%s", err, out)
 	}
 	return nil
 }
 
-// onCPUs is a command that runs on the servers' CPUs.
-func onCPUs(serverCPUs int, name string, args []string) (string, []string) {
+// onServerCPUs returns a command that runs name on the CPUs for the servers.
+func onServerCPUs(serverCPUs int, name string, args []string) (string, []string) {
 	if serverCPUs == 0 {
 		return name, args
 	}
 	return "taskset", append([]string{"--cpu-list", fmt.Sprintf("0-%d", serverCPUs-1), name}, args...)
 }
 
-// startProcess starts a command and waits until it listens.
+// startProcess starts a command and waits until it listens on address.
 func startProcess(ctx context.Context, folder, address string, env []string, name string, args ...string) (*process, error) {
 	p := &process{cmd: exec.CommandContext(ctx, name, args...), log: filepath.Join(folder, "log")}
 	log, err := os.Create(p.log)
@@ -71,8 +71,8 @@ func (p *process) stop() {
 	_ = p.cmd.Wait()
 }
 
-// family lists the process and its descendants.
-func (p *process) family() []int {
+// processTree returns the IDs of the process and its descendants.
+func (p *process) processTree() []int {
 	parents := make(map[int][]int)
 	stats, _ := filepath.Glob("/proc/[0-9]*/stat")
 	for _, name := range stats {
@@ -82,14 +82,14 @@ func (p *process) family() []int {
 			parents[parent] = append(parents[parent], pid)
 		}
 	}
-	family := []int{p.cmd.Process.Pid}
-	for i := 0; i < len(family); i++ {
-		family = append(family, parents[family[i]]...)
+	pids := []int{p.cmd.Process.Pid}
+	for i := 0; i < len(pids); i++ {
+		pids = append(pids, parents[pids[i]]...)
 	}
-	return family
+	return pids
 }
 
-// stat gives the fields of /proc/<pid>/stat that follow the name, the state first (proc(5)).
+// stat returns the fields of /proc/<pid>/stat that follow the name, beginning with the state (see proc(5)).
 func stat(pid int) []string {
 	text, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
@@ -99,13 +99,13 @@ func stat(pid int) []string {
 	return strings.Fields(rest)
 }
 
-// ticks is how many clock ticks a second has on Linux, wherever Go runs.
+// ticks is the number of clock ticks per second on all Linux platforms that Go supports.
 const ticks = 100
 
-// cpu is how much CPU time the process and its descendants have taken.
+// cpu returns the CPU time of the process and its descendants.
 func (p *process) cpu() time.Duration {
 	var sum int
-	for _, pid := range p.family() {
+	for _, pid := range p.processTree() {
 		if fields := stat(pid); len(fields) > 12 {
 			user, _ := strconv.Atoi(fields[11])
 			system, _ := strconv.Atoi(fields[12])
@@ -118,7 +118,7 @@ func (p *process) cpu() time.Duration {
 // memory sums a line of /proc/<pid>/status, such as VmRSS, over the process and its descendants, in bytes.
 func (p *process) memory(line string) int64 {
 	var sum int64
-	for _, pid := range p.family() {
+	for _, pid := range p.processTree() {
 		text, _ := os.ReadFile(fmt.Sprintf("/proc/%d/status", pid))
 		for l := range strings.Lines(string(text)) {
 			if value, ok := strings.CutPrefix(l, line+":"); ok {
@@ -130,9 +130,9 @@ func (p *process) memory(line string) int64 {
 	return sum
 }
 
-// resetPeak makes VmHWM begin anew (proc(5), clear_refs).
+// resetPeak resets VmHWM (see clear_refs in proc(5)).
 func (p *process) resetPeak() error {
-	for _, pid := range p.family() {
+	for _, pid := range p.processTree() {
 		if err := os.WriteFile(fmt.Sprintf("/proc/%d/clear_refs", pid), []byte("5"), 0); err != nil {
 			return err
 		}
@@ -140,7 +140,7 @@ func (p *process) resetPeak() error {
 	return nil
 }
 
-// freeAddress finds an address on which nothing listens.
+// freeAddress returns a loopback address on which no process listens.
 func freeAddress() (string, error) {
 	listener, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

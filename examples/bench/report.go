@@ -10,14 +10,14 @@ import (
 	"strings"
 )
 
-// size is a size of reports, with one of them.
+// size is a report size, with a report of that size.
 type size struct {
 	name     string
 	document []byte
 	real     bool
 }
 
-// The sizes that are put under load. Real reports stand for the first two where they are there.
+// wantedSizes are the sizes to measure. For the first two, real reports are used if available.
 var wantedSizes = []struct {
 	name  string
 	bytes int
@@ -48,11 +48,11 @@ func sizes(folder string) ([]size, error) {
 	return all, nil
 }
 
-// id is the size as part of a task's ID or of a file's name.
+// id returns the size for use in task IDs and file names.
 func (s size) id() string { return strings.ReplaceAll(s.name, " ", "") }
 
-// makeReport makes a finished report of about a size, which has the shape of a real one and shrinks about as much: names
-// that come again and again, and between them digests and IDs that never do.
+// makeReport generates a finished report of about the given size. It has the structure of a real report and compresses
+// about as well: the names repeat, and the digests and IDs between them do not.
 func makeReport(bytes int) []byte {
 	var b strings.Builder
 	b.WriteString(`{"processTime":2238,"result":{"finalVerdict":{"verdict":"NO_THREAT","threatLevel":0.1,"confidence":1},` +

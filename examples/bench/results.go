@@ -11,31 +11,31 @@ import (
 	"time"
 )
 
-// results are what a run has measured.
+// results are the results of a run.
 type results struct {
-	loads  []loadResult
-	memory []memoryResult
-	cold   []coldResult
-	misses []missResult
-	forms  []formResult
+	loads       []loadResult
+	memory      []memoryResult
+	cold        []coldResult
+	misses      []missResult
+	compression []compressionResult
 }
 
 type loadResult struct {
 	load
 	*contender
 	measure
-	ratio float64 // of the module's requests a second to this one's
+	ratio float64 // the module's requests per second divided by this contender's
 }
 
 type memoryResult struct {
 	*contender
 	size
-	bytes float64 // for one report
+	bytes float64 // per report
 }
 
 type coldResult struct {
 	*contender
-	callers, questions, failed int
+	callers, requests, failed int
 }
 
 type missResult struct {
@@ -46,18 +46,18 @@ type missResult struct {
 	peak int64
 }
 
-type formResult struct {
+type compressionResult struct {
 	size
 	way   string
 	bytes int
 	took  time.Duration
 }
 
-// print prints the tables, and how the goals were met.
-func (r *results) print(out io.Writer, lab *laboratory) {
-	fmt.Fprintf(out, "Measured on %s with %s, %s.\n", time.Now().Format(time.DateOnly), versions(), lab.options)
-	for _, s := range lab.sizes {
-		kind := "made"
+// print prints the tables, and whether the goals were met.
+func (r *results) print(out io.Writer, h *harness) {
+	fmt.Fprintf(out, "Measured on %s with %s, %s.\n", time.Now().Format(time.DateOnly), versions(), h.options)
+	for _, s := range h.sizes {
+		kind := "generated"
 		if s.real {
 			kind = "real"
 		}
@@ -69,11 +69,11 @@ func (r *results) print(out io.Writer, lab *laboratory) {
 	r.printMemory(out)
 	r.printCold(out)
 	r.printMisses(out)
-	r.printForms(out)
+	r.printCompression(out)
 	r.printGoals(out)
 }
 
-// printSummary prints how many times as fast as each of the others the module is, for loads of many callers.
+// printSummary prints how many times as fast as each other contender the module is, for the loads with many callers.
 func (r *results) printSummary(out io.Writer) {
 	var others []*contender
 	for _, l := range r.loads {
@@ -102,7 +102,7 @@ func (r *results) printSummary(out io.Writer) {
 	}
 }
 
-// find gives what a contender did under a load, or nil where it took no part.
+// find returns the result of c under a load, or nil if there is none.
 func (r *results) find(under load, c *contender) *loadResult {
 	for i, l := range r.loads {
 		if l.contender == c && l.load.String() == under.String() {
@@ -117,7 +117,7 @@ func (r *results) printLoads(out io.Writer) {
 	for _, l := range r.loads {
 		if name := l.load.String(); name != last {
 			last = name
-			fmt.Fprintf(out, "\n**%s**\n\n| | requests/s | p50 | p99 | CPU s for 10,000 | bytes each | the module is … times as fast |\n|---|--:|--:|--:|--:|--:|--:|\n", name)
+			fmt.Fprintf(out, "\n**%s**\n\n| | requests/s | p50 | p99 | CPU s per 10,000 | bytes per response | the module is … times as fast |\n|---|--:|--:|--:|--:|--:|--:|\n", name)
 		}
 		fmt.Fprintf(out, "| %s | %.0f | %s | %s | %.2f | %.0f | %.2f |\n", l.contender.name, l.Requests, short(l.P50), short(l.P99), l.CPU.Seconds(), l.Wire, l.ratio)
 	}
@@ -131,21 +131,21 @@ func short(d time.Duration) string {
 }
 
 func (r *results) printMemory(out io.Writer) {
-	fmt.Fprint(out, "\n**Memory for a kept report, asked for with gzip**\n\n| | report | bytes | for each byte of the report |\n|---|---|--:|--:|\n")
+	fmt.Fprint(out, "\n**Memory per cached report, for clients that accept gzip**\n\n| | report | bytes | per byte of the report |\n|---|---|--:|--:|\n")
 	for _, m := range r.memory {
 		fmt.Fprintf(out, "| %s | %s | %.0f | %.2f |\n", m.contender.name, m.size.name, m.bytes, m.bytes/float64(len(m.document)))
 	}
 }
 
 func (r *results) printCold(out io.Writer) {
-	fmt.Fprint(out, "\n**Callers who ask at once for a report that nobody has yet**\n\n| | callers | questions to the node | callers without an answer |\n|---|--:|--:|--:|\n")
+	fmt.Fprint(out, "\n**Concurrent callers for an uncached report**\n\n| | callers | requests to the node | failed callers |\n|---|--:|--:|--:|\n")
 	for _, c := range r.cold {
-		fmt.Fprintf(out, "| %s | %d | %d | %d |\n", c.contender.name, c.callers, c.questions, c.failed)
+		fmt.Fprintf(out, "| %s | %d | %d | %d |\n", c.contender.name, c.callers, c.requests, c.failed)
 	}
 }
 
 func (r *results) printMisses(out io.Writer) {
-	fmt.Fprint(out, "\n**A miss**\n\n| | report | caller takes | time | ms for each MiB | peak memory, MiB for each MiB |\n|---|--:|---|--:|--:|--:|\n")
+	fmt.Fprint(out, "\n**A cache miss**\n\n| | report | caller accepts | time | ms per MiB | peak memory, MiB per MiB |\n|---|--:|---|--:|--:|--:|\n")
 	for _, m := range r.misses {
 		form := "identity"
 		if m.gzip {
@@ -156,26 +156,26 @@ func (r *results) printMisses(out io.Writer) {
 	}
 }
 
-func (r *results) printForms(out io.Writer) {
-	fmt.Fprint(out, "\n**What a report could be kept as**\n\n| report | compressed with | bytes | for each byte of the report | time |\n|---|---|--:|--:|--:|\n")
-	for _, f := range r.forms {
+func (r *results) printCompression(out io.Writer) {
+	fmt.Fprint(out, "\n**Ways to compress a report**\n\n| report | compressed with | bytes | per byte of the report | time |\n|---|---|--:|--:|--:|\n")
+	for _, f := range r.compression {
 		fmt.Fprintf(out, "| %s | %s | %d | %.3f | %s |\n", f.size.name, f.way, f.bytes, float64(f.bytes)/float64(len(f.document)), short(f.took))
 	}
 }
 
-// goal is what the module should reach.
+// goal is a performance goal of the module.
 type goal struct {
-	text  string
-	peer  string
-	least float64 // ratio
-	of    func(load) bool
+	text    string
+	peer    string
+	minimum float64 // ratio
+	of      func(load) bool
 }
 
 func upTo(bytes int) func(load) bool {
 	return func(l load) bool { return len(l.size.document) <= bytes }
 }
 
-func both(a, b func(load) bool) func(load) bool { return func(l load) bool { return a(l) && b(l) } }
+func and(a, b func(load) bool) func(load) bool { return func(l load) bool { return a(l) && b(l) } }
 
 func tlsGzip(l load) bool      { return l.tls && l.gzip }
 func httpGzip(l load) bool     { return !l.tls && l.gzip }
@@ -185,27 +185,27 @@ func from(bytes int) func(load) bool {
 }
 
 const (
-	small, middling, large, huge = 20_000, 60_000, 300_000, 1 << 20 // between the sizes
+	small, middling, large, huge = 20_000, 60_000, 300_000, 1 << 20 // limits between the report sizes
 )
 
 var goals = []goal{
 	{"0.95 of a bare handler in Caddy", bareHandler.name, 0.95, func(load) bool { return true }},
-	{"HTTPS, gzip: 3 times nginx (level 6, as here) at 15 KB", "nginx, level 6", 3, both(tlsGzip, upTo(small))},
-	{"HTTPS, gzip: 6 times nginx (level 6) at 41 KB", "nginx, level 6", 6, both(tlsGzip, both(from(small), upTo(middling)))},
-	{"HTTPS, gzip: 30 times nginx (level 6) from 220 KB on", "nginx, level 6", 30, both(tlsGzip, from(middling))},
+	{"HTTPS, gzip: 3 times nginx (level 6, as here) at 15 KB", "nginx, level 6", 3, and(tlsGzip, upTo(small))},
+	{"HTTPS, gzip: 6 times nginx (level 6) at 41 KB", "nginx, level 6", 6, and(tlsGzip, and(from(small), upTo(middling)))},
+	{"HTTPS, gzip: 30 times nginx (level 6) from 220 KB on", "nginx, level 6", 30, and(tlsGzip, from(middling))},
 	{"20 times cache-handler up to 220 KB", "Caddy cache-handler", 20, upTo(large)},
 	{"3 times cache-handler at 2 MiB", "Caddy cache-handler", 3, from(large)},
-	{"gzip: 4 times file_server and encode from 41 KB on", "Caddy file_server", 4, both(func(l load) bool { return l.gzip }, from(small))},
-	{"HTTP, identity: 0.6 of nginx up to 220 KB", "nginx", 0.6, both(httpIdentity, upTo(large))},
-	{"HTTP, identity: ahead of nginx from 1 MiB on", "nginx", 1, both(httpIdentity, from(huge))},
+	{"gzip: 4 times file_server and encode from 41 KB on", "Caddy file_server", 4, and(func(l load) bool { return l.gzip }, from(small))},
+	{"HTTP, identity: 0.6 of nginx up to 220 KB", "nginx", 0.6, and(httpIdentity, upTo(large))},
+	{"HTTP, identity: ahead of nginx from 1 MiB on", "nginx", 1, and(httpIdentity, from(huge))},
 	{"HTTP, identity: ahead of Varnish", "Varnish", 1, httpIdentity},
 	{"HTTP, gzip: 0.55 of Varnish", "Varnish", 0.55, httpGzip},
 }
 
-// printGoals says how the goals were met by one caller and by many, at the worst of the loads that each is about, and how
-// a bare handler in Caddy would have met them there: what lies between is the module's.
+// printGoals prints whether the goals were met with one caller and with many. Each row is the worst result among the
+// loads of the goal, and the result of the bare handler under the same load. The difference is due to the module.
 func (r *results) printGoals(out io.Writer) {
-	fmt.Fprint(out, "\n**Goals**\n\n| goal | reached at worst | a bare handler there | at | |\n|---|--:|--:|---|---|\n")
+	fmt.Fprint(out, "\n**Goals**\n\n| goal | worst result | bare handler | load | |\n|---|--:|--:|---|---|\n")
 	for _, g := range goals {
 		for _, conns := range connections {
 			worst := r.worst(g, conns)
@@ -216,22 +216,22 @@ func (r *results) printGoals(out io.Writer) {
 			if floor := r.find(worst.load, bareHandler); floor != nil {
 				bare = fmt.Sprintf("%.2f", worst.ratio/floor.ratio)
 			}
-			fmt.Fprintf(out, "| %s | %.2f | %s | %s | %s |\n", g.text, worst.ratio, bare, worst.load, verdict(worst.ratio >= g.least))
+			fmt.Fprintf(out, "| %s | %.2f | %s | %s | %s |\n", g.text, worst.ratio, bare, worst.load, verdict(worst.ratio >= g.minimum))
 		}
 	}
 	for _, m := range r.memory {
 		if each := m.bytes / float64(len(m.document)); m.contender == module {
-			fmt.Fprintf(out, "| at most 0.35 byte kept for each byte of a report | %.2f | | %s | %s |\n", each, m.size.name, verdict(each <= 0.35))
+			fmt.Fprintf(out, "| at most 0.35 bytes of memory per byte of a report | %.2f | | %s | %s |\n", each, m.size.name, verdict(each <= 0.35))
 		}
 	}
 	for _, c := range r.cold {
 		if c.contender == module {
-			fmt.Fprintf(out, "| 1 question for %d callers | %d | | | %s |\n", c.callers, c.questions, verdict(c.questions == 1 && c.failed == 0))
+			fmt.Fprintf(out, "| 1 request to the node for %d callers | %d | | | %s |\n", c.callers, c.requests, verdict(c.requests == 1 && c.failed == 0))
 		}
 	}
 }
 
-// worst is what the goal is furthest from, or nil where nothing that it is about was measured.
+// worst returns the worst result for the goal, or nil if there is none.
 func (r *results) worst(g goal, conns int) *loadResult {
 	var worst *loadResult
 	for i, l := range r.loads {
@@ -249,7 +249,7 @@ func verdict(met bool) string {
 	return "**missed**"
 }
 
-// versions names who was measured.
+// versions returns the names and versions of the measured software.
 func versions() string {
 	names := []string{runtime.Version()}
 	if info, ok := debug.ReadBuildInfo(); ok {

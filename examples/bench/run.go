@@ -25,55 +25,55 @@ import (
 	"time"
 )
 
-// laboratory is where contenders are measured.
-type laboratory struct {
+// harness measures contenders.
+type harness struct {
 	options options
 	dir     string
-	files   string // a folder of what contenders need: a certificate, the reports, recorded answers
-	script  string // of wrk
+	files   string // folder of the files that contenders need: a certificate, the reports, recorded responses
+	script  string // path of the wrk script
 	sizes   []size
 	node    *node
 	client  *http.Client
 }
 
-func newLaboratory(o options) (*laboratory, error) {
+func newHarness(o options) (*harness, error) {
 	if _, err := exec.LookPath("wrk"); err != nil {
-		return nil, fmt.Errorf("wrk makes the load: install it (apt-get install wrk nginx varnish): %w", err)
+		return nil, fmt.Errorf("wrk is required: install it (apt-get install wrk nginx varnish): %w", err)
 	}
-	lab := &laboratory{options: o}
+	h := &harness{options: o}
 	var err error
-	if lab.dir, err = os.MkdirTemp("", "fsbroker-bench-"); err != nil {
+	if h.dir, err = os.MkdirTemp("", "fsbroker-bench-"); err != nil {
 		return nil, err
 	}
-	lab.files, lab.script = filepath.Join(lab.dir, "files"), filepath.Join(lab.dir, "wrk.lua")
-	if lab.sizes, err = sizes(o.reports); err != nil {
+	h.files, h.script = filepath.Join(h.dir, "files"), filepath.Join(h.dir, "wrk.lua")
+	if h.sizes, err = sizes(o.reports); err != nil {
 		return nil, err
 	}
-	if lab.node, err = startNode(lab.sizes); err != nil {
+	if h.node, err = startNode(h.sizes); err != nil {
 		return nil, err
 	}
-	lab.client = &http.Client{Transport: &http.Transport{
+	h.client = &http.Client{Transport: &http.Transport{
 		DisableCompression: true,
-		TLSClientConfig:    &tls.Config{InsecureSkipVerify: true}, //nolint:gosec // the certificate has just been made
+		TLSClientConfig:    &tls.Config{InsecureSkipVerify: true}, //nolint:gosec // this program generated the certificate
 	}}
 	err = errors.Join(
-		os.Mkdir(lab.files, 0o700),
-		os.WriteFile(lab.script, []byte(script), 0o600),
-		writeCertificate(lab.files),
+		os.Mkdir(h.files, 0o700),
+		os.WriteFile(h.script, []byte(script), 0o600),
+		writeCertificate(h.files),
 	)
-	for _, size := range lab.sizes {
-		err = errors.Join(err, os.WriteFile(filepath.Join(lab.files, size.id()+".json"), size.document, 0o600))
+	for _, size := range h.sizes {
+		err = errors.Join(err, os.WriteFile(filepath.Join(h.files, size.id()+".json"), size.document, 0o600))
 	}
-	return lab, err
+	return h, err
 }
 
-func (lab *laboratory) close() {
-	lab.client.CloseIdleConnections()
-	_ = lab.node.server.Close()
-	_ = os.RemoveAll(lab.dir)
+func (h *harness) close() {
+	h.client.CloseIdleConnections()
+	_ = h.node.server.Close()
+	_ = os.RemoveAll(h.dir)
 }
 
-// writeCertificate makes a certificate for 127.0.0.1.
+// writeCertificate generates a certificate for 127.0.0.1.
 func writeCertificate(dir string) error {
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -97,53 +97,53 @@ func writeCertificate(dir string) error {
 	)
 }
 
-// run measures everything, and prints it.
+// run does all measurements and prints the results.
 func run(ctx context.Context, o options, out io.Writer) error {
-	lab, err := newLaboratory(o)
-	if lab != nil && lab.node != nil {
-		defer lab.close()
+	h, err := newHarness(o)
+	if h != nil && h.node != nil {
+		defer h.close()
 	}
 	if err != nil {
 		return err
 	}
-	if err := keepOff(o.serverCPUs); err != nil {
+	if err := reserveCPUs(o.serverCPUs); err != nil {
 		return err
 	}
 	var all results
-	var taking []*contender
+	var participants []*contender
 	for _, c := range contenders {
-		if !c.isThere() {
-			progress.Printf("%s is not installed here, and takes no part", c.name)
-		} else if o.takesPart(c) {
-			taking = append(taking, c)
+		if !c.installed() {
+			progress.Printf("%s is not installed and is skipped", c.name)
+		} else if o.includes(c) {
+			participants = append(participants, c)
 		}
 	}
-	for _, part := range []func(context.Context, []*contender, *results) error{lab.load, lab.memory, lab.cold, lab.miss, lab.forms} {
-		if err := part(ctx, taking, &all); err != nil {
+	for _, part := range []func(context.Context, []*contender, *results) error{h.load, h.memory, h.cold, h.miss, h.compression} {
+		if err := part(ctx, participants, &all); err != nil {
 			return err
 		}
 	}
-	all.print(out, lab)
+	all.print(out, h)
 	return nil
 }
 
-// load puts everybody under every load, in rounds in which each has its turn. Servers start anew for each round, since
-// how a process happens to lie in memory makes it a few percent faster or slower for as long as it lives.
-func (lab *laboratory) load(ctx context.Context, taking []*contender, results *results) error {
+// load measures every participant under every load, in rounds. Servers are restarted for each round, because the memory
+// layout of a process makes it a few percent faster or slower for its whole life.
+func (h *harness) load(ctx context.Context, participants []*contender, results *results) error {
 	type trial struct {
-		load   load
-		by     *contender
-		ours   *trial // of the module
-		rounds []measure
+		load      load
+		contender *contender
+		ours      *trial // the trial of the module under the same load
+		rounds    []measure
 	}
 	var trials []*trial
-	for _, l := range allLoads(lab.sizes) {
+	for _, l := range allLoads(h.sizes) {
 		var ours *trial
-		for _, c := range taking {
-			if !l.suits(c) || !lab.options.loads.MatchString(l.String()) {
+		for _, c := range participants {
+			if !l.supportedBy(c) || !h.options.loads.MatchString(l.String()) {
 				continue
 			}
-			t := &trial{load: l, by: c}
+			t := &trial{load: l, contender: c}
 			if c == module {
 				ours = t
 			}
@@ -151,17 +151,17 @@ func (lab *laboratory) load(ctx context.Context, taking []*contender, results *r
 			trials = append(trials, t)
 		}
 	}
-	for round := range lab.options.rounds {
-		progress.Printf("round %d of %d", round+1, lab.options.rounds)
-		servers, err := lab.startAll(ctx, taking)
+	for round := range h.options.rounds {
+		progress.Printf("round %d of %d", round+1, h.options.rounds)
+		servers, err := h.startAll(ctx, participants)
 		for _, t := range trials {
 			if err != nil {
 				break
 			}
-			s := servers[t.by.config.Name()]
-			if err = lab.check(ctx, t.load, t.by, s); err == nil {
+			s := servers[t.contender.config.Name()]
+			if err = h.check(ctx, t.load, t.contender, s); err == nil {
 				var m measure
-				m, err = t.load.put(ctx, lab, t.by, s)
+				m, err = t.load.run(ctx, h, t.contender, s)
 				t.rounds = append(t.rounds, m)
 			}
 		}
@@ -171,25 +171,25 @@ func (lab *laboratory) load(ctx context.Context, taking []*contender, results *r
 		}
 	}
 	for _, t := range trials {
-		results.loads = append(results.loads, summarize(t.load, t.by, t.rounds, t.ours.rounds))
+		results.loads = append(results.loads, summarize(t.load, t.contender, t.rounds, t.ours.rounds))
 	}
 	return nil
 }
 
-// startAll starts the servers of all who take part. The bare handler's is started last but for what it plays back being
-// recorded: the answers of the module.
-func (lab *laboratory) startAll(ctx context.Context, taking []*contender) (map[string]*server, error) {
+// startAll starts the servers of all participants. Before it starts the bare handler, it records the responses of the
+// module, which the bare handler plays back.
+func (h *harness) startAll(ctx context.Context, participants []*contender) (map[string]*server, error) {
 	servers := make(map[string]*server)
-	for _, c := range taking {
+	for _, c := range participants {
 		if servers[c.config.Name()] != nil {
 			continue
 		}
 		if c == bareHandler {
-			if err := lab.record(ctx, servers[module.config.Name()]); err != nil {
+			if err := h.record(ctx, servers[module.config.Name()]); err != nil {
 				return servers, err
 			}
 		}
-		s, err := c.start(ctx, lab)
+		s, err := c.start(ctx, h)
 		if err != nil {
 			return servers, err
 		}
@@ -204,63 +204,63 @@ func stopAll(servers map[string]*server) {
 	}
 }
 
-// record saves the module's answers for the bare handler.
-func (lab *laboratory) record(ctx context.Context, s *server) error {
-	for _, l := range allLoads(lab.sizes) {
-		if l.tls || l.conns > 1 { // the answer is the same
+// record saves the module's responses for the bare handler.
+func (h *harness) record(ctx context.Context, s *server) error {
+	for _, l := range allLoads(h.sizes) {
+		if l.tls || l.conns > 1 { // the response is the same
 			continue
 		}
-		var a answer
-		for range 2 { // the second is a hit
+		var a response
+		for range 2 { // the second request is a hit
 			var err error
-			if a, err = lab.get(ctx, l.url(module, s), l.gzip); err != nil {
+			if a, err = h.get(ctx, l.url(module, s), l.gzip); err != nil {
 				return err
 			}
 		}
 		for _, own := range []string{"Server", "Date", "Alt-Svc"} { // Caddy and Go set these
 			a.header.Del(own)
 		}
-		text, err := json.Marshal(recorded{pairQuery(l.form()), a.header, a.body})
+		text, err := json.Marshal(recorded{pairQuery(l.representation()), a.header, a.body})
 		if err != nil {
 			return err
 		}
-		if err := os.WriteFile(filepath.Join(lab.files, l.form()+".recorded"), text, 0o600); err != nil {
+		if err := os.WriteFile(filepath.Join(h.files, l.representation()+".recorded"), text, 0o600); err != nil {
 			return err
 		}
 	}
 	return nil
 }
 
-// answer is what a contender said.
-type answer struct {
+// response is the response of a contender.
+type response struct {
 	header http.Header
 	body   []byte
 }
 
-func (lab *laboratory) get(ctx context.Context, url string, gzipped bool) (answer, error) {
+func (h *harness) get(ctx context.Context, url string, gzipped bool) (response, error) {
 	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
-		return answer{}, err
+		return response{}, err
 	}
 	if gzipped {
 		req.Header.Set("Accept-Encoding", "gzip")
 	}
-	resp, err := lab.client.Do(req)
+	resp, err := h.client.Do(req)
 	if err != nil {
-		return answer{}, err
+		return response{}, err
 	}
 	defer resp.Body.Close()
 	body, err := io.ReadAll(resp.Body)
 	if err == nil && resp.StatusCode != http.StatusOK {
 		err = fmt.Errorf("%s: status %d: %.200s", url, resp.StatusCode, body)
 	}
-	return answer{resp.Header, body}, err
+	return response{resp.Header, body}, err
 }
 
-// check makes sure that a contender gives what is asked for, compressed where that is wanted, again and again.
-func (lab *laboratory) check(ctx context.Context, l load, c *contender, s *server) error {
+// check checks that a contender returns the report three times in a row, compressed if the load has gzip.
+func (h *harness) check(ctx context.Context, l load, c *contender, s *server) error {
 	for range 3 {
-		a, err := lab.get(ctx, l.url(c, s), l.gzip)
+		a, err := h.get(ctx, l.url(c, s), l.gzip)
 		if err != nil {
 			return fmt.Errorf("%s: %w", c.name, err)
 		}
@@ -270,15 +270,15 @@ func (lab *laboratory) check(ctx context.Context, l load, c *contender, s *serve
 			}
 		}
 		if !bytes.Equal(a.body, l.size.document) {
-			return fmt.Errorf("%s, %s: %d bytes came, which are not the report", c.name, l, len(a.body))
+			return fmt.Errorf("%s, %s: the response of %d bytes is not the report", c.name, l, len(a.body))
 		}
 	}
 	return nil
 }
 
-func gunzip(a answer) ([]byte, error) {
+func gunzip(a response) ([]byte, error) {
 	if encoding := a.header.Get("Content-Encoding"); encoding != "gzip" {
-		return nil, fmt.Errorf("the answer is encoded as %q, not as gzip", encoding)
+		return nil, fmt.Errorf("the response has Content-Encoding %q instead of gzip", encoding)
 	}
 	zr, err := gzip.NewReader(bytes.NewReader(a.body))
 	if err != nil {
@@ -287,8 +287,8 @@ func gunzip(a answer) ([]byte, error) {
 	return io.ReadAll(zr)
 }
 
-// summarize takes the medians of rounds. The ratio is the median of the rounds' ratios, since whatever else the machine
-// does in a round is done to all.
+// summarize returns the medians of the rounds. The ratio is the median of the ratios per round, because other activity
+// on the machine in a round affects all contenders.
 func summarize(l load, c *contender, rounds, ours []measure) loadResult {
 	ratios := make([]float64, len(rounds))
 	for i := range rounds {
@@ -306,7 +306,7 @@ func summarize(l load, c *contender, rounds, ours []measure) loadResult {
 	}
 }
 
-// median is the middle one of what of takes from each.
+// median returns the median of the values that of returns for all elements.
 func median[E any, V cmp.Ordered](all []E, of func(E) V) V {
 	values := make([]V, len(all))
 	for i, e := range all {

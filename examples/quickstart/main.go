@@ -1,6 +1,6 @@
-// Command quickstart shows the module at work on real files: it runs Caddy with the site of its Caddyfile, and beside
-// it an example backend of one broker and two processor nodes, and prints what to paste into a shell. Everything is on
-// loopback ports and in a temporary folder, and is gone when it ends.
+// Command quickstart demonstrates the module with real files. It runs Caddy with the site in its Caddyfile, and an
+// example backend of one broker and two processor nodes. It prints commands to paste into a shell. Everything listens
+// on loopback ports and writes to a temporary folder, which is removed at the end.
 package main
 
 import (
@@ -53,12 +53,12 @@ type options struct {
 func parse(args []string) (options, error) {
 	var o options
 	flags := flag.NewFlagSet("quickstart", flag.ContinueOnError)
-	flags.IntVar(&o.port, "port", 8443, "port of the site; 0 takes any that is free, as for the other ports")
+	flags.IntVar(&o.port, "port", 8443, "port of the site; for each of the ports, 0 selects a free one")
 	flags.IntVar(&o.brokerPort, "broker-port", 22000, "port of the broker")
 	flags.IntVar(&o.node1Port, "node-1-port", 22001, "port of the first node")
 	flags.IntVar(&o.node2Port, "node-2-port", 22002, "port of the second node")
-	flags.DurationVar(&o.analysis, "analysis", 3*time.Second, "how long a node takes to analyse a file")
-	flags.DurationVar(&o.forget, "forget", 20*time.Second, "how long a node knows a task after that")
+	flags.DurationVar(&o.analysis, "analysis", 3*time.Second, "how long a node takes to analyze a file")
+	flags.DurationVar(&o.forget, "forget", 20*time.Second, "how long a node keeps a task after the analysis")
 	if err := flags.Parse(args); err != nil {
 		return o, err
 	}
@@ -66,12 +66,12 @@ func parse(args []string) (options, error) {
 		return o, errors.New("-analysis and -forget cannot be negative")
 	}
 	if flags.NArg() > 0 {
-		return o, fmt.Errorf("unexpected argument %q: there are only flags, see -h", flags.Arg(0))
+		return o, fmt.Errorf("unexpected argument %q: use flags only, see -h", flags.Arg(0))
 	}
 	return o, nil
 }
 
-// run does it all, until ctx ends.
+// run runs everything until ctx is canceled.
 func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	o, err := parse(args)
 	if err != nil {
@@ -100,7 +100,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	ca := filepath.Join(dir, "pki", "authorities", "local", "root.crt")
 	if err := await(ctx, site, ca); err != nil {
 		if ctx.Err() != nil {
-			return nil // it was stopped before it began
+			return nil // stopped during the start
 		}
 		return err
 	}
@@ -114,8 +114,8 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	return nil
 }
 
-// startBackend runs the broker and the nodes, and leaves their addresses and secrets in the environment for the
-// Caddyfile. The broker's secret is the callers' too.
+// startBackend runs the broker and the nodes. It sets environment variables with their ports and secrets for the
+// Caddyfile. The callers use the broker's secret.
 func startBackend(o options, brokerSecret string) (stop func(), err error) {
 	var servers []*http.Server
 	var running sync.WaitGroup
@@ -167,7 +167,7 @@ func startBackend(o options, brokerSecret string) (stop func(), err error) {
 	return stop, nil
 }
 
-// shutdown lets a server finish the answers that it has begun, within a moment.
+// shutdown stops a server. It gives requests in flight a few seconds to finish.
 func shutdown(s *http.Server) {
 	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
 	defer cancel()
@@ -176,7 +176,7 @@ func shutdown(s *http.Server) {
 	}
 }
 
-// listen takes a port on the loopback interface. Where that fails, the flag is the way out.
+// listen listens on a loopback port. If that fails, its error names the flag for another port.
 func listen(port int, flag string) (net.Listener, error) {
 	l, err := new(net.ListenConfig).Listen(context.Background(), "tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
 	if err != nil {
@@ -185,9 +185,9 @@ func listen(port int, flag string) (net.Listener, error) {
 	return l, nil
 }
 
-// startCaddy runs the site.
+// startCaddy runs Caddy with the site, and returns its port.
 func startCaddy(port int, dir string) (int, error) {
-	// Caddy would say that a port is taken too, but not what to do about it.
+	// Check the port first. Caddy's own error would not name the flag for another port.
 	l, err := listen(port, "port")
 	if err != nil {
 		return 0, err
@@ -199,7 +199,7 @@ func startCaddy(port int, dir string) (int, error) {
 	for name, value := range map[string]string{
 		"QUICKSTART_PORT": strconv.Itoa(port),
 		"QUICKSTART_DIR":  filepath.ToSlash(dir),
-		"XDG_DATA_HOME":   dir, // where Caddy leaves its instance's ID, whatever its storage is
+		"XDG_DATA_HOME":   dir, // Caddy writes its instance ID here, regardless of its storage
 	} {
 		if err := os.Setenv(name, value); err != nil {
 			return 0, err
@@ -212,7 +212,7 @@ func startCaddy(port int, dir string) (int, error) {
 	return port, caddy.Load(config, true)
 }
 
-// await returns when the site answers over TLS: its certificate is made in the background.
+// await waits until the site responds over TLS. Caddy obtains its certificate in the background.
 func await(ctx context.Context, site, ca string) error {
 	root, err := os.ReadFile(ca)
 	if err != nil {
@@ -235,39 +235,39 @@ func await(ctx context.Context, site, ca string) error {
 		}
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("the site does not answer: %w", err)
+			return fmt.Errorf("the site does not respond: %w", err)
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
 }
 
-// printLines tells what to paste.
+// printLines prints the commands to paste.
 func printLines(stdout io.Writer, site, ca, secret, dir, file string, o options) {
 	curl := fmt.Sprintf("curl -sS --cacert '%s'", ca)
 	bearer := fmt.Sprintf("-H 'Authorization: Bearer %s'", secret)
-	fmt.Fprintf(stdout, `Caddy serves %[1]s, with a broker and two processor nodes behind it.
-Its access log is %[2]s. Ctrl-C ends it all.
+	fmt.Fprintf(stdout, `Caddy serves %[1]s, in front of a broker and two processor nodes.
+The access log is %[2]s. Press Ctrl-C to stop.
 
-Paste into another shell:
+Paste these commands into another shell:
 
 # 1. Submit a file.
 ID=$(%[3]s -F 'file=@%[4]s' '%[1]s/submit?secret=%[5]s' | sed 's/.*"ID":"\([^"]*\)".*/\1/'); echo "submission $ID"
 
-# 2. Poll for its report. It is finished after %[6]s.
+# 2. Poll for its report. The analysis takes %[6]s.
 until %[3]s %[7]s "%[1]s/task?submitID=$ID" | grep '"overallState":"success"'; do sleep 1; done
 
-# 3. Get it again, %[8]s later: the node has forgotten it, but it is kept ("Cache-Status: fsbroker; hit").
+# 3. Get it again after %[8]s. The node has deleted it, but it is cached ("Cache-Status: fsbroker; hit").
 sleep %[9]g; %[3]s -i %[7]s "%[1]s/task?submitID=$ID"
 
-# 4. Ask the node, whatever is kept: it says 404.
+# 4. Bypass the cache. The node no longer has the report, so the response is 404.
 %[3]s -i %[7]s "%[1]s/task?submitID=$ID&nocache=true"
 `, site, filepath.Join(dir, "access.log"), curl, file, secret, o.analysis, bearer, o.forget, (o.forget + time.Second).Seconds())
 }
 
-// sample is a file to submit: a program, where there is one that everybody has, or else the Caddyfile.
+// sample returns the path of a file to submit: a common program if there is one, or else the Caddyfile.
 func sample(dir string) (string, error) {
 	for _, name := range []string{"/bin/ls", os.Getenv("ComSpec")} {
-		//nolint:gosec // whoever sets the variable runs this
+		//nolint:gosec // the user who sets the variable also runs this program
 		if info, err := os.Stat(name); err == nil && info.Mode().IsRegular() {
 			return name, nil
 		}

@@ -17,11 +17,11 @@ import (
 	"time"
 )
 
-// TestPrintedLines runs the command as a newcomer would, pastes what it prints into a shell, and presses Ctrl-C.
+// TestPrintedLines runs the command, runs the printed commands in a shell, and sends Ctrl-C.
 func TestPrintedLines(t *testing.T) {
 	for _, tool := range []string{"sh", "curl", "sed", "grep"} {
 		if _, err := exec.LookPath(tool); err != nil {
-			t.Skipf("the lines are for a shell with curl: %v", err)
+			t.Skipf("the printed commands need a shell with curl: %v", err)
 		}
 	}
 	dir := t.TempDir()
@@ -52,7 +52,7 @@ func TestPrintedLines(t *testing.T) {
 	}
 	lines, secret := pasteable(t, bufio.NewScanner(stdout))
 
-	// One shell, as when they are pasted; the markers tell their outputs apart.
+	// Run all lines in one shell, as if they were pasted. The markers separate their outputs.
 	const marker = "----- next line -----"
 	script := strings.Join(lines, "\necho '"+marker+"'\n")
 	out, err := exec.CommandContext(ctx, "sh", "-c", script).CombinedOutput()
@@ -61,7 +61,7 @@ func TestPrintedLines(t *testing.T) {
 	}
 	outputs := strings.Split(string(out), marker+"\n")
 	if len(outputs) != 4 {
-		t.Fatalf("%d outputs: %s", len(outputs), out)
+		t.Fatalf("got %d outputs: %s", len(outputs), out)
 	}
 
 	if id, ok := strings.CutPrefix(strings.TrimSpace(outputs[0]), "submission "); !ok || len(id) != 26 {
@@ -77,7 +77,7 @@ func TestPrintedLines(t *testing.T) {
 		t.Errorf("3: %s", head)
 	}
 	if strings.TrimSpace(body) != strings.TrimSpace(outputs[1]) {
-		t.Errorf("3: the report is another than in 2: %s", body)
+		t.Errorf("3: the report differs from that in 2: %s", body)
 	}
 	if !strings.HasPrefix(outputs[3], "HTTP/2 404") || !strings.Contains(outputs[3], `"code":"unknown_task"`) {
 		t.Errorf("4: %s", outputs[3])
@@ -86,22 +86,22 @@ func TestPrintedLines(t *testing.T) {
 	checkAccessLog(t, temp, secret)
 
 	if runtime.GOOS == "windows" {
-		t.Skip("there is no Ctrl-C to send")
+		t.Skip("Ctrl-C cannot be sent on Windows")
 	}
 	if err := cmd.Process.Signal(os.Interrupt); err != nil {
 		t.Fatal(err)
 	}
 	if err := cmd.Wait(); err != nil {
-		t.Errorf("it ended with %v: %s", err, stderr.String())
+		t.Errorf("the command ended with %v: %s", err, stderr.String())
 	}
 	for _, folder := range []string{temp, filepath.Join(dir, "home")} {
 		if left, err := os.ReadDir(folder); len(left) > 0 {
-			t.Errorf("it left behind %v in %s (%v)", left, folder, err)
+			t.Errorf("the command left %v in %s (%v)", left, folder, err)
 		}
 	}
 }
 
-// pasteable reads the lines that the command prints for a shell, and the secret in them.
+// pasteable returns the commands that the quickstart prints, and the secret in them.
 func pasteable(t *testing.T, printed *bufio.Scanner) (lines []string, secret string) {
 	t.Helper()
 	for len(lines) < 4 && printed.Scan() {
@@ -110,14 +110,14 @@ func pasteable(t *testing.T, printed *bufio.Scanner) (lines []string, secret str
 		}
 	}
 	if len(lines) != 4 {
-		t.Fatalf("it printed %d lines with curl (%v)", len(lines), printed.Err())
+		t.Fatalf("got %d lines with curl (%v)", len(lines), printed.Err())
 	}
 	_, secret, _ = strings.Cut(lines[1], "Bearer ")
 	secret, _, _ = strings.Cut(secret, "'")
 	return lines, secret
 }
 
-// checkAccessLog checks that the requests are in the access log, and the secret is not.
+// checkAccessLog checks that the access log has the requests, but not the secret.
 func checkAccessLog(t *testing.T, temp, secret string) {
 	t.Helper()
 	logs, err := filepath.Glob(filepath.Join(temp, "*", "access.log"))
@@ -129,7 +129,7 @@ func checkAccessLog(t *testing.T, temp, secret string) {
 		t.Fatal(err)
 	}
 	if !strings.Contains(string(log), "secret=REDACTED") || len(secret) != 26 || strings.Contains(string(log), secret) {
-		t.Errorf("the access log is not as it should be, for the secret %q: %s", secret, log)
+		t.Errorf("the access log is wrong, or has the secret %q: %s", secret, log)
 	}
 }
 
@@ -156,11 +156,11 @@ func checkReport(t *testing.T, output, submitted string) {
 		t.Errorf("2: %s", output)
 	}
 	if runtime.GOOS == "linux" && report.Result.File.Format != "ELF" {
-		t.Errorf("2: the file is %q", report.Result.File.Format)
+		t.Errorf("2: the format of the file is %q", report.Result.File.Format)
 	}
 }
 
-// TestPortTaken checks that whoever runs into a port that is taken learns which flag chooses another.
+// TestPortTaken checks that the error for a port in use names the flag for another port.
 func TestPortTaken(t *testing.T) {
 	taken, err := new(net.ListenConfig).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	if err != nil {

@@ -11,7 +11,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 )
 
-// compressor is a way to compress reports.
+// compressor is one way to compress a report.
 type compressor struct {
 	name string
 	writer
@@ -41,18 +41,18 @@ func compressors() ([]compressor, error) {
 	return all, nil
 }
 
-// forms compresses the reports in all ways that the module could choose from: level 6 of gzip is what it takes.
-func (lab *laboratory) forms(_ context.Context, _ []*contender, results *results) error {
-	progress.Print("ways to compress")
+// compression compresses the reports in all ways that the module could use. It uses gzip at level 6.
+func (h *harness) compression(_ context.Context, _ []*contender, results *results) error {
+	progress.Print("compressing reports")
 	ways, err := compressors()
 	if err != nil {
 		return err
 	}
-	for _, size := range lab.sizes {
+	for _, size := range h.sizes {
 		for _, way := range ways {
 			var compressed bytes.Buffer
 			var took []time.Duration
-			for range max(5, lab.options.rounds) {
+			for range max(5, h.options.rounds) {
 				compressed.Reset()
 				begin := time.Now()
 				way.Reset(&compressed)
@@ -64,7 +64,7 @@ func (lab *laboratory) forms(_ context.Context, _ []*contender, results *results
 				}
 				took = append(took, time.Since(begin))
 			}
-			results.forms = append(results.forms, formResult{
+			results.compression = append(results.compression, compressionResult{
 				size, way.name, compressed.Len(), median(took, func(d time.Duration) time.Duration { return d }),
 			})
 		}
