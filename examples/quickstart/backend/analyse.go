@@ -1,5 +1,6 @@
-// Package backend is a small broker and processor node for trying the module out: it speaks the Task API as nodes and
-// brokers do, and really looks into the files it is given. It keeps everything in memory and is no malware analysis.
+// Package backend is a small broker and processor node for trying the module out. It speaks the Task API as the
+// product's brokers and nodes do, in the variations that their documentation leaves open, and really analyses the files
+// it gets. It keeps everything in memory, and is no malware analysis.
 package backend
 
 import (

@@ -2,7 +2,10 @@ package backend
 
 import (
 	"bytes"
+	"cmp"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"debug/elf"
 	"debug/macho"
 	"debug/pe"
@@ -10,6 +13,8 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"log"
+	"maps"
 	"mime/multipart"
 	"net/http"
 	"net/http/httptest"
@@ -18,6 +23,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -270,6 +276,7 @@ func upload(t *testing.T, field string, content []byte) (body io.Reader, content
 	return &form, w.FormDataContentType()
 }
 
+// call sends a request and returns the status and, if the answer is JSON, its document.
 func call(t *testing.T, method, target string, body io.Reader, contentType string) (status int, answer map[string]any) {
 	t.Helper()
 	request, err := http.NewRequestWithContext(t.Context(), method, target, body)
@@ -277,7 +284,12 @@ func call(t *testing.T, method, target string, body io.Reader, contentType strin
 		t.Fatal(err)
 	}
 	request.Header.Set("Content-Type", contentType)
-	response, err := http.DefaultClient.Do(request)
+	return do(t, http.DefaultClient, request)
+}
+
+func do(t *testing.T, client *http.Client, request *http.Request) (status int, answer map[string]any) {
+	t.Helper()
+	response, err := client.Do(request)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -301,8 +313,8 @@ func serve(t *testing.T, handler http.Handler) (address string) {
 func TestNode(t *testing.T) {
 	node := serve(t, NewNode("hush", 100*time.Millisecond, 300*time.Millisecond))
 	for target, want := range map[string]int{
-		"/task?taskID=x":                       401,
-		"/task?taskID=x&secret=wrong":          401,
+		"/task?taskID=x":                       400,
+		"/task?taskID=x&secret=wrong":          400,
 		"/task?taskID=x&secret=hush":           404,
 		"/task?taskID=x&serect=hush":           404,
 		"/task?secret=hush":                    400,
@@ -310,7 +322,7 @@ func TestNode(t *testing.T) {
 		"/system-info?serect=hush":             200,
 		"/scan?secret=hush":                    405,
 		"/nothing?secret=hush":                 404,
-		"/system-info?secret=&serect=":         401,
+		"/system-info?secret=&serect=":         400,
 	} {
 		if status, _ := call(t, "GET", node+target, nil, ""); status != want {
 			t.Errorf("%s: status %d, want %d", target, status, want)
@@ -352,6 +364,9 @@ func TestNode(t *testing.T) {
 		return status == 404
 	})
 	_, answer = call(t, "GET", node+"/system-info?secret=hush", nil, "")
+	if threads, ok := answer["activeThreads"].(float64); !ok || threads < 1 {
+		t.Errorf("active threads: %v", answer["activeThreads"])
+	}
 	if queue := answer["queueInfo"].(map[string]any); queue["activeCount"] != 0.0 || queue["completedCount"] != 1.0 {
 		t.Errorf("the queue is %v", queue)
 	}
@@ -421,7 +436,7 @@ func TestBroker(t *testing.T) {
 	for target, want := range map[string]int{
 		"/submit-result?secret=own&submitID=x":  404,
 		"/submit-result?secret=own":             400,
-		"/submit-result?secret=hush&submitID=x": 401,
+		"/submit-result?secret=hush&submitID=x": 400,
 		"/submit?secret=own":                    405,
 	} {
 		if status, _ := call(t, "GET", broker+target, nil, ""); status != want {
@@ -465,4 +480,302 @@ func TestQueue(t *testing.T) {
 	}
 	stop()
 	<-ended
+}
+
+func TestSecretPlaces(t *testing.T) {
+	requests := map[SecretPlace]func(r *http.Request, secret string){
+		SecretInHeader: func(r *http.Request, secret string) { r.Header.Set("secret", secret) },
+		SecretInQuery:  func(r *http.Request, secret string) { r.URL.RawQuery = "secret=" + secret },
+		SecretInSerect: func(r *http.Request, secret string) { r.URL.RawQuery = "serect=" + secret },
+		"nowhere":      func(*http.Request, string) {},
+	}
+	for _, test := range []struct {
+		accepted []SecretPlace
+		refuse   int
+		want     map[SecretPlace]int
+	}{
+		{nil, 0, map[SecretPlace]int{SecretInHeader: 200, SecretInQuery: 200, SecretInSerect: 200, "nowhere": 400}},
+		{[]SecretPlace{SecretInHeader}, 401, map[SecretPlace]int{SecretInHeader: 200, SecretInQuery: 401, SecretInSerect: 401, "nowhere": 401}},
+		{[]SecretPlace{SecretInQuery}, 403, map[SecretPlace]int{SecretInHeader: 403, SecretInQuery: 200, SecretInSerect: 403, "nowhere": 403}},
+		{[]SecretPlace{SecretInSerect}, 0, map[SecretPlace]int{SecretInHeader: 400, SecretInQuery: 400, SecretInSerect: 200, "nowhere": 400}},
+		{[]SecretPlace{SecretInHeader, SecretInSerect}, 0, map[SecretPlace]int{SecretInHeader: 200, SecretInQuery: 400, SecretInSerect: 200, "nowhere": 400}},
+	} {
+		broker, node := NewBroker("hush"), NewNode("hush", 0, 0)
+		for role, access := range map[string]*Access{"broker": &broker.Access, "node": &node.Access} {
+			access.SecretIn, access.Refuse = test.accepted, test.refuse
+			address := serve(t, map[string]http.Handler{"broker": broker, "node": node}[role])
+			for place, want := range test.want {
+				for secret, want := range map[string]int{"hush": want, "wrong": test.want["nowhere"]} {
+					request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, address+"/system-info", nil)
+					if err != nil {
+						t.Fatal(err)
+					}
+					requests[place](request, secret)
+					if status, _ := do(t, http.DefaultClient, request); status != want {
+						t.Errorf("%s with the secret in %v: %s in %s: status %d, want %d", role, test.accepted, secret, place, status, want)
+					}
+				}
+			}
+		}
+	}
+}
+
+func TestParse(t *testing.T) {
+	if places, err := ParseSecretPlaces("header, query,serect"); err != nil || !slices.Equal(places, secretPlaces) {
+		t.Errorf("%v, %v", places, err)
+	}
+	if _, err := ParseSecretPlaces("header,cookie"); err == nil || !strings.Contains(err.Error(), `"cookie"`) {
+		t.Errorf("%v", err)
+	}
+	if mode, err := ParseSubmitResultMode("manual"); err != nil || mode != SubmitResultManual {
+		t.Errorf("%v, %v", mode, err)
+	}
+	if _, err := ParseSubmitResultMode("none"); err == nil || !strings.Contains(err.Error(), `"none"`) {
+		t.Errorf("%v", err)
+	}
+}
+
+// TestSubmitResult checks the form of the answers for a submission that is queued, and for the same one at a node.
+func TestSubmitResult(t *testing.T) {
+	for mode, test := range map[SubmitResultMode]struct {
+		queued, done int      // status
+		fields       []string // while queued
+		more         []string // at the node
+		isNumber     bool     // whether IDs are numbers
+	}{
+		"":                  {200, 200, []string{"digests", "fileSize", "mediaType", "positionInQueue", "state"}, []string{"appServerID", "httpStatus", "result"}, false},
+		SubmitResultIDs:     {200, 200, []string{"digests", "fileSize", "mediaType", "positionInQueue", "state"}, []string{"appServerID", "httpStatus", "result"}, false},
+		SubmitResultNumbers: {200, 200, []string{"digests", "fileSize", "mediaType", "positionInQueue", "state"}, []string{"appServerID", "httpStatus", "result"}, true},
+		SubmitResultManual:  {200, 200, []string{"digests", "fileSize", "mediaType", "processTime"}, nil, false},
+		SubmitResultAbsent:  {404, 404, nil, nil, false},
+	} {
+		t.Run(cmp.Or(string(mode), "default"), func(t *testing.T) {
+			node := NewNode("hush", 0, time.Minute)
+			node.NumericIDs = true
+			b := NewBroker("own", NodeRef{"1", serve(t, node), "hush"})
+			b.SubmitResult = mode
+			broker := serve(t, b)
+			_, accepted := submit(t, broker)
+			target := broker + "/submit-result?secret=own&submitID=" + accepted["ID"].(string)
+			status, answer := call(t, "GET", target, nil, "")
+			if fields := slices.Sorted(maps.Keys(answer)); status != test.queued || !slices.Equal(fields, test.fields) {
+				t.Errorf("queued: status %d, %v", status, answer)
+			}
+			go b.Run(t.Context())
+			eventually(t, func() bool { return b.dispatchedNow() == 1 })
+			status, answer = call(t, "GET", target, nil, "")
+			want := slices.DeleteFunc(slices.Concat(test.fields, test.more), func(name string) bool { return name == "positionInQueue" })
+			slices.Sort(want)
+			if fields := slices.Sorted(maps.Keys(answer)); status != test.done || !slices.Equal(fields, want) {
+				t.Errorf("done: status %d, %v, want %v", status, answer, want)
+			}
+			if test.more == nil {
+				return
+			}
+			reference := answer["result"].(map[string]any)["scanTasks"].([]any)[0].(map[string]any)["taskReference"].(map[string]any)
+			for name, id := range map[string]any{"appServerID": answer["appServerID"], "the task's ID": reference["ID"]} {
+				if _, isNumber := id.(float64); isNumber != test.isNumber {
+					t.Errorf("%s is %#v", name, id)
+				}
+			}
+			if name := reference["resourceReference"].(map[string]any)["ID"]; reflect.TypeOf(name).Kind() != reflect.String {
+				t.Errorf("an ID that is no number is %#v", name)
+			}
+		})
+	}
+}
+
+func (b *Broker) dispatchedNow() int {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.dispatched
+}
+
+func TestNumericIDs(t *testing.T) {
+	got, err := withNumericIDs(map[string]any{
+		"ID": "12", "taskID": "1790000000001", "octalID": "012", "hugeID": "99999999999999999999", "state": "7",
+		"list": []any{map[string]any{"appServerID": "3", "size": 1 << 60}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	text, err := json.Marshal(got)
+	want := `{"ID":12,"hugeID":"99999999999999999999","list":[{"appServerID":3,"size":1152921504606846976}],"octalID":"012","state":"7","taskID":1790000000001}`
+	if string(text) != want || err != nil {
+		t.Errorf("%s, %v", text, err)
+	}
+}
+
+// counter counts the requests for reports.
+type counter struct {
+	http.Handler
+	tasks atomic.Int64
+}
+
+func (c *counter) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if r.URL.Path == "/task" {
+		c.tasks.Add(1)
+	}
+	c.Handler.ServeHTTP(w, r)
+}
+
+// TestBrokerTask follows a submission from the queue until it is deleted.
+func TestBrokerTask(t *testing.T) {
+	node := NewNode("hush", 500*time.Millisecond, 2*time.Second)
+	node.SecretIn = []SecretPlace{SecretInHeader}
+	counted := &counter{Handler: node}
+	b := NewBroker("own", NodeRef{"node-1", serve(t, counted), "hush"})
+	b.Forget = 4 * time.Second
+	broker := serve(t, b)
+	_, accepted := submit(t, broker)
+	target := broker + "/task?secret=own&submitID=" + accepted["ID"].(string)
+	get := func(target string) (int, map[string]any) { return call(t, "GET", target, nil, "") }
+
+	if status, _ := get(target); status != 204 {
+		t.Errorf("queued: status %d", status)
+	}
+	go b.Run(t.Context())
+	var status int
+	var answer map[string]any
+	eventually(t, func() bool { status, answer = get(target); return status != 204 })
+	if states := statesOf(answer); status != 200 || states[0] != "IN_PROGRESS" || answer["result"].(map[string]any)["finalVerdict"] != nil {
+		t.Errorf("in progress: status %d, %v", status, answer)
+	}
+	eventually(t, func() bool { status, answer = get(target); return statesOf(answer)[0] == "SUCCESS" })
+	result := answer["result"].(map[string]any)
+	if verdict := result["finalVerdict"].(map[string]any)["verdict"]; verdict != "UNKNOWN" || answer["processTime"] == nil || result["resources"] != nil {
+		t.Errorf("finished: %v", answer)
+	}
+
+	asked := counted.tasks.Load()
+	pair := broker + "/task?secret=own&appServerID=node-1&taskID=" + result["taskReference"].(map[string]any)["ID"].(string)
+	for _, target := range []string{target, pair} {
+		if _, again := get(target); !reflect.DeepEqual(again, answer) {
+			t.Errorf("%s: %v, want %v", target, again, answer)
+		}
+	}
+	if got := counted.tasks.Load(); got != asked {
+		t.Errorf("the node is asked %d times for a report that the broker keeps", got-asked)
+	}
+	if _, again := get(target + "&nocache=true"); statesOf(again)[0] != "SUCCESS" || counted.tasks.Load() != asked+1 {
+		t.Errorf("with nocache the node is asked %d times: %v", counted.tasks.Load()-asked, again)
+	}
+	if _, complete := get(pair + "&all=true"); complete["result"].(map[string]any)["resources"] == nil || counted.tasks.Load() != asked+2 {
+		t.Errorf("the complete report: %v", complete)
+	}
+
+	eventually(t, func() bool { status, _ = get(target + "&nocache=true"); return status == 404 })
+	if status, _ = get(target); status != 200 {
+		t.Errorf("the node has deleted the task, the broker answers with status %d", status)
+	}
+	eventually(t, func() bool { status, _ = get(target); return status == 404 })
+	for _, target := range []string{pair, pair + "&all=true", broker + "/submit-result?secret=own&submitID=" + accepted["ID"].(string)} {
+		if status, _ = get(target); status != 404 {
+			t.Errorf("%s: status %d after the deletion", target, status)
+		}
+	}
+}
+
+func TestBrokerTaskErrors(t *testing.T) {
+	node := serve(t, NewNode("hush", 0, time.Minute))
+	nonsense := serve(t, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { fmt.Fprint(w, `{"result":{}}`) }))
+	b := NewBroker("own", NodeRef{"refuses", node, "wrong"}, NodeRef{"node-1", node, "hush"},
+		NodeRef{"absent", "http://127.0.0.1:1", "hush"}, NodeRef{"nonsense", nonsense, "hush"})
+	go b.Run(t.Context())
+	broker := serve(t, b)
+	_, failed := submit(t, broker)
+	eventually(t, func() bool { return b.dispatchedNow() == 1 })
+	for query, want := range map[string]int{
+		"":                                   400,
+		"&taskID=x":                          400,
+		"&appServerID=node-1":                400,
+		"&submitID=x&all=maybe":              400,
+		"&submitID=x&nocache=maybe":          400,
+		"&submitID=x":                        404,
+		"&submitID=" + failed["ID"].(string): 404,
+		"&appServerID=node-1&taskID=x":       404,
+		"&appServerID=node-9&taskID=x":       404,
+		"&appServerID=refuses&taskID=x":      500,
+		"&appServerID=absent&taskID=x":       500,
+		"&appServerID=nonsense&taskID=x":     500,
+	} {
+		if status, _ := call(t, "GET", broker+"/task?secret=own"+query, nil, ""); status != want {
+			t.Errorf("%s: status %d, want %d", query, status, want)
+		}
+	}
+}
+
+func TestBrokerSystemInfo(t *testing.T) {
+	broker := serve(t, NewBroker("own"))
+	for queued := range 2 {
+		_, answer := call(t, "GET", broker+"/system-info?secret=own", nil, "")
+		version, _ := answer["versionInfo"].(map[string]any)
+		queue, _ := answer["queueInfo"].(map[string]any)
+		if version["name"] != "fsBroker" || version["version"] == "" || queue["queueCount"] != float64(queued) || answer["memoryStats"] == nil {
+			t.Errorf("%v", answer)
+		}
+		if free, ok := answer["freeDiscSpaceInMb"].(float64); runtime.GOOS == "linux" && (!ok || free <= 0) {
+			t.Errorf("free disc space: %v", answer["freeDiscSpaceInMb"])
+		}
+		submit(t, broker)
+	}
+}
+
+// TestTLS has a broker and a node with one certificate, and a broker that does not trust it.
+func TestTLS(t *testing.T) {
+	certificate, err := NewCertificate()
+	if err != nil {
+		t.Fatal(err)
+	}
+	serveTLS := func(handler http.Handler) (address string) {
+		server := httptest.NewUnstartedServer(handler)
+		server.TLS = certificate.ServerConfig()
+		server.Config.ErrorLog = log.New(io.Discard, "", 0) // the broker that does not trust it
+		server.StartTLS()
+		t.Cleanup(server.Close)
+		return server.URL
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(certificate.PEM) {
+		t.Fatalf("no certificate in %s", certificate.PEM)
+	}
+	node := serveTLS(NewNode("hush", 0, time.Minute))
+	for name, test := range map[string]struct {
+		client *http.Client
+		want   int
+	}{
+		"pinned":   {certificate.Client(), 200},
+		"from PEM": {&http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}}}, 200},
+		"unknown":  {nil, 404},
+	} {
+		t.Run(name, func(t *testing.T) {
+			b := NewBroker("own", NodeRef{"node-1", node, "hush"})
+			b.NodeClient = test.client
+			broker := serveTLS(b)
+			body, contentType := upload(t, "file", []byte("a small text"))
+			request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, broker+"/submit?secret=own", body)
+			if err != nil {
+				t.Fatal(err)
+			}
+			request.Header.Set("Content-Type", contentType)
+			client := certificate.Client()
+			_, answer := do(t, client, request)
+			submitted := answer["acceptedFiles"].([]any)[0].(map[string]any)["ID"].(string)
+			go b.Run(t.Context())
+			for _, host := range []string{"127.0.0.1", "localhost"} {
+				address := strings.Replace(broker, "127.0.0.1", host, 1)
+				eventually(t, func() bool {
+					request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, address+"/task?secret=own&submitID="+submitted, nil)
+					if err != nil {
+						t.Fatal(err)
+					}
+					status, _ := do(t, client, request)
+					if status != 204 && status != test.want {
+						t.Fatalf("status %d, want %d", status, test.want)
+					}
+					return status == test.want
+				})
+			}
+		})
+	}
 }

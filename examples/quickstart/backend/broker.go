@@ -2,74 +2,124 @@ package backend
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/json"
-	"fmt"
+	"errors"
 	"io"
+	"maps"
 	"mime/multipart"
 	"net/http"
 	"net/url"
+	"strconv"
 	"sync"
 	"time"
 )
 
-// Broker takes files in and hands them to nodes.
+// Broker takes files in, hands them to nodes, and fetches their reports. Its exported fields must not change while it
+// serves requests.
 type Broker struct {
-	Secret string    // that it wants of those who ask it
-	Nodes  []NodeRef // that it hands files to, in turn
+	Access
+
+	Nodes        []NodeRef        // get the files in turn
+	NodeClient   *http.Client     // sends the requests to nodes; default: http.DefaultClient
+	SubmitResult SubmitResultMode // the form of the answers to /submit-result; default: SubmitResultIDs
+	Forget       time.Duration    // how long it keeps a submission that is completed; default: ten minutes
 
 	mux   http.ServeMux
 	queue chan *submission
 
 	mu          sync.Mutex
-	accepted    int // submissions, ever
+	accepted    int // the number of submissions so far
 	dispatched  int
 	submissions map[string]*submission
+	tasks       map[taskKey]*brokerTask
 }
 
-// maxQueue bounds the files that wait for a node.
-const maxQueue = 16
+const (
+	maxQueue      = 16       // files that wait for a node
+	maxNodeAnswer = 64 << 20 // bytes
+	defaultForget = 10 * time.Minute
+	nodeTimeout   = 30 * time.Second
+)
 
-// NodeRef is how a broker knows a node.
+// NodeRef is a node as a broker knows it.
 type NodeRef struct {
 	AppServerID string
 	Address     string // a URL
 	Secret      string
 }
 
-// submission is what became of a file. It is guarded by the broker's mutex.
+// submission is a file that the broker accepted. The broker's mutex guards it. Its JSON is the answer to
+// /submit-result.
 type submission struct {
 	FileSize        int               `json:"fileSize"`
 	MediaType       MediaType         `json:"mediaType"`
 	Digests         map[string]string `json:"digests"`
 	State           string            `json:"state"`                     // QUEUED, SUCCESS or FAILED
-	PositionInQueue *int              `json:"positionInQueue,omitempty"` // while it is QUEUED
+	PositionInQueue *int              `json:"positionInQueue,omitempty"` // while QUEUED
 	AppServerID     string            `json:"appServerID,omitempty"`
-	HTTPStatus      int               `json:"httpStatus,omitempty"` // the node's
-	Result          json.RawMessage   `json:"result,omitempty"`     // the node's
+	HTTPStatus      int               `json:"httpStatus,omitempty"` // of the node's answer
+	Result          json.RawMessage   `json:"result,omitempty"`     // the node's answer
 
-	number int // how many came before it
-	name   string
-	file   []byte // until a node has it
+	number  int // of the submissions before it
+	name    string
+	file    []byte // until a node has it
+	taskID  string
+	deleted time.Time // when the broker deletes it; zero while QUEUED
 }
 
-// NewBroker makes a broker that serves /submit and /submit-result. What it accepts stays queued until Run is called.
+// taskKey names a task.
+type taskKey struct {
+	appServerID, taskID string
+}
+
+// brokerTask holds the finished reports of a task that the broker has fetched. The broker's mutex guards it.
+type brokerTask struct {
+	reports map[bool][]byte // by the parameter all
+	deleted time.Time       // when the broker deletes it
+}
+
+// NewBroker makes a broker that serves /submit, /submit-result, /task and /system-info. Submissions stay queued until
+// Run is called.
 func NewBroker(secret string, nodes ...NodeRef) *Broker {
 	b := &Broker{
-		Secret: secret, Nodes: nodes, queue: make(chan *submission, maxQueue), submissions: make(map[string]*submission),
+		Access:      Access{Secret: secret},
+		Nodes:       nodes,
+		queue:       make(chan *submission, maxQueue),
+		submissions: make(map[string]*submission),
+		tasks:       make(map[taskKey]*brokerTask),
 	}
 	b.mux.HandleFunc("POST /submit", b.submit)
 	b.mux.HandleFunc("GET /submit-result", b.submitResult)
+	b.mux.HandleFunc("GET /task", b.task)
+	b.mux.HandleFunc("GET /system-info", b.systemInfo)
 	return b
 }
 
-// ServeHTTP answers who has the secret.
+// ServeHTTP answers requests that hold the secret.
 func (b *Broker) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	serveWithSecret(w, r, b.Secret, &b.mux)
+	b.forget(time.Now())
+	b.serve(w, r, &b.mux)
 }
 
-// Run hands the files that are queued to the nodes, one after the other, until ctx ends.
+// forget deletes the submissions and tasks whose time is over.
+func (b *Broker) forget(now time.Time) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	maps.DeleteFunc(b.submissions, func(_ string, sub *submission) bool {
+		return !sub.deleted.IsZero() && !now.Before(sub.deleted)
+	})
+	maps.DeleteFunc(b.tasks, func(_ taskKey, t *brokerTask) bool { return !now.Before(t.deleted) })
+}
+
+// deletion returns when the broker deletes what is completed at a time.
+func (b *Broker) deletion(completed time.Time) time.Time {
+	return completed.Add(cmp.Or(b.Forget, defaultForget))
+}
+
+// Run hands the queued files to the nodes, one after the other, until ctx ends.
 func (b *Broker) Run(ctx context.Context) {
 	for {
 		select {
@@ -81,8 +131,9 @@ func (b *Broker) Run(ctx context.Context) {
 	}
 }
 
-// submit takes a file in and answers at once; a node gets it afterwards.
+// submit queues a file and answers at once.
 func (b *Broker) submit(w http.ResponseWriter, r *http.Request) {
+	start := time.Now()
 	name, file, ok := readFile(w, r)
 	if !ok {
 		return
@@ -98,14 +149,16 @@ func (b *Broker) submit(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	writeJSON(w, map[string]any{
+		"processTime": time.Since(start).Milliseconds(),
 		"acceptedFiles": []any{map[string]any{
 			"ID": id, "submitName": name, "sha256": sub.Digests["SHA-256"], "mediaType": sub.MediaType, "positionInQueue": position,
 		}},
-		"rejectedFiles": []any{},
+		"rejectedFiles":  []any{},
+		"submitWarnings": []any{},
 	})
 }
 
-// enqueue queues a submission, unless too many wait already.
+// enqueue queues a submission. It reports false if the queue is full.
 func (b *Broker) enqueue(id string, sub *submission) (position int, ok bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -120,81 +173,225 @@ func (b *Broker) enqueue(id string, sub *submission) (position int, ok bool) {
 	return sub.number - b.dispatched, true
 }
 
-// dispatch hands a file to the node whose turn it is.
+// dispatch hands a file to the next node.
 func (b *Broker) dispatch(ctx context.Context, sub *submission) {
-	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
-	defer cancel()
 	node := b.Nodes[sub.number%len(b.Nodes)]
-	status, result, err := scan(ctx, node, sub.name, sub.file)
+	answer, err := b.scan(ctx, node, sub.name, sub.file)
+	taskID := taskIDOf(answer.body)
+	completed := answer.finish
+	if completed.IsZero() {
+		completed = time.Now()
+	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.dispatched++
 	sub.file = nil
-	sub.HTTPStatus = status
-	if err != nil || status != http.StatusOK {
+	sub.HTTPStatus = answer.status
+	sub.deleted = b.deletion(completed)
+	if err != nil || answer.status != http.StatusOK || taskID == "" {
 		sub.State = "FAILED"
 		return
 	}
-	sub.State, sub.AppServerID, sub.Result = "SUCCESS", node.AppServerID, result
+	sub.State, sub.AppServerID, sub.Result, sub.taskID = "SUCCESS", node.AppServerID, answer.body, taskID
+	b.tasks[taskKey{node.AppServerID, taskID}] = &brokerTask{reports: make(map[bool][]byte), deleted: sub.deleted}
+}
+
+// taskIDOf reads the ID of the task from a node's answer to /scan.
+func taskIDOf(answer []byte) string {
+	var document struct {
+		ScanTasks []struct {
+			TaskReference struct{ ID string }
+		}
+	}
+	if err := json.Unmarshal(answer, &document); err != nil || len(document.ScanTasks) == 0 {
+		return ""
+	}
+	return document.ScanTasks[0].TaskReference.ID
+}
+
+// submission returns a copy of a submission.
+func (b *Broker) submission(id string) (sub submission, ok bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	found, ok := b.submissions[id]
+	if !ok {
+		return sub, false
+	}
+	sub = *found
+	if sub.State == "QUEUED" {
+		position := sub.number - b.dispatched
+		sub.PositionInQueue = &position
+	}
+	return sub, true
+}
+
+// task answers with the report of a submission or of a node's task.
+func (b *Broker) task(w http.ResponseWriter, r *http.Request) {
+	query := r.URL.Query()
+	all, errAll := boolParam(query, "all")
+	nocache, errNocache := boolParam(query, "nocache")
+	if err := errors.Join(errAll, errNocache); err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	key := taskKey{query.Get("appServerID"), query.Get("taskID")}
+	if id := query.Get("submitID"); id != "" {
+		sub, ok := b.submission(id)
+		switch {
+		case !ok:
+			http.Error(w, "there is no such submission", http.StatusNotFound)
+			return
+		case sub.State == "QUEUED":
+			w.WriteHeader(http.StatusNoContent)
+			return
+		case sub.State == "FAILED":
+			http.Error(w, "the submission failed and has no report", http.StatusNotFound)
+			return
+		}
+		key = taskKey{sub.AppServerID, sub.taskID}
+	}
+	if key.appServerID == "" || key.taskID == "" {
+		http.Error(w, "submitID, or appServerID and taskID, are missing", http.StatusBadRequest)
+		return
+	}
+	if report, ok := b.kept(key, all); ok && !nocache {
+		writeDocument(w, report)
+		return
+	}
+	status, report := b.report(r.Context(), key, all)
+	switch status {
+	case http.StatusOK:
+		writeDocument(w, report)
+	case http.StatusNoContent:
+		w.WriteHeader(status)
+	case http.StatusNotFound:
+		http.Error(w, "there is no such task", status)
+	default:
+		http.Error(w, "the node did not answer with a report", http.StatusInternalServerError)
+	}
+}
+
+// kept returns the report of a task if the broker has fetched it as finished.
+func (b *Broker) kept(key taskKey, all bool) (report []byte, ok bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if t := b.tasks[key]; t != nil {
+		report, ok = t.reports[all]
+	}
+	return report, ok
+}
+
+// keep keeps the finished report of a task.
+func (b *Broker) keep(key taskKey, all bool, report []byte) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	t := b.tasks[key]
+	if t == nil { // the task did not go through this broker
+		t = &brokerTask{reports: make(map[bool][]byte), deleted: b.deletion(time.Now())}
+		b.tasks[key] = t
+	}
+	t.reports[all] = report
+}
+
+// report fetches the report of a task from its node, and keeps it if it is finished.
+func (b *Broker) report(ctx context.Context, key taskKey, all bool) (status int, report []byte) {
+	for _, node := range b.Nodes {
+		if node.AppServerID != key.appServerID {
+			continue
+		}
+		query := url.Values{"taskID": {key.taskID}, "all": {strconv.FormatBool(all)}}
+		answer, err := b.ask(ctx, node, http.MethodGet, "/task?"+query.Encode(), "", nil)
+		if err != nil {
+			return http.StatusInternalServerError, nil
+		}
+		if answer.status != http.StatusOK {
+			return answer.status, nil
+		}
+		report, finished, err := withVerdict(answer.body)
+		if err != nil {
+			return http.StatusInternalServerError, nil
+		}
+		if finished {
+			b.keep(key, all, report)
+		}
+		return http.StatusOK, report
+	}
+	return http.StatusNotFound, nil
+}
+
+// withVerdict adds the final verdict to a node's report if it is finished. Facts alone are no verdict, so it is UNKNOWN.
+func withVerdict(report []byte) (document []byte, finished bool, err error) {
+	var parts struct {
+		ProcessTime int64                      `json:"processTime"`
+		Result      map[string]json.RawMessage `json:"result"`
+	}
+	if err := json.Unmarshal(report, &parts); err != nil {
+		return nil, false, err
+	}
+	var reference struct{ State string }
+	if err := json.Unmarshal(parts.Result["taskReference"], &reference); err != nil {
+		return nil, false, err
+	}
+	if reference.State == "IN_PROGRESS" {
+		return report, false, nil
+	}
+	parts.Result["finalVerdict"] = json.RawMessage(`{"verdict":"UNKNOWN","threatLevel":0,"confidence":0}`)
+	document, err = json.Marshal(parts)
+	return document, true, err
+}
+
+// nodeAnswer is an answer of a node.
+type nodeAnswer struct {
+	status int
+	body   []byte
+	finish time.Time // of the task that a file became; zero if the node does not say
 }
 
 // scan posts a file to a node.
-func scan(ctx context.Context, node NodeRef, name string, file []byte) (status int, result []byte, err error) {
+func (b *Broker) scan(ctx context.Context, node NodeRef, name string, file []byte) (nodeAnswer, error) {
 	var form bytes.Buffer
 	writer := multipart.NewWriter(&form)
 	part, err := writer.CreateFormFile("file", name)
 	if err != nil {
-		return 0, nil, err
+		return nodeAnswer{}, err
 	}
 	if _, err := part.Write(file); err != nil {
-		return 0, nil, err
+		return nodeAnswer{}, err
 	}
 	if err := writer.Close(); err != nil {
-		return 0, nil, err
+		return nodeAnswer{}, err
 	}
-	target := fmt.Sprintf("%s/scan?secret=%s", node.Address, url.QueryEscape(node.Secret))
-	req, err := http.NewRequestWithContext(ctx, http.MethodPost, target, &form)
+	return b.ask(ctx, node, http.MethodPost, "/scan", writer.FormDataContentType(), &form)
+}
+
+// ask sends a request to a node. An error may hold the URL with the secret: do not show it to anyone.
+func (b *Broker) ask(ctx context.Context, node NodeRef, method, target, contentType string, body io.Reader) (nodeAnswer, error) {
+	ctx, cancel := context.WithTimeout(ctx, nodeTimeout)
+	defer cancel()
+	req, err := http.NewRequestWithContext(ctx, method, node.Address+target, body)
 	if err != nil {
-		return 0, nil, err
+		return nodeAnswer{}, err
 	}
 	req.Close = true // so that no connection outlives the broker
-	req.Header.Set("Content-Type", writer.FormDataContentType())
-	resp, err := http.DefaultClient.Do(req)
+	if contentType != "" {
+		req.Header.Set("Content-Type", contentType)
+	}
+	addSecret(req, node.Secret)
+	resp, err := cmp.Or(b.NodeClient, http.DefaultClient).Do(req)
 	if err != nil {
-		return 0, nil, err
+		return nodeAnswer{}, err
 	}
 	defer resp.Body.Close()
-	result, err = io.ReadAll(io.LimitReader(resp.Body, 1<<20))
-	return resp.StatusCode, result, err
+	answer := nodeAnswer{status: resp.StatusCode}
+	answer.finish, _ = time.Parse(time.RFC3339Nano, resp.Header.Get(finishHeader))
+	answer.body, err = io.ReadAll(io.LimitReader(resp.Body, maxNodeAnswer))
+	return answer, err
 }
 
-// submitResult tells what became of a submission.
-func (b *Broker) submitResult(w http.ResponseWriter, r *http.Request) {
-	id := r.URL.Query().Get("submitID")
-	if id == "" {
-		http.Error(w, "say which submission, with submitID", http.StatusBadRequest)
-		return
-	}
-	now, ok := b.submission(id)
-	if !ok {
-		http.Error(w, "no such submission", http.StatusNotFound)
-		return
-	}
-	writeJSON(w, now)
-}
-
-// submission is what a submission has become until now.
-func (b *Broker) submission(id string) (now submission, ok bool) {
+// systemInfo answers with the state of the broker.
+func (b *Broker) systemInfo(w http.ResponseWriter, _ *http.Request) {
 	b.mu.Lock()
-	defer b.mu.Unlock()
-	sub, ok := b.submissions[id]
-	if !ok {
-		return now, false
-	}
-	now = *sub
-	if now.State == "QUEUED" {
-		position := now.number - b.dispatched
-		now.PositionInQueue = &position
-	}
-	return now, true
+	queued := b.accepted - b.dispatched
+	b.mu.Unlock()
+	writeJSON(w, systemInfo("fsBroker", map[string]any{"queueCount": queued}))
 }

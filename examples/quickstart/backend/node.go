@@ -2,33 +2,38 @@ package backend
 
 import (
 	"crypto/rand"
-	"crypto/subtle"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net/http"
+	"net/url"
 	"runtime"
 	"strconv"
 	"sync"
 	"time"
 )
 
-// Node is a processor node: it analyses the files it is given as tasks, and holds their reports for a while.
+// Node is a processor node: it analyses the files it gets as tasks, and keeps their reports for a while. Its exported
+// fields must not change while it serves requests.
 type Node struct {
-	Secret   string        // that it wants of those who ask it
-	Analysis time.Duration // how long a task takes
-	Forget   time.Duration // how long it knows a task after that
+	Access
+
+	Analysis   time.Duration // how long a task takes
+	Forget     time.Duration // how long it keeps a task that is completed
+	NumericIDs bool          // whether task IDs consist of digits
 
 	mu        sync.Mutex
 	tasks     map[string]*task
+	lastID    int64 // of NumericIDs
 	forgotten int
 	mux       http.ServeMux
 }
 
-// task is a file under analysis. It does not change: how far it is, is a matter of time.
+// task is a file under analysis. It does not change: its state follows from the time.
 type task struct {
 	id, name  string
-	resource  string // the ID under which the complete report has the file
+	resource  string // the ID of the file in the complete report
 	submitted time.Time
 	finished  time.Time
 	forgotten time.Time
@@ -36,37 +41,29 @@ type task struct {
 	took      time.Duration
 }
 
-// maxFile bounds the files that are taken, in bytes. A form of this size is read without a temporary file.
+// maxFile bounds the files that are accepted, in bytes. A form of this size is read without a temporary file.
 const maxFile = 32 << 20
+
+// finishHeader is a response header of /scan that says when the task will be finished. A real node tells its broker
+// afterwards; this one knows beforehand.
+const finishHeader = "X-Example-Finish"
 
 // NewNode makes a node that serves /scan, /task and /system-info.
 func NewNode(secret string, analysis, forget time.Duration) *Node {
-	n := &Node{Secret: secret, Analysis: analysis, Forget: forget, tasks: make(map[string]*task)}
+	n := &Node{Access: Access{Secret: secret}, Analysis: analysis, Forget: forget, tasks: make(map[string]*task)}
 	n.mux.HandleFunc("POST /scan", n.scan)
 	n.mux.HandleFunc("GET /task", n.task)
 	n.mux.HandleFunc("GET /system-info", n.systemInfo)
 	return n
 }
 
-// ServeHTTP answers who has the secret.
+// ServeHTTP answers requests that hold the secret.
 func (n *Node) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	n.forget(time.Now())
-	serveWithSecret(w, r, n.Secret, &n.mux)
+	n.serve(w, r, &n.mux)
 }
 
-// serveWithSecret is the authentication of nodes and brokers: a query parameter, in both of its spellings.
-func serveWithSecret(w http.ResponseWriter, r *http.Request, secret string, next http.Handler) {
-	query := r.URL.Query()
-	for _, name := range []string{"secret", "serect"} {
-		if subtle.ConstantTimeCompare([]byte(query.Get(name)), []byte(secret)) == 1 {
-			next.ServeHTTP(w, r)
-			return
-		}
-	}
-	http.Error(w, "wrong secret", http.StatusUnauthorized)
-}
-
-// forget cleans up the tasks whose time is over.
+// forget deletes the tasks whose time is over.
 func (n *Node) forget(now time.Time) {
 	n.mu.Lock()
 	defer n.mu.Unlock()
@@ -78,28 +75,39 @@ func (n *Node) forget(now time.Time) {
 	}
 }
 
-// scan takes a file in, as form data.
+// add gives a task its ID and keeps it.
+func (n *Node) add(t *task) {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	t.id = rand.Text()
+	if n.NumericIDs {
+		n.lastID = max(n.lastID+1, time.Now().UnixMilli()) // also greater than any ID before a restart
+		t.id = strconv.FormatInt(n.lastID, 10)
+	}
+	n.tasks[t.id] = t
+}
+
+// scan makes a task of a file.
 func (n *Node) scan(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	name, file, ok := readFile(w, r)
 	if !ok {
 		return
 	}
-	t := &task{id: rand.Text(), resource: rand.Text(), name: name, submitted: start, analysis: Analyse(file)}
+	t := &task{resource: rand.Text(), name: name, submitted: start, analysis: Analyse(file)}
 	t.took = time.Since(start)
 	t.finished = time.Now().Add(n.Analysis)
 	t.forgotten = t.finished.Add(n.Forget)
-	n.mu.Lock()
-	n.tasks[t.id] = t
-	n.mu.Unlock()
+	n.add(t)
 
+	w.Header().Set(finishHeader, t.finished.Format(time.RFC3339Nano))
 	writeJSON(w, map[string]any{
 		"processTime": t.took.Milliseconds(),
 		"scanTasks":   []any{map[string]any{"taskReference": t.reference("IN_PROGRESS")}},
 	})
 }
 
-// readFile reads the file of a request, or says what is wrong with it.
+// readFile reads the file of a request, or answers what is wrong with it.
 func readFile(w http.ResponseWriter, r *http.Request) (name string, file []byte, ok bool) {
 	r.Body = http.MaxBytesReader(w, r.Body, maxFile)
 	content, header, err := r.FormFile("file")
@@ -125,23 +133,21 @@ func readFile(w http.ResponseWriter, r *http.Request) (name string, file []byte,
 func (n *Node) task(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	query := r.URL.Query()
-	id, all := query.Get("taskID"), false
+	id := query.Get("taskID")
 	if id == "" {
-		http.Error(w, "say which task, with taskID", http.StatusBadRequest)
+		http.Error(w, "taskID is missing", http.StatusBadRequest)
 		return
 	}
-	if text := query.Get("all"); text != "" {
-		var err error
-		if all, err = strconv.ParseBool(text); err != nil {
-			http.Error(w, "all is true or false", http.StatusBadRequest)
-			return
-		}
+	all, err := boolParam(query, "all")
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
 	}
 	n.mu.Lock()
 	t, ok := n.tasks[id]
 	n.mu.Unlock()
 	if !ok {
-		http.Error(w, "no such task, or not any more", http.StatusNotFound)
+		http.Error(w, "there is no such task, or it is deleted", http.StatusNotFound)
 		return
 	}
 	writeJSON(w, map[string]any{
@@ -150,7 +156,20 @@ func (n *Node) task(w http.ResponseWriter, r *http.Request) {
 	})
 }
 
-// reference says what a task is about and how it is.
+// boolParam reads a query parameter that is true or false, and false if it is missing.
+func boolParam(query url.Values, name string) (bool, error) {
+	text := query.Get(name)
+	if text == "" {
+		return false, nil
+	}
+	value, err := strconv.ParseBool(text)
+	if err != nil {
+		return false, fmt.Errorf("%s is neither true nor false", name)
+	}
+	return value, nil
+}
+
+// reference returns what a report says of its task.
 func (t *task) reference(state string) map[string]any {
 	return map[string]any{
 		"name": "transform-file",
@@ -170,7 +189,7 @@ func (t *task) resourceReference() map[string]any {
 	return map[string]any{"type": "TRANSFORM_FILE", "name": "file", "ID": t.resource}
 }
 
-// report is the result of a task, in the form that nodes give it. Facts are not a verdict, and so there is none.
+// report returns the result of a task as a node has it. The final verdict is the broker's.
 func (t *task) report(now time.Time, all bool) map[string]any {
 	state, overall := stateAt(now, t.finished), "in_progress"
 	if state == "SUCCESS" {
@@ -181,7 +200,6 @@ func (t *task) report(now time.Time, all bool) map[string]any {
 		"taskReference":     t.reference(state),
 		"subtaskReferences": t.subtasks(now),
 		"overallState":      overall,
-		"finalVerdict":      map[string]any{"verdict": "UNKNOWN", "threatLevel": 0, "confidence": 0},
 		"file":              file,
 	}
 	if state != "SUCCESS" {
@@ -203,7 +221,7 @@ func (t *task) report(now time.Time, all bool) map[string]any {
 	return result
 }
 
-// subtasks are the parts of a task. They are finished one after the other, the last one with the task.
+// subtasks returns the parts of a task. They finish one after the other, the last one with the task.
 func (t *task) subtasks(now time.Time) []any {
 	names := []string{"headers", "strings"}
 	subtasks := make([]any, len(names))
@@ -221,7 +239,7 @@ func stateAt(now, finished time.Time) string {
 	return "SUCCESS"
 }
 
-// systemInfo tells how the node is, in MiB where it is about memory.
+// systemInfo answers with the state of the node.
 func (n *Node) systemInfo(w http.ResponseWriter, _ *http.Request) {
 	n.mu.Lock()
 	active, completed := 0, n.forgotten
@@ -233,16 +251,32 @@ func (n *Node) systemInfo(w http.ResponseWriter, _ *http.Request) {
 		}
 	}
 	n.mu.Unlock()
+	info := systemInfo("example node", map[string]any{"activeCount": active, "queueCount": 0, "completedCount": completed})
+	info["activeThreads"] = runtime.NumGoroutine()
+	writeJSON(w, info)
+}
+
+// systemInfo returns what the answers to /system-info have in common. Memory and space are in MiB.
+func systemInfo(name string, queue map[string]any) map[string]any {
 	var memory runtime.MemStats
 	runtime.ReadMemStats(&memory)
-	writeJSON(w, map[string]any{
-		"versionInfo": map[string]any{"name": "example node", "version": runtime.Version()},
-		"queueInfo":   map[string]any{"activeCount": active, "queueCount": 0, "completedCount": completed},
+	info := map[string]any{
+		"versionInfo": map[string]any{"name": name, "version": runtime.Version()},
+		"queueInfo":   queue,
 		"memoryStats": map[string]any{"usedMemory": memory.HeapAlloc >> 20, "totalMemory": memory.Sys >> 20},
-	})
+	}
+	if free, ok := freeDiscSpace(); ok {
+		info["freeDiscSpaceInMb"] = free
+	}
+	return info
 }
 
 func writeJSON(w http.ResponseWriter, value any) {
 	w.Header().Set("Content-Type", "application/json")
 	_ = json.NewEncoder(w).Encode(value) // the client may have left
+}
+
+func writeDocument(w http.ResponseWriter, document []byte) {
+	w.Header().Set("Content-Type", "application/json")
+	_, _ = w.Write(document) // the client may have left
 }
