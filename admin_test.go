@@ -16,16 +16,6 @@ import (
 	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
 )
 
-// wantAdmin checks an answer of the admin API, without times.
-func (s *adminSite) wantAdmin(method, path string, status int, want string) {
-	s.t.Helper()
-	code, body := s.askAdmin(method, path)
-	got := strings.TrimSpace(regexp.MustCompile(`"at":"[^"]+"`).ReplaceAllString(body, `"at":"…"`))
-	if code != status || got != want {
-		s.t.Errorf("%s %s: status %d, want %d\ngot  %s\nwant %s", method, path, code, status, got, want)
-	}
-}
-
 func TestAdminNodes(t *testing.T) {
 	waits, answered := make(chan bool), make(chan bool)
 	well := newBackend(t, func(w http.ResponseWriter, r *http.Request) {

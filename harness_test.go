@@ -2,6 +2,7 @@ package fsbroker_test
 
 import (
 	"bytes"
+	"compress/gzip"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -16,9 +17,8 @@ import (
 	"math/big"
 	"net"
 	"net/http"
-	"net/http/httptest"
-	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -65,84 +65,6 @@ func TestMain(m *testing.M) {
 		goleak.IgnoreAnyFunction("github.com/golang/glog.(*fileSink).flushDaemon"),
 		goleak.IgnoreAnyFunction("github.com/caddyserver/certmagic.keepLockfileFresh"),
 	)
-}
-
-// backend is a node or a broker over real HTTP, which does what a test tells it to.
-type backend struct {
-	*httptest.Server
-
-	mu     sync.Mutex
-	asked  []*url.URL
-	answer http.HandlerFunc
-}
-
-// newBackend starts a backend. It closes with the test.
-func newBackend(t testing.TB, answer http.HandlerFunc) *backend {
-	t.Helper()
-	b := &backend{answer: answer}
-	b.Server = httptest.NewServer(http.HandlerFunc(b.serve))
-	t.Cleanup(b.Close)
-	return b
-}
-
-func (b *backend) serve(w http.ResponseWriter, r *http.Request) {
-	b.mu.Lock()
-	b.asked = append(b.asked, r.URL)
-	answer := b.answer
-	b.mu.Unlock()
-	answer(w, r)
-}
-
-// becomes changes what the backend does from now on.
-func (b *backend) becomes(answer http.HandlerFunc) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.answer = answer
-}
-
-// questions is what the backend was asked so far.
-func (b *backend) questions() []*url.URL {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return append([]*url.URL(nil), b.asked...)
-}
-
-func (b *backend) wantQuestions(t *testing.T, want int) {
-	t.Helper()
-	if got := len(b.questions()); got != want {
-		t.Errorf("the backend was asked %d questions, want %d: %v", got, want, b.questions())
-	}
-}
-
-// says answers with a status and a body.
-func says(status int, body string) http.HandlerFunc {
-	return func(w http.ResponseWriter, _ *http.Request) {
-		w.WriteHeader(status)
-		_, _ = io.WriteString(w, body)
-	}
-}
-
-// reportOf is a document in the form of a node's, with the states of a task and its subtasks.
-func reportOf(taskID, taskState string, subtaskStates ...string) string {
-	subtasks := make([]map[string]any, 0, len(subtaskStates))
-	for _, s := range subtaskStates {
-		subtasks = append(subtasks, map[string]any{"name": "osint", "state": s})
-	}
-	document, err := json.Marshal(map[string]any{
-		"processTime": 7,
-		"result": map[string]any{
-			"taskReference":     map[string]any{"name": "transform-file", "ID": taskID, "state": taskState},
-			"subtaskReferences": subtasks,
-			"resources": map[string]any{"r1": map[string]any{
-				"additionalTasks": []any{map[string]any{"state": "IN_PROGRESS"}},
-				"strings":         strings.Repeat("the quick brown fox ", 40),
-			}},
-		},
-	})
-	if err != nil {
-		panic(err)
-	}
-	return string(document)
 }
 
 // site is a Caddy that serves the handler over TLS.
@@ -215,6 +137,7 @@ func (s *site) caddyfile(directives string) string {
 		}
 	}
 }
+
 https://localhost:%[3]d {
 	tls %[5]s %[6]s
 	log
@@ -420,4 +343,146 @@ func freePort(t testing.TB) int {
 	}
 	defer l.Close()
 	return l.Addr().(*net.TCPAddr).Port
+}
+
+// options are those of a site with one node, named node-1.
+func options(node *backend, more string) string {
+	return fmt.Sprintf(`fsbroker_task {
+		secret tester {env.CALLER_SECRET}
+		node node-1 %s {env.NODE_SECRET}
+		%s
+	}`, node.URL, more)
+}
+
+// brokerOption adds a broker.
+func brokerOption(broker *backend) string {
+	return fmt.Sprintf("broker %s {env.BROKER_SECRET}", broker.URL)
+}
+
+const pair = "/task?appServerID=node-1&taskID=t1"
+
+// goGet asks like get, and gives the answer when there is one.
+func (s *site) goGet(path string, header ...string) <-chan reply {
+	answer := make(chan reply, 1)
+	go func() {
+		r, err := s.try(s.t.Context(), http.MethodGet, path, append(header, "Authorization: Bearer "+callerSecret)...)
+		if err != nil {
+			s.t.Error(err)
+		}
+		answer <- r
+	}()
+	return answer
+}
+
+// plain is a reply's body without its encoding.
+func (r reply) plain(t testing.TB) string {
+	t.Helper()
+	if r.header.Get("Content-Encoding") == "" {
+		return string(r.body)
+	}
+	zr, err := gzip.NewReader(bytes.NewReader(r.body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	plain, err := io.ReadAll(zr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(plain)
+}
+
+// accessLog is the line of the request that was made with a User-Agent.
+func (s *site) accessLog(userAgent string) map[string]any {
+	s.t.Helper()
+	for deadline := time.Now().Add(5 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
+		log, err := os.ReadFile(s.logFile())
+		if err != nil {
+			s.t.Fatal(err)
+		}
+		for line := range strings.Lines(string(log)) {
+			var fields map[string]any
+			if strings.Contains(line, userAgent) && json.Unmarshal([]byte(line), &fields) == nil && fields["msg"] == "handled request" {
+				return fields
+			}
+		}
+	}
+	s.t.Fatalf("no access log of %s", userAgent)
+	return nil
+}
+
+// logged are the lines of the log with a message.
+func (s *site) logged(message string) (lines []map[string]any) {
+	s.t.Helper()
+	log, err := os.ReadFile(s.logFile())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for line := range strings.Lines(string(log)) {
+		var fields map[string]any
+		if json.Unmarshal([]byte(line), &fields) == nil && strings.Contains(fields["msg"].(string), message) {
+			lines = append(lines, fields)
+		}
+	}
+	return lines
+}
+
+// process is a Caddy of its own, which is this test binary.
+type process struct {
+	*site
+	cmd *exec.Cmd
+}
+
+// startProcess runs a site in a process of its own, with a storage folder that others may share.
+func startProcess(t *testing.T, shared, directives string) *process {
+	t.Helper()
+	s := &site{t: t, port: freePort(t), dir: t.TempDir()}
+	s.base = fmt.Sprintf("https://localhost:%d", s.port)
+	config := filepath.Join(s.dir, "Caddyfile")
+	text := s.caddyfile(strings.ReplaceAll(directives, "SHARED", filepath.ToSlash(shared)))
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := &process{site: s, cmd: exec.Command(os.Args[0], "run", "--config", config)}
+	p.cmd.Env = append(os.Environ(), beCaddy+"=1", "XDG_DATA_HOME="+s.dir, "XDG_CONFIG_HOME="+s.dir)
+	p.cmd.Stderr = os.Stderr
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.kill)
+	p.trust()
+	return p
+}
+
+// kill ends the process at once, as kill -9 does.
+func (p *process) kill() {
+	p.client.CloseIdleConnections()
+	_ = p.cmd.Process.Kill()
+	_ = p.cmd.Wait()
+}
+
+func eventually(t testing.TB, what string, done func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !done(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("waited too long for %s", what)
+		}
+	}
+}
+
+func within(t *testing.T, what string, c <-chan struct{}) {
+	t.Helper()
+	select {
+	case <-c:
+	case <-time.After(10 * time.Second):
+		t.Fatalf("waited too long for %s", what)
+	}
+}
+
+func writeFile(t *testing.T, content string) string {
+	t.Helper()
+	name := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(name, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return filepath.ToSlash(name)
 }

@@ -3,9 +3,7 @@ package fsbroker_test
 import (
 	"context"
 	"fmt"
-	"net"
 	"net/http"
-	"net/http/httptest"
 	"strings"
 	"sync"
 	"testing"
@@ -59,16 +57,6 @@ func wantEvents(t *testing.T, want ...string) {
 	if fmt.Sprint(got) != fmt.Sprint(want) {
 		t.Errorf("heard\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 	}
-}
-
-// systemInfo answers as nodes do for /system-info, and with a report for anything else.
-func systemInfo(w http.ResponseWriter, r *http.Request) {
-	if r.URL.Path != "/system-info" {
-		says(http.StatusOK, reportOf("t1", "SUCCESS"))(w, r)
-		return
-	}
-	says(http.StatusOK, `{"versionInfo":{"name":"fsTransform","version":"2.1.0"},
-		"queueInfo":{"activeCount":3,"queueCount":2,"completedCount":12345},"memoryStats":{"usedMemory":1}}`)(w, r)
 }
 
 // sick answers well to anything but /system-info.
@@ -190,16 +178,4 @@ func TestHealthChecksEnd(t *testing.T) {
 		t.Error("the check goes on")
 	}
 	wantEvents(t)
-}
-
-// restartBackend starts a backend where another was.
-func restartBackend(t *testing.T, address string, answer http.HandlerFunc) {
-	t.Helper()
-	listener, err := net.Listen("tcp", address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := &httptest.Server{Listener: listener, Config: &http.Server{Handler: answer}}
-	server.Start()
-	t.Cleanup(server.Close)
 }

@@ -1,9 +1,7 @@
 package fsbroker_test
 
 import (
-	"encoding/json"
 	"net/http"
-	"os"
 	"strings"
 	"testing"
 )
@@ -46,22 +44,6 @@ func TestRequestsAreLogged(t *testing.T) {
 	node.becomes(says(http.StatusNotFound, ""))
 	s.get("/task?appServerID=node-1&taskID=t2").wantHeader(t, "X-Came-By", "tester/error/node-1")
 	s.wantNoSecretInLog()
-}
-
-// logged are the lines of the log with a message.
-func (s *site) logged(message string) (lines []map[string]any) {
-	s.t.Helper()
-	log, err := os.ReadFile(s.logFile())
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	for line := range strings.Lines(string(log)) {
-		var fields map[string]any
-		if json.Unmarshal([]byte(line), &fields) == nil && strings.Contains(fields["msg"].(string), message) {
-			lines = append(lines, fields)
-		}
-	}
-	return lines
 }
 
 func TestSecretInQueryIsAdvisedAgainst(t *testing.T) {

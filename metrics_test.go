@@ -11,45 +11,6 @@ import (
 	"testing"
 )
 
-// scrape reads /metrics of the admin API: values by series.
-func (s *adminSite) scrape() map[string]string {
-	s.t.Helper()
-	status, text := s.askAdmin(http.MethodGet, "/metrics")
-	if status != http.StatusOK {
-		s.t.Fatalf("status %d: %s", status, text)
-	}
-	series := make(map[string]string)
-	for line := range strings.Lines(text) {
-		if i := strings.LastIndexByte(line, ' '); strings.HasPrefix(line, "caddy_fsbroker_") {
-			series[line[:i]] = strings.TrimSpace(line[i:])
-		}
-	}
-	return series
-}
-
-// wantMetrics checks series, once they have had the time to be counted; one that wants to be "" may not be there. What is
-// counted, is counted from before on, since counters live as long as the process.
-func (s *adminSite) wantMetrics(before, want map[string]string) {
-	s.t.Helper()
-	for series, value := range want {
-		counted := strings.Contains(series, "_total") || strings.Contains(series, "_count")
-		series = "caddy_fsbroker_" + series
-		if was := number(s.t, before[series]); counted && was > 0 {
-			value = fmt.Sprint(was + number(s.t, value))
-		}
-		eventually(s.t, fmt.Sprintf("%s is %q", series, value), func() bool { return s.scrape()[series] == value })
-	}
-}
-
-// number is the value of a counter, which may not be there yet.
-func number(t testing.TB, value string) (n int) {
-	t.Helper()
-	if _, err := fmt.Sscan(value, &n); err != nil && value != "" {
-		t.Fatal(err)
-	}
-	return n
-}
-
 func TestMetrics(t *testing.T) {
 	node := newBackend(t, says(http.StatusOK, reportOf("secret-task", "SUCCESS")))
 	broker := newBackend(t, says(http.StatusNotFound, ""))

@@ -8,57 +8,16 @@ import (
 	"io/fs"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
-	"github.com/caddyserver/certmagic"
-
 	"github.com/caddyserver/caddy/v2"
-	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 
 	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
 )
-
-const stored = "cache {\n storage\n }"
-
-// storedIn lists the files that the module has in a storage folder, but for those that are being written.
-func storedIn(t testing.TB, dir string) []string {
-	t.Helper()
-	names, err := filepath.Glob(filepath.Join(dir, "fsbroker_task", "[0-9a-f][0-9a-f][0-9a-f]", "*"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return slices.DeleteFunc(names, func(name string) bool { return len(filepath.Base(name)) != 64 })
-}
-
-// values are those of a site's own storage.
-func (s *site) values() []string { return storedIn(s.t, s.dir) }
-
-func (s *site) wantValues(want int) []string {
-	s.t.Helper()
-	wantStoredIn(s.t, s.dir, want)
-	return s.values()
-}
-
-// wantStoredIn waits until there are that many values in a storage folder.
-func wantStoredIn(t testing.TB, dir string, want int) {
-	t.Helper()
-	eventually(t, fmt.Sprintf("%d values in the storage", want), func() bool { return len(storedIn(t, dir)) == want })
-}
-
-func eventually(t testing.TB, what string, done func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !done(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("waited too long for %s", what)
-		}
-	}
-}
 
 func TestStoredReportsOutliveTheProcess(t *testing.T) {
 	document := reportOf("t1", "SUCCESS")
@@ -217,77 +176,6 @@ func TestRetentionEndsWhatIsStored(t *testing.T) {
 	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
 }
 
-// faulty is a storage that does what a test wants. It is a real one, in a folder, otherwise.
-type faulty struct {
-	certmagic.Storage `json:"-"`
-}
-
-var fault struct {
-	sync.Mutex
-	dir     string
-	err     error         // of every operation
-	hang    chan struct{} // what every operation waits for, whatever its context says
-	garbage bool          // is what Load finds
-	most    int           // bytes that a value may have, where it is not 0
-	stored  int
-}
-
-func init() { caddy.RegisterModule(new(faulty)) }
-
-func (*faulty) CaddyModule() caddy.ModuleInfo {
-	return caddy.ModuleInfo{ID: "caddy.storage.faulty", New: func() caddy.Module { return new(faulty) }}
-}
-
-func (f *faulty) UnmarshalCaddyfile(d *caddyfile.Dispenser) error { d.Next(); return nil }
-
-func (f *faulty) CertMagicStorage() (certmagic.Storage, error) {
-	f.Storage = &certmagic.FileStorage{Path: fault.dir}
-	return f, nil
-}
-
-func (f *faulty) trouble() error {
-	fault.Lock()
-	hang, err := fault.hang, fault.err
-	fault.Unlock()
-	if hang != nil {
-		<-hang
-	}
-	return err
-}
-
-func (f *faulty) Load(ctx context.Context, k string) ([]byte, error) {
-	if err := f.trouble(); err != nil {
-		return nil, err
-	}
-	fault.Lock()
-	defer fault.Unlock()
-	if fault.garbage {
-		return []byte("garbage"), nil
-	}
-	return f.Storage.Load(ctx, k)
-}
-
-func (f *faulty) Store(ctx context.Context, k string, value []byte) error {
-	if err := f.trouble(); err != nil {
-		return err
-	}
-	fault.Lock()
-	tooLarge := fault.most > 0 && len(value) > fault.most
-	fault.stored++
-	fault.Unlock()
-	if tooLarge {
-		return errors.New("value too large")
-	}
-	return f.Storage.Store(ctx, k, value)
-}
-
-// setFault changes what the faulty storage does.
-func setFault(err error, hang chan struct{}, garbage bool) {
-	fault.Lock()
-	defer fault.Unlock()
-	fault.err, fault.hang, fault.garbage = err, hang, garbage
-}
-
 func TestStorageFaults(t *testing.T) {
 	fsbroker.SetRetries(t, 10*time.Millisecond, 50*time.Millisecond)
 	full := &fs.PathError{Op: "write", Path: "a", Err: errors.New("no space left on device")}
@@ -339,19 +227,6 @@ func TestStorageFaults(t *testing.T) {
 				s.get(fmt.Sprintf("/task?appServerID=node-1&taskID=t%d", i)).wantStatus(t, http.StatusOK)
 			}
 		})
-	}
-}
-
-// wantUnreadable wants a caller to hear of a storage that cannot be read.
-func (s *site) wantUnreadable(t *testing.T, node *backend, path string) {
-	t.Helper()
-	node.becomes(says(http.StatusNotFound, "")) // which may be so or not
-	s.get(path).wantProblem(t, http.StatusServiceUnavailable, "storage_unavailable")
-	node.becomes(says(http.StatusInternalServerError, "")) // so that there are two who may be the reason
-	r := s.get(path)
-	r.wantProblem(t, http.StatusBadGateway, "node_bad_answer")
-	if !strings.Contains(string(r.body), "storage that may have it cannot be read either") {
-		t.Errorf("the problem does not say that the storage cannot be read: %s", r.body)
 	}
 }
 
@@ -522,42 +397,6 @@ func TestAgeIsNeverNegative(t *testing.T) {
 	r.wantHeader(t, "Cache-Status", "fsbroker; hit; detail=storage")
 	r.wantHeader(t, "Age", "0")
 }
-
-// process is a Caddy of its own, which is this test binary.
-type process struct {
-	*site
-	cmd *exec.Cmd
-}
-
-// startProcess runs a site in a process of its own, with a storage folder that others may share.
-func startProcess(t *testing.T, shared, directives string) *process {
-	t.Helper()
-	s := &site{t: t, port: freePort(t), dir: t.TempDir()}
-	s.base = fmt.Sprintf("https://localhost:%d", s.port)
-	config := filepath.Join(s.dir, "Caddyfile")
-	text := s.caddyfile(strings.ReplaceAll(directives, "SHARED", filepath.ToSlash(shared)))
-	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	p := &process{site: s, cmd: exec.Command(os.Args[0], "run", "--config", config)}
-	p.cmd.Env = append(os.Environ(), beCaddy+"=1", "XDG_DATA_HOME="+s.dir, "XDG_CONFIG_HOME="+s.dir)
-	p.cmd.Stderr = os.Stderr
-	if err := p.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(p.kill)
-	p.trust()
-	return p
-}
-
-// kill ends the process at once, as kill -9 does.
-func (p *process) kill() {
-	p.client.CloseIdleConnections()
-	_ = p.cmd.Process.Kill()
-	_ = p.cmd.Wait()
-}
-
-const shared = "cache {\n storage file_system SHARED\n }"
 
 func TestInstancesShareReports(t *testing.T) {
 	document := reportOf("t1", "SUCCESS")

@@ -16,19 +16,6 @@ import (
 	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
 )
 
-// goGet asks like get, and gives the answer when there is one.
-func (s *site) goGet(path string, header ...string) <-chan reply {
-	answer := make(chan reply, 1)
-	go func() {
-		r, err := s.try(s.t.Context(), http.MethodGet, path, append(header, "Authorization: Bearer "+callerSecret)...)
-		if err != nil {
-			s.t.Error(err)
-		}
-		answer <- r
-	}()
-	return answer
-}
-
 func wantWaiters(t *testing.T, want int) {
 	t.Helper()
 	eventually(t, fmt.Sprintf("%d callers to wait", want), func() bool { return fsbroker.Waiters() == want })

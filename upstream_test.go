@@ -1,0 +1,267 @@
+package fsbroker_test
+
+import (
+	"bytes"
+	"encoding/pem"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"strings"
+	"testing"
+	"time"
+)
+
+func TestSecretParam(t *testing.T) {
+	for option, want := range map[string]string{
+		"":                    "all=false&secret=the-nodes-own-secret&serect=the-nodes-own-secret&taskID=t1",
+		"secret_param serect": "all=false&serect=the-nodes-own-secret&taskID=t1",
+		"secret_param secret": "all=false&secret=the-nodes-own-secret&taskID=t1",
+	} {
+		node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+		s := startSite(t, fmt.Sprintf(`fsbroker_task {
+			secret {env.CALLER_SECRET}
+			node node-1 %s/base/ {
+				secret {env.NODE_SECRET}
+				%s
+			}
+		}`, node.URL, option))
+		s.get(pair).wantStatus(t, http.StatusOK)
+		if got := node.questions()[0]; got.RawQuery != want || got.Path != "/base/task" {
+			t.Errorf("%s: the node was asked %s", option, got)
+		}
+	}
+}
+
+func TestNodeFaults(t *testing.T) {
+	whole := reportOf("t1", "SUCCESS")
+	bomb := gzipped(t, bytes.Repeat([]byte(" "), 64<<20)) // 64 MiB out of 64 KiB
+	elsewhere := newBackend(t, says(http.StatusOK, whole))
+	for name, test := range map[string]struct {
+		answer http.HandlerFunc
+		status int
+		code   string
+	}{
+		"not JSON":         {says(200, "<html>the-nodes-own-secret</html>"), 502, "node_bad_answer"},
+		"empty":            {says(200, ""), 502, "node_bad_answer"},
+		"half":             {says(200, whole[:len(whole)/2]), 502, "node_bad_answer"},
+		"trailing garbage": {says(200, whole+"x"), 502, "node_bad_answer"},
+		"another document": {says(200, `{"error":"the-nodes-own-secret"}`), 502, "node_bad_answer"},
+		"no result":        {says(200, `{"processTime":1,"result":null}`), 502, "node_bad_answer"},
+		"odd result":       {says(200, `{"processTime":1,"result":"the-nodes-own-secret"}`), 502, "node_bad_answer"},
+		"odd subtasks":     {says(200, `{"result":{"taskReference":{"state":"SUCCESS"},"subtaskReferences":7}}`), 502, "node_bad_answer"},
+		"a list":           {says(200, `[1]`), 502, "node_bad_answer"},
+		"server error":     {says(500, whole), 502, "node_bad_answer"},
+		"too many":         {says(429, ""), 502, "node_bad_answer"},
+		"partial content":  {says(206, whole), 502, "node_bad_answer"},
+		"secret refused":   {says(401, ""), 502, "node_refused_secret"},
+		"redirect": {func(w http.ResponseWriter, r *http.Request) {
+			http.Redirect(w, r, elsewhere.URL+"/task?"+r.URL.RawQuery, http.StatusFound)
+		}, 502, "node_bad_answer"},
+		"closed": {func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, 502, "node_bad_answer"},
+		"closed half-way": {func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Length", fmt.Sprint(len(whole)))
+			_, _ = io.WriteString(w, whole[:len(whole)/2])
+			_ = http.NewResponseController(w).Flush()
+			panic(http.ErrAbortHandler)
+		}, 502, "node_bad_answer"},
+		"garbage instead of HTTP": {func(w http.ResponseWriter, r *http.Request) {
+			conn, _, err := http.NewResponseController(w).Hijack()
+			if err == nil {
+				_, _ = io.WriteString(conn, "echo "+r.URL.String()+"\r\n\r\n")
+				_ = conn.Close()
+			}
+		}, 502, "node_bad_answer"},
+		"hanging": {func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, 504, "node_timeout"},
+		"dripping": {func(w http.ResponseWriter, r *http.Request) {
+			for r.Context().Err() == nil {
+				_, _ = io.WriteString(w, " ")
+				_ = http.NewResponseController(w).Flush()
+				time.Sleep(20 * time.Millisecond)
+			}
+		}, 504, "node_timeout"},
+		"gzip bomb": {func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Encoding", "gzip")
+			_, _ = w.Write(bomb)
+		}, 502, "node_answer_too_large"},
+		"too large":         {says(200, whole+strings.Repeat(" ", 64<<10)), 502, "node_answer_too_large"},
+		"too large, length": {says(200, strings.Repeat(" ", 1<<20)), 502, "node_answer_too_large"},
+		"other encoding": {func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Content-Encoding", "br")
+			_, _ = io.WriteString(w, whole)
+		}, 502, "node_bad_answer"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			node := newBackend(t, test.answer)
+			s := startSite(t, options(node, "timeout 500ms\nmax_report 64KiB"))
+			for range 2 {
+				r := s.get(pair)
+				r.wantProblem(t, test.status, test.code)
+				r.wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; detail="+test.code)
+			}
+			node.becomes(says(200, whole)) // none of this is held against the node
+			s.get(pair).wantStatus(t, http.StatusOK)
+			s.wantNoSecretInLog()
+		})
+	}
+	elsewhere.wantQuestions(t, 0)
+}
+
+func TestGzippingNode(t *testing.T) {
+	document := reportOf("t1", "SUCCESS")
+	node := newBackend(t, func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Encoding", "gzip")
+		_, _ = w.Write(gzipped(t, []byte(document)))
+	})
+	s := startSite(t, options(node, ""))
+	if got := s.get(pair); string(got.body) != document {
+		t.Errorf("got %q", got.body)
+	}
+}
+
+func TestAnswersBeingReadAreBounded(t *testing.T) {
+	document := reportOf("t1", "SUCCESS") + strings.Repeat(" ", 600<<10)
+	g := newGate()
+	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Length", fmt.Sprint(len(document)))
+		_, _ = io.WriteString(w, document[:1000])
+		_ = http.NewResponseController(w).Flush()
+		g.then(says(http.StatusOK, document[1000:]))(w, r)
+	})
+	s := startSite(t, options(node, "max_report 1MiB\ncache {\n max_size 1MiB\n }"))
+
+	first := make(chan reply, 1)
+	go func() { first <- s.get(pair) }()
+	within(t, "the first answer", g.entered)
+	for i := range 20 {
+		r := s.get(fmt.Sprintf("/task?appServerID=node-1&taskID=other-%d", i))
+		r.wantProblem(t, http.StatusServiceUnavailable, "busy")
+		r.wantHeader(t, "Retry-After", "1")
+	}
+	close(g.open)
+	(<-first).wantStatus(t, http.StatusOK)
+	s.get("/task?appServerID=node-1&taskID=other").wantStatus(t, http.StatusOK)
+}
+
+func TestFailDuration(t *testing.T) {
+	address := fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	s := startSite(t, fmt.Sprintf(`fsbroker_task {
+		secret {env.CALLER_SECRET}
+		node node-1 %s {env.NODE_SECRET}
+		fail_duration 1500ms
+	}`, address))
+
+	s.get(pair).wantProblem(t, http.StatusBadGateway, "node_unreachable")
+	down := s.get(pair)
+	down.wantProblem(t, http.StatusServiceUnavailable, "node_down")
+	down.wantHeader(t, "Retry-After", "2")
+	down.wantHeader(t, "Cache-Status", "fsbroker; detail=node_down")
+
+	l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	node := &httptest.Server{Listener: l, Config: &http.Server{Handler: says(http.StatusOK, reportOf("t1", "SUCCESS"))}}
+	node.Start()
+	t.Cleanup(node.Close)
+	s.get(pair).wantProblem(t, http.StatusServiceUnavailable, "node_down")
+	time.Sleep(1600 * time.Millisecond)
+	s.get(pair).wantStatus(t, http.StatusOK)
+
+	log, err := os.ReadFile(s.logFile())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, once := range []string{`"msg":"fails"`, `"msg":"answers again"`} {
+		if n := bytes.Count(log, []byte(once)); n != 1 {
+			t.Errorf("%s was logged %d times", once, n)
+		}
+	}
+	s.wantNoSecretInLog()
+}
+
+func TestConnectTimeout(t *testing.T) {
+	// A listener that is full takes no more connections, and does not refuse them either.
+	l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	tlsNode := fmt.Sprintf("https://%s", l.Addr()) // connects, but never finishes its handshake
+	s := startSite(t, fmt.Sprintf(`fsbroker_task {
+		secret {env.CALLER_SECRET}
+		node node-1 %s {env.NODE_SECRET}
+		timeout 300ms
+	}`, tlsNode))
+	s.get(pair).wantProblem(t, http.StatusGatewayTimeout, "node_timeout")
+	s.get(pair).wantProblem(t, http.StatusServiceUnavailable, "node_down")
+}
+
+func TestKeptReportsOutliveTheNode(t *testing.T) {
+	document := reportOf("t1", "SUCCESS")
+	node := newBackend(t, says(http.StatusOK, document))
+	s := startSite(t, options(node, ""))
+	s.get(pair).wantStatus(t, http.StatusOK)
+	node.Close()
+	s.get(pair+"&nocache").wantProblem(t, http.StatusBadGateway, "node_unreachable")
+	down := s.get(pair + "&nocache")
+	down.wantProblem(t, http.StatusServiceUnavailable, "node_down")
+	if !strings.Contains(string(down.body), "without nocache") {
+		t.Errorf("the problem does not say that there is a kept report: %s", down.body)
+	}
+	if got := s.get(pair); string(got.body) != document {
+		t.Errorf("got %s", got.body)
+	}
+}
+
+// forward_auth leaves dial information in the request's context, which Caddy's transport would follow.
+func TestNodesAreDialledWhateverOtherHandlersLeaveBehind(t *testing.T) {
+	auth := newBackend(t, says(http.StatusOK, ""))
+	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	s := startSite(t, fmt.Sprintf(`route {
+		forward_auth %s {
+			uri /auth
+		}
+		%s
+	}`, auth.URL, options(node, "")))
+	s.get(pair).wantStatus(t, http.StatusOK)
+	node.wantQuestions(t, 1)
+	for _, q := range auth.questions() {
+		if q.Path != "/auth" {
+			t.Errorf("the auth server was asked %s", q.Path)
+		}
+	}
+}
+
+func TestTransport(t *testing.T) {
+	node := httptest.NewTLSServer(says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	t.Cleanup(node.Close)
+	host := strings.TrimPrefix(node.URL, "https://")
+	ca := writeFile(t, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: node.Certificate().Raw})))
+	options := func(address, transport string) string {
+		return fmt.Sprintf(`fsbroker_task {
+			secret {env.CALLER_SECRET}
+			node node-1 %s {env.NODE_SECRET}
+			%s
+		}`, address, transport)
+	}
+
+	for _, address := range []string{host, "https://" + host} { // TLS goes without saying where it is configured
+		s := startSite(t, options(address, "transport http {\n tls_trust_pool file "+ca+"\n dial_timeout 2s\n }"))
+		s.get(pair).wantStatus(t, http.StatusOK)
+		s.client.CloseIdleConnections()
+	}
+	// A placeholder in the server's name is resolved outside of any caller's request.
+	s := startSite(t, options(host, "transport http {\n tls_trust_pool file "+ca+"\n tls_server_name {env.TLS_NAME}\n }"))
+	t.Setenv("TLS_NAME", "example.com")
+	s.get(pair).wantStatus(t, http.StatusOK)
+	s.client.CloseIdleConnections()
+
+	// A node that cannot be trusted cannot be connected to.
+	s = startSite(t, options("https://"+host, ""))
+	s.get(pair).wantProblem(t, http.StatusBadGateway, "node_unreachable")
+	s.get(pair).wantProblem(t, http.StatusServiceUnavailable, "node_down")
+	s.wantNoSecretInLog()
+}
