@@ -26,11 +26,11 @@ func TestAdminNodes(t *testing.T) {
 		}
 		systemInfo(w, r)
 	})
-	old := newBackend(t, says(http.StatusNotFound, ""))
+	old := newBackend(t, responds(http.StatusNotFound, ""))
 	slow := newBackend(t, func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
 	gone := newBackend(t, nil)
 	gone.Close()
-	broker := newBackend(t, says(http.StatusInternalServerError, ""))
+	broker := newBackend(t, responds(http.StatusInternalServerError, ""))
 	s := startWithAdmin(t, fmt.Sprintf(`fsbroker_task {
 		secret {env.CALLER_SECRET}
 		node a-well %s/base {env.NODE_SECRET}
@@ -68,7 +68,7 @@ func TestAdminNodes(t *testing.T) {
 	close(answered)
 	<-done
 
-	if _, body := s.askAdmin(http.MethodGet, "/fsbroker/nodes"); strings.Contains(body, `"questions":1`) {
+	if _, body := s.requestAdmin(http.MethodGet, "/fsbroker/nodes"); strings.Contains(body, `"questions":1`) {
 		t.Errorf("a question goes on: %s", body)
 	}
 	s.wantNoSecretInLog()
@@ -83,7 +83,7 @@ func TestAdminCache(t *testing.T) {
 		Bytes   int64
 		Entries int
 	}
-	_, body := s.askAdmin(http.MethodGet, "/fsbroker/cache")
+	_, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache")
 	if err := json.Unmarshal([]byte(body), &memory); err != nil || memory.Entries != 1 || memory.Bytes < 1000 {
 		t.Errorf("%v: %s", err, body)
 	}
@@ -91,7 +91,7 @@ func TestAdminCache(t *testing.T) {
 	s.load(options(node, "cache {\n max_size 1\n storage\n }"))
 	s.get(pair)
 	eventually(t, "it to be stored", func() bool {
-		_, body := s.askAdmin(http.MethodGet, "/fsbroker/cache")
+		_, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache")
 		return strings.Contains(body, `"queued":0`)
 	})
 	s.wantAdmin(http.MethodGet, "/fsbroker/cache", http.StatusOK,
@@ -124,7 +124,7 @@ func TestAdminErrors(t *testing.T) {
 		"DELETE /fsbroker/cache?appServerID=node-1&taskID=not-there": `200 {"memory":0,"queue":0,"storage":0}`,
 	} {
 		method, path, _ := strings.Cut(request, " ")
-		status, body := s.askAdmin(method, path)
+		status, body := s.requestAdmin(method, path)
 		if got := fmt.Sprint(status, " ", strings.TrimSpace(body)); got != want {
 			t.Errorf("%s: got %s, want %s", request, got, want)
 		}
@@ -181,7 +181,7 @@ func TestPurgeOfTheQueue(t *testing.T) {
 	}
 	s.wantAdmin(http.MethodDelete, "/fsbroker/cache?appServerID=node-1&taskID=t1", http.StatusOK, `{"memory":2,"queue":2,"storage":0}`)
 	s.wantAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusOK, `{"memory":2,"queue":2,"storage":0}`)
-	if _, body := s.askAdmin(http.MethodGet, "/fsbroker/cache"); !strings.Contains(body, `"queued":0,"queued_bytes":0`) {
+	if _, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache"); !strings.Contains(body, `"queued":0,"queued_bytes":0`) {
 		t.Errorf("the queue is not empty: %s", body)
 	}
 
@@ -192,10 +192,10 @@ func TestPurgeOfTheQueue(t *testing.T) {
 		close(hang)
 	})
 	defer released.Stop()
-	node.becomes(says(http.StatusOK, reportOf("t4", "SUCCESS")))
+	node.setHandler(responds(http.StatusOK, reportOf("t4", "SUCCESS")))
 	s.get("/task?appServerID=node-1&taskID=t4&nocache").wantStatus(t, http.StatusOK)
 	eventually(t, "the write to begin", func() bool {
-		_, body := s.askAdmin(http.MethodGet, "/fsbroker/cache")
+		_, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache")
 		return strings.Contains(body, `"queued":1`)
 	})
 	time.Sleep(20 * time.Millisecond)

@@ -9,7 +9,7 @@ import (
 )
 
 func TestAuthentication(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startSite(t, fmt.Sprintf(`fsbroker_task {
 		secret {env.CALLER_SECRET}
 		secret portal portal-secret-1
@@ -73,7 +73,7 @@ func TestAuthentication(t *testing.T) {
 }
 
 func TestClientNames(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startSite(t, fmt.Sprintf(`fsbroker_task {
 		secret {env.CALLER_SECRET}
 		secret portal portal-secret-1
@@ -92,7 +92,7 @@ func TestClientNames(t *testing.T) {
 }
 
 func TestSecretWithBraces(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startSite(t, options(node, `secret braced a\{b\}c`))
 	s.do(t.Context(), http.MethodGet, pair, "Authorization: Bearer a{b}c").wantStatus(t, http.StatusOK)
 }

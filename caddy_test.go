@@ -11,7 +11,7 @@ import (
 
 func TestReport(t *testing.T) {
 	document := reportOf("t1", "SUCCESS", "SUCCESS")
-	node := newBackend(t, says(http.StatusOK, document))
+	node := newBackend(t, responds(http.StatusOK, document))
 	s := startSite(t, options(node, ""))
 
 	first := s.get(pair)
@@ -37,8 +37,8 @@ func TestReport(t *testing.T) {
 		r.wantHeader(t, "ETag", first.header.Get("ETag"))
 	}
 
-	node.wantQuestions(t, 1)
-	question := node.questions()[0]
+	node.wantRequests(t, 1)
+	question := node.requests()[0]
 	if question.Path != "/task" {
 		t.Errorf("the node was asked for %s", question.Path)
 	}
@@ -60,7 +60,7 @@ func TestByteForByte(t *testing.T) {
 		"long and dense":        dense(5 << 20),
 	} {
 		t.Run(name, func(t *testing.T) {
-			node := newBackend(t, says(http.StatusOK, document))
+			node := newBackend(t, responds(http.StatusOK, document))
 			s := startSite(t, options(node, ""))
 			for _, accept := range []string{"identity", "gzip", "identity", "gzip"} {
 				r := s.get(pair, "Accept-Encoding: "+accept)
@@ -69,14 +69,14 @@ func TestByteForByte(t *testing.T) {
 					t.Errorf("%s: got %.200q", accept, got)
 				}
 			}
-			node.wantQuestions(t, 1)
+			node.wantRequests(t, 1)
 		})
 	}
 }
 
 func TestMethods(t *testing.T) {
 	document := reportOf("t1", "SUCCESS")
-	node := newBackend(t, says(http.StatusOK, document))
+	node := newBackend(t, responds(http.StatusOK, document))
 	s := startSite(t, options(node, ""))
 	bearer := "Authorization: Bearer " + callerSecret
 
@@ -85,7 +85,7 @@ func TestMethods(t *testing.T) {
 		r.wantProblem(t, 405, "method_not_allowed")
 		r.wantHeader(t, "Allow", "GET, HEAD")
 	}
-	node.wantQuestions(t, 0)
+	node.wantRequests(t, 0)
 
 	for range 2 { // from the node, and kept
 		head := s.do(t.Context(), http.MethodHead, pair, bearer)
@@ -96,7 +96,7 @@ func TestMethods(t *testing.T) {
 			t.Errorf("HEAD came with %q", head.body)
 		}
 	}
-	node.wantQuestions(t, 1)
+	node.wantRequests(t, 1)
 	get := s.get(pair)
 	get.wantHeader(t, "ETag", s.do(t.Context(), http.MethodHead, pair, bearer).header.Get("ETag"))
 
@@ -107,9 +107,9 @@ func TestMethods(t *testing.T) {
 	}
 }
 
-func TestBadQuestions(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
-	broker := newBackend(t, says(http.StatusOK, `{}`))
+func TestBadQueries(t *testing.T) {
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	broker := newBackend(t, responds(http.StatusOK, `{}`))
 	s := startSite(t, options(node, brokerOption(broker)))
 
 	for query, code := range map[string]string{
@@ -148,15 +148,15 @@ func TestBadQuestions(t *testing.T) {
 		r.wantProblem(t, http.StatusBadRequest, code)
 		r.wantHeader(t, "Cache-Status", "fsbroker; detail="+code)
 	}
-	node.wantQuestions(t, 0)
-	broker.wantQuestions(t, 0)
+	node.wantRequests(t, 0)
+	broker.wantRequests(t, 0)
 
 	s.get("/task?appServerID=node-2&taskID=t1").wantProblem(t, http.StatusNotFound, "unknown_node")
 	s.get("/task?appServerID=node-1&taskID=t1&_=123&_=456").wantStatus(t, http.StatusOK)
 }
 
 func TestBooleans(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startSite(t, options(node, ""))
 	for value, want := range map[string]string{
 		"": "false", "&all": "true", "&all=": "true",
@@ -164,21 +164,21 @@ func TestBooleans(t *testing.T) {
 		"&all=false": "false", "&all=False": "false", "&all=0": "false", "&all=no": "false", "&all=OFF": "false",
 	} {
 		s.get(pair+"&nocache"+value).wantStatus(t, http.StatusOK)
-		asked := node.questions()
+		asked := node.requests()
 		if got := asked[len(asked)-1].Query().Get("all"); got != want {
 			t.Errorf("%q: the node was asked for all=%s", value, got)
 		}
 	}
-	before := len(node.questions())
+	before := len(node.requests())
 	for _, kept := range []string{"&nocache=false", "&nocache=0", "&nocache=No", "&nocache=off"} {
 		s.get(pair+kept).wantHeader(t, "Cache-Status", "fsbroker; hit")
 	}
-	node.wantQuestions(t, before)
+	node.wantRequests(t, before)
 }
 
 func TestAllIsAnotherReport(t *testing.T) {
 	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
-		says(http.StatusOK, fmt.Sprintf(`{"result":{"all":%s}}`, r.URL.Query().Get("all")))(w, r)
+		responds(http.StatusOK, fmt.Sprintf(`{"result":{"all":%s}}`, r.URL.Query().Get("all")))(w, r)
 	})
 	s := startSite(t, options(node, ""))
 	for range 2 {
@@ -189,11 +189,11 @@ func TestAllIsAnotherReport(t *testing.T) {
 			t.Errorf("got %s", got.body)
 		}
 	}
-	node.wantQuestions(t, 2)
+	node.wantRequests(t, 2)
 }
 
 func TestUnfinishedReport(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
 	s := startSite(t, options(node, "poll_interval 1s"))
 
 	for i, want := range []string{"fsbroker; fwd=uri-miss; stored", "fsbroker; hit", "fsbroker; hit"} {
@@ -205,24 +205,24 @@ func TestUnfinishedReport(t *testing.T) {
 			s.get(pair, "If-None-Match: "+r.header.Get("ETag")).wantStatus(t, http.StatusNotModified)
 		}
 	}
-	node.wantQuestions(t, 1)
+	node.wantRequests(t, 1)
 
-	node.becomes(says(http.StatusOK, reportOf("t1", "SUCCESS", "IN_PROGRESS")))
+	node.setHandler(responds(http.StatusOK, reportOf("t1", "SUCCESS", "IN_PROGRESS")))
 	time.Sleep(1100 * time.Millisecond)
 	s.get(pair).wantHeader(t, "Cache-Control", "no-store")
-	node.wantQuestions(t, 2)
+	node.wantRequests(t, 2)
 
-	node.becomes(says(http.StatusOK, reportOf("t1", "success_partial", "FAILED")))
+	node.setHandler(responds(http.StatusOK, reportOf("t1", "success_partial", "FAILED")))
 	time.Sleep(1100 * time.Millisecond)
 	s.get(pair).wantHeader(t, "Cache-Control", "private, no-cache")
-	node.becomes(says(http.StatusNotFound, ""))
+	node.setHandler(responds(http.StatusNotFound, ""))
 	time.Sleep(1100 * time.Millisecond)
 	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
-	node.wantQuestions(t, 3)
+	node.wantRequests(t, 3)
 }
 
 func TestNothingToReportYet(t *testing.T) {
-	node := newBackend(t, says(http.StatusNoContent, ""))
+	node := newBackend(t, responds(http.StatusNoContent, ""))
 	s := startSite(t, options(node, "poll_interval 1500ms"))
 	for _, want := range []string{"fsbroker; fwd=uri-miss; stored", "fsbroker; hit"} {
 		r := s.get(pair)
@@ -232,30 +232,30 @@ func TestNothingToReportYet(t *testing.T) {
 		r.wantHeader(t, "Cache-Status", want)
 		r.wantHeader(t, "ETag", "")
 	}
-	node.wantQuestions(t, 1)
+	node.wantRequests(t, 1)
 }
 
 func TestTooLargeToBeKept(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, dense(100<<10)))
+	node := newBackend(t, responds(http.StatusOK, dense(100<<10)))
 	s := startSite(t, options(node, "cache {\n max_size 10KiB\n }"))
 	for range 2 {
 		s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss")
 	}
-	node.wantQuestions(t, 2)
+	node.wantRequests(t, 2)
 }
 
 func TestReportsExpire(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startSite(t, options(node, "cache {\n ttl 300ms\n }"))
 	s.get(pair)
 	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
 	time.Sleep(400 * time.Millisecond)
 	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
-	node.wantQuestions(t, 2)
+	node.wantRequests(t, 2)
 }
 
 func TestConditionalRequests(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startSite(t, options(node, ""))
 	plain := s.get(pair).header.Get("ETag")
 	packed := s.get(pair, "Accept-Encoding: gzip").header.Get("ETag")
@@ -290,16 +290,16 @@ func TestConditionalRequests(t *testing.T) {
 			}
 		})
 	}
-	node.wantQuestions(t, 1)
+	node.wantRequests(t, 1)
 
 	fresh := s.get(pair+"&nocache", "If-None-Match: "+plain)
 	fresh.wantStatus(t, http.StatusNotModified)
-	node.wantQuestions(t, 2)
+	node.wantRequests(t, 2)
 }
 
 func TestEncodings(t *testing.T) {
 	document := reportOf("t1", "SUCCESS")
-	node := newBackend(t, says(http.StatusOK, document))
+	node := newBackend(t, responds(http.StatusOK, document))
 	s := startSite(t, options(node, "")+"\nencode zstd gzip")
 	for accept, want := range map[string]string{
 		"gzip": "gzip", "GZIP": "gzip", "br, gzip;q=0.5": "gzip", "*": "gzip", "deflate,gzip": "gzip",
@@ -320,11 +320,11 @@ func TestEncodings(t *testing.T) {
 
 func TestNocache(t *testing.T) {
 	first, second := reportOf("t1", "SUCCESS"), reportOf("t1", "SUCCESS", "FAILED")
-	node := newBackend(t, says(http.StatusOK, first))
+	node := newBackend(t, responds(http.StatusOK, first))
 	s := startSite(t, options(node, ""))
 	s.get(pair).wantStatus(t, http.StatusOK)
 
-	node.becomes(says(http.StatusOK, second))
+	node.setHandler(responds(http.StatusOK, second))
 	if got := s.get(pair); string(got.body) != first {
 		t.Errorf("without nocache: %s", got.body)
 	}
@@ -343,15 +343,15 @@ func TestNocache(t *testing.T) {
 		status int
 		code   string
 	}{
-		"forgotten":  {says(http.StatusNotFound, ""), 404, "unknown_task"},
-		"broken":     {says(http.StatusOK, "{"), 502, "node_bad_answer"},
-		"failing":    {says(http.StatusInternalServerError, ""), 502, "node_bad_answer"},
-		"refusing":   {says(http.StatusUnauthorized, ""), 502, "node_refused_secret"},
-		"unfinished": {says(http.StatusOK, reportOf("t1", "IN_PROGRESS")), 200, ""},
-		"empty":      {says(http.StatusNoContent, ""), 204, ""},
+		"forgotten":  {responds(http.StatusNotFound, ""), 404, "unknown_task"},
+		"broken":     {responds(http.StatusOK, "{"), 502, "node_bad_answer"},
+		"failing":    {responds(http.StatusInternalServerError, ""), 502, "node_bad_answer"},
+		"refusing":   {responds(http.StatusUnauthorized, ""), 502, "node_refused_secret"},
+		"unfinished": {responds(http.StatusOK, reportOf("t1", "IN_PROGRESS")), 200, ""},
+		"empty":      {responds(http.StatusNoContent, ""), 204, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			node.becomes(test.answer)
+			node.setHandler(test.answer)
 			r := s.get(pair + "&nocache")
 			r.wantStatus(t, test.status)
 			if test.code != "" {
@@ -368,27 +368,27 @@ func TestNocache(t *testing.T) {
 			}
 		})
 	}
-	node.becomes(says(http.StatusNotFound, ""))
+	node.setHandler(responds(http.StatusNotFound, ""))
 	if r := s.get("/task?appServerID=node-1&taskID=t2&nocache"); strings.Contains(string(r.body), "without nocache") {
 		t.Errorf("nothing is kept, but: %s", r.body)
 	}
 }
 
 func TestErrorsAreNotKept(t *testing.T) {
-	node := newBackend(t, says(http.StatusNotFound, ""))
+	node := newBackend(t, responds(http.StatusNotFound, ""))
 	s := startSite(t, options(node, ""))
 	s.get(pair).wantProblem(t, 404, "unknown_task")
 	s.get(pair).wantProblem(t, 404, "unknown_task")
-	node.becomes(says(http.StatusBadGateway, ""))
+	node.setHandler(responds(http.StatusBadGateway, ""))
 	s.get(pair).wantProblem(t, 502, "node_bad_answer")
-	node.becomes(says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node.setHandler(responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s.get(pair).wantStatus(t, http.StatusOK)
-	node.wantQuestions(t, 4)
+	node.wantRequests(t, 4)
 }
 
 func TestSubmissions(t *testing.T) {
 	document := reportOf("t1", "SUCCESS")
-	node := newBackend(t, says(http.StatusOK, document))
+	node := newBackend(t, responds(http.StatusOK, document))
 	broker := newBackend(t, nil)
 	s := startSite(t, options(node, brokerOption(broker)+"\npoll_interval 200ms"))
 
@@ -397,31 +397,31 @@ func TestSubmissions(t *testing.T) {
 		status int
 		code   string
 	}{
-		"flat":            {says(200, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`), 200, ""},
-		"in the result":   {says(200, `{"state":"SUCCESS","appServerID":"node-1","result":{"taskID":"t1"}}`), 200, ""},
-		"a scan's answer": {says(200, `{"processTime":3,"state":"success","appServerID":"node-1","httpStatus":200,"result":{"processTime":9,"scanTasks":[{"taskReference":{"ID":"t1","state":"IN_PROGRESS"}},{"taskReference":{"ID":"t2"}}]}}`), 200, ""},
-		"deeper":          {says(200, `{"appServerID":"node-1","result":{"response":{"scanTasks":[{"taskReference":{"ID":"t1"}}]}}}`), 200, ""},
-		"other case":      {says(200, `{"State":"SUCCESS","appServerId":"node-1","taskId":"t1"}`), 200, ""},
-		"without a state": {says(200, `{"appServerID":"node-1","taskID":"t1"}`), 200, ""},
-		"queued":          {says(200, `{"state":"QUEUED","position":3}`), 204, ""},
-		"queued, 204":     {says(204, ""), 204, ""},
-		"in progress":     {says(200, `{"state":"in_progress"}`), 204, ""},
-		"failed":          {says(200, `{"state":"FAILED","appServerID":"node-1"}`), 404, "submission_failed"},
-		"unknown":         {says(404, ""), 404, "unknown_submission"},
-		"another node":    {says(200, `{"state":"SUCCESS","appServerID":"node-9","taskID":"t1"}`), 404, "unknown_node"},
-		"no node":         {says(200, `{"state":"SUCCESS","taskID":"t1"}`), 502, "broker_bad_answer"},
-		"no task":         {says(200, `{"state":"SUCCESS","appServerID":"node-1"}`), 502, "broker_bad_answer"},
-		"nothing":         {says(200, `{}`), 502, "broker_bad_answer"},
-		"null":            {says(200, `null`), 502, "broker_bad_answer"},
-		"a list":          {says(200, `[]`), 502, "broker_bad_answer"},
-		"odd types":       {says(200, `{"state":1,"appServerID":{},"taskID":[],"scanTasks":[1]}`), 502, "broker_bad_answer"},
-		"not JSON":        {says(200, `<html>`), 502, "broker_bad_answer"},
-		"refused":         {says(403, ""), 502, "broker_refused_secret"},
-		"failing":         {says(500, ""), 502, "broker_bad_answer"},
-		"another page":    {says(302, ""), 502, "broker_bad_answer"},
+		"flat":            {responds(200, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`), 200, ""},
+		"in the result":   {responds(200, `{"state":"SUCCESS","appServerID":"node-1","result":{"taskID":"t1"}}`), 200, ""},
+		"a scan's answer": {responds(200, `{"processTime":3,"state":"success","appServerID":"node-1","httpStatus":200,"result":{"processTime":9,"scanTasks":[{"taskReference":{"ID":"t1","state":"IN_PROGRESS"}},{"taskReference":{"ID":"t2"}}]}}`), 200, ""},
+		"deeper":          {responds(200, `{"appServerID":"node-1","result":{"response":{"scanTasks":[{"taskReference":{"ID":"t1"}}]}}}`), 200, ""},
+		"other case":      {responds(200, `{"State":"SUCCESS","appServerId":"node-1","taskId":"t1"}`), 200, ""},
+		"without a state": {responds(200, `{"appServerID":"node-1","taskID":"t1"}`), 200, ""},
+		"queued":          {responds(200, `{"state":"QUEUED","position":3}`), 204, ""},
+		"queued, 204":     {responds(204, ""), 204, ""},
+		"in progress":     {responds(200, `{"state":"in_progress"}`), 204, ""},
+		"failed":          {responds(200, `{"state":"FAILED","appServerID":"node-1"}`), 404, "submission_failed"},
+		"unknown":         {responds(404, ""), 404, "unknown_submission"},
+		"another node":    {responds(200, `{"state":"SUCCESS","appServerID":"node-9","taskID":"t1"}`), 404, "unknown_node"},
+		"no node":         {responds(200, `{"state":"SUCCESS","taskID":"t1"}`), 502, "broker_bad_answer"},
+		"no task":         {responds(200, `{"state":"SUCCESS","appServerID":"node-1"}`), 502, "broker_bad_answer"},
+		"nothing":         {responds(200, `{}`), 502, "broker_bad_answer"},
+		"null":            {responds(200, `null`), 502, "broker_bad_answer"},
+		"a list":          {responds(200, `[]`), 502, "broker_bad_answer"},
+		"odd types":       {responds(200, `{"state":1,"appServerID":{},"taskID":[],"scanTasks":[1]}`), 502, "broker_bad_answer"},
+		"not JSON":        {responds(200, `<html>`), 502, "broker_bad_answer"},
+		"refused":         {responds(403, ""), 502, "broker_refused_secret"},
+		"failing":         {responds(500, ""), 502, "broker_bad_answer"},
+		"another page":    {responds(302, ""), 502, "broker_bad_answer"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			broker.becomes(test.answer)
+			broker.setHandler(test.answer)
 			r := s.get("/task?submitID=" + url.QueryEscape(name))
 			r.wantStatus(t, test.status)
 			switch test.status {
@@ -441,7 +441,7 @@ func TestSubmissions(t *testing.T) {
 			}
 		})
 	}
-	for _, q := range broker.questions() {
+	for _, q := range broker.requests() {
 		if q.Path != "/submit-result" || q.Query().Get("serect") != brokerSecret || q.Query().Get("secret") != brokerSecret {
 			t.Errorf("the broker was asked %s", q)
 		}
@@ -450,25 +450,25 @@ func TestSubmissions(t *testing.T) {
 }
 
 func TestSubmissionsAreKept(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
-	broker := newBackend(t, says(http.StatusOK, `{"state":"QUEUED"}`))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	broker := newBackend(t, responds(http.StatusOK, `{"state":"QUEUED"}`))
 	s := startSite(t, options(node, brokerOption(broker)+"\npoll_interval 1s"))
 	const submitted = "/task?submitID=s1"
 
 	s.get(submitted).wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
 	s.get(submitted).wantHeader(t, "Cache-Status", "fsbroker; hit")
-	broker.wantQuestions(t, 1)
+	broker.wantRequests(t, 1)
 	s.get(submitted+"&nocache").wantStatus(t, http.StatusNoContent)
-	broker.wantQuestions(t, 2)
+	broker.wantRequests(t, 2)
 
-	broker.becomes(says(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
+	broker.setHandler(responds(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
 	time.Sleep(1100 * time.Millisecond)
 	s.get(submitted).wantStatus(t, http.StatusOK)
-	broker.becomes(says(http.StatusNotFound, ""))
+	broker.setHandler(responds(http.StatusNotFound, ""))
 	s.get(submitted).wantHeader(t, "Cache-Status", "fsbroker; hit")
 	s.get(submitted+"&nocache").wantStatus(t, http.StatusOK)
-	broker.wantQuestions(t, 3)
-	node.wantQuestions(t, 2)
+	broker.wantRequests(t, 3)
+	node.wantRequests(t, 2)
 
 	// The submission wins over the pair, which is not even looked at.
 	s.get("/task?submitID=s1&appServerID=node-7").wantStatus(t, http.StatusOK)

@@ -9,11 +9,11 @@ import (
 	"time"
 )
 
-func TestOneQuestionForAllCallers(t *testing.T) {
+func TestOneRequestForAllCallers(t *testing.T) {
 	const callers = 200
 	document := reportOf("t1", "SUCCESS")
 	g := newGate()
-	node := newBackend(t, g.then(says(http.StatusOK, document)))
+	node := newBackend(t, g.then(responds(http.StatusOK, document)))
 	s := startSite(t, options(node, ""))
 
 	var wg sync.WaitGroup
@@ -31,7 +31,7 @@ func TestOneQuestionForAllCallers(t *testing.T) {
 	time.Sleep(100 * time.Millisecond)
 	close(g.open)
 	wg.Wait()
-	node.wantQuestions(t, 1)
+	node.wantRequests(t, 1)
 	counts := map[string]int{}
 	for _, status := range statuses {
 		counts[status]++
@@ -44,7 +44,7 @@ func TestOneQuestionForAllCallers(t *testing.T) {
 func TestCallersThatLeave(t *testing.T) {
 	document := reportOf("t1", "SUCCESS")
 	g := newGate()
-	node := newBackend(t, g.then(says(http.StatusOK, document)))
+	node := newBackend(t, g.then(responds(http.StatusOK, document)))
 	s := startSite(t, options(node, ""))
 	bearer := "Authorization: Bearer " + callerSecret
 
@@ -68,11 +68,11 @@ func TestCallersThatLeave(t *testing.T) {
 	if r := <-answered; string(r.body) != document {
 		t.Errorf("the other got %s", r.body)
 	}
-	node.wantQuestions(t, 1)
+	node.wantRequests(t, 1)
 
 	// When all have left, the question is dropped, and one who comes then has it asked again.
 	g2 := newGate()
-	node.becomes(g2.then(says(http.StatusOK, document)))
+	node.setHandler(g2.then(responds(http.StatusOK, document)))
 	impatient, leave = context.WithCancel(t.Context())
 	go func() {
 		_, err := s.try(impatient, http.MethodGet, pair+"&all", bearer)
@@ -84,26 +84,26 @@ func TestCallersThatLeave(t *testing.T) {
 	within(t, "the second question to be dropped", g2.left)
 	close(g2.open)
 	s.get(pair+"&all").wantStatus(t, http.StatusOK)
-	node.wantQuestions(t, 3)
+	node.wantRequests(t, 3)
 }
 
-func TestNocacheJoinsNoEarlierQuestion(t *testing.T) {
+func TestNocacheJoinsNoEarlierRequest(t *testing.T) {
 	stale, fresh := reportOf("t1", "SUCCESS"), reportOf("t1", "SUCCESS", "SUCCESS")
 	g := newGate()
-	node := newBackend(t, g.then(says(http.StatusOK, stale)))
+	node := newBackend(t, g.then(responds(http.StatusOK, stale)))
 	s := startSite(t, options(node, ""))
 
 	first := make(chan reply, 1)
 	go func() { first <- s.get(pair) }()
 	within(t, "the question", g.entered)
-	node.becomes(says(http.StatusOK, fresh))
+	node.setHandler(responds(http.StatusOK, fresh))
 	const callers = 20
 	rest := make(chan reply, callers)
 	for range callers {
 		go func() { rest <- s.get(pair + "&nocache") }()
 	}
 	time.Sleep(200 * time.Millisecond)
-	node.wantQuestions(t, 1) // one at a time
+	node.wantRequests(t, 1) // one at a time
 	close(g.open)
 	if r := <-first; string(r.body) != stale {
 		t.Errorf("the first got %s", r.body)
@@ -113,5 +113,5 @@ func TestNocacheJoinsNoEarlierQuestion(t *testing.T) {
 			t.Errorf("a nocache caller got %s", r.body)
 		}
 	}
-	node.wantQuestions(t, 2) // and all who had come before it share the second
+	node.wantRequests(t, 2) // and all who had come before it share the second
 }

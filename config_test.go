@@ -11,7 +11,7 @@ import (
 )
 
 func TestMatchers(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	for _, matcher := range []string{"/reports/*", "*", "@reports"} {
 		directives := strings.Replace(options(node, ""), "fsbroker_task", "fsbroker_task "+matcher, 1)
 		s := startSite(t, "@reports path /reports/1\n"+directives)
@@ -20,7 +20,7 @@ func TestMatchers(t *testing.T) {
 }
 
 func TestOtherPathsPass(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startSite(t, options(node, "")+"\nrespond \"not ours\" 418")
 	for _, path := range []string{"/", "/tasks", "/task/", "/task/x", "/submit", "/x/task"} {
 		s.get(path).wantStatus(t, http.StatusTeapot)
@@ -30,8 +30,8 @@ func TestOtherPathsPass(t *testing.T) {
 }
 
 func TestSitesThatNameNodesAlike(t *testing.T) {
-	one := newBackend(t, says(http.StatusOK, reportOf("one", "SUCCESS")))
-	other := newBackend(t, says(http.StatusOK, reportOf("other", "SUCCESS")))
+	one := newBackend(t, responds(http.StatusOK, reportOf("one", "SUCCESS")))
+	other := newBackend(t, responds(http.StatusOK, reportOf("other", "SUCCESS")))
 	s := startSite(t, strings.Replace(options(one, ""), "fsbroker_task", "fsbroker_task /one", 1)+"\n"+
 		strings.Replace(options(other, ""), "fsbroker_task", "fsbroker_task /other", 1)+"\n"+
 		strings.Replace(options(one, ""), "fsbroker_task", "fsbroker_task /same", 1))
@@ -50,12 +50,12 @@ func TestSitesWithOtherBounds(t *testing.T) {
 	answer := make(chan struct{})
 	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
 		<-answer
-		says(http.StatusOK, dense(100<<10))(w, r)
+		responds(http.StatusOK, dense(100<<10))(w, r)
 	})
 	s := startSite(t, "handle_path /strict/* {\n"+options(node, "max_report 1KiB")+"\n}\n"+options(node, ""))
 	strict, lax := make(chan reply, 1), make(chan reply, 1)
 	go func() { strict <- s.get("/strict" + pair) }()
-	eventually(t, "the first question", func() bool { return len(node.questions()) == 1 })
+	eventually(t, "the first question", func() bool { return len(node.requests()) == 1 })
 	go func() { lax <- s.get(pair) }()
 	time.Sleep(100 * time.Millisecond) // for it to join the first, if it does
 	close(answer)
@@ -64,8 +64,8 @@ func TestSitesWithOtherBounds(t *testing.T) {
 }
 
 func TestJSON(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
-	broker := newBackend(t, says(http.StatusOK, `{"appServerID":"node-1","taskID":"t1"}`))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	broker := newBackend(t, responds(http.StatusOK, `{"appServerID":"node-1","taskID":"t1"}`))
 	s := newSite(t)
 	load := func(handler string) error {
 		config := fmt.Sprintf(`{

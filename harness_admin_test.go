@@ -47,8 +47,8 @@ func (s *adminSite) load(directives string) {
 	}
 }
 
-// askAdmin asks the admin API, whose answers hold no secret.
-func (s *adminSite) askAdmin(method, path string) (status int, body string) {
+// requestAdmin asks the admin API, whose answers hold no secret.
+func (s *adminSite) requestAdmin(method, path string) (status int, body string) {
 	s.t.Helper()
 	req, err := http.NewRequestWithContext(s.t.Context(), method, "http://"+s.admin+path, nil)
 	if err != nil {
@@ -74,7 +74,7 @@ func (s *adminSite) askAdmin(method, path string) (status int, body string) {
 // scrape reads /metrics of the admin API: values by series.
 func (s *adminSite) scrape() map[string]string {
 	s.t.Helper()
-	status, text := s.askAdmin(http.MethodGet, "/metrics")
+	status, text := s.requestAdmin(http.MethodGet, "/metrics")
 	if status != http.StatusOK {
 		s.t.Fatalf("status %d: %s", status, text)
 	}
@@ -113,7 +113,7 @@ func number(t testing.TB, value string) (n int) {
 // wantAdmin checks an answer of the admin API, without times.
 func (s *adminSite) wantAdmin(method, path string, status int, want string) {
 	s.t.Helper()
-	code, body := s.askAdmin(method, path)
+	code, body := s.requestAdmin(method, path)
 	got := strings.TrimSpace(regexp.MustCompile(`"at":"[^"]+"`).ReplaceAllString(body, `"at":"…"`))
 	if code != status || got != want {
 		s.t.Errorf("%s %s: status %d, want %d\ngot  %s\nwant %s", method, path, code, status, got, want)

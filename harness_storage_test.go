@@ -120,9 +120,9 @@ func setFault(err error, hang chan struct{}, garbage bool) {
 // wantUnreadable wants a caller to hear of a storage that cannot be read.
 func (s *site) wantUnreadable(t *testing.T, node *backend, path string) {
 	t.Helper()
-	node.becomes(says(http.StatusNotFound, "")) // which may be so or not
+	node.setHandler(responds(http.StatusNotFound, "")) // which may be so or not
 	s.get(path).wantProblem(t, http.StatusServiceUnavailable, "storage_unavailable")
-	node.becomes(says(http.StatusInternalServerError, "")) // so that there are two who may be the reason
+	node.setHandler(responds(http.StatusInternalServerError, "")) // so that there are two who may be the reason
 	r := s.get(path)
 	r.wantProblem(t, http.StatusBadGateway, "node_bad_answer")
 	if !strings.Contains(string(r.body), "storage that may have it cannot be read either") {

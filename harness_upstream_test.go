@@ -20,9 +20,9 @@ import (
 type backend struct {
 	*httptest.Server
 
-	mu     sync.Mutex
-	asked  []*url.URL
-	answer http.HandlerFunc
+	mu        sync.Mutex
+	requested []*url.URL
+	answer    http.HandlerFunc
 }
 
 // newBackend starts a backend. It closes with the test.
@@ -36,35 +36,35 @@ func newBackend(t testing.TB, answer http.HandlerFunc) *backend {
 
 func (b *backend) serve(w http.ResponseWriter, r *http.Request) {
 	b.mu.Lock()
-	b.asked = append(b.asked, r.URL)
+	b.requested = append(b.requested, r.URL)
 	answer := b.answer
 	b.mu.Unlock()
 	answer(w, r)
 }
 
-// becomes changes what the backend does from now on.
-func (b *backend) becomes(answer http.HandlerFunc) {
+// setHandler changes what the backend does from now on.
+func (b *backend) setHandler(answer http.HandlerFunc) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.answer = answer
 }
 
-// questions is what the backend was asked so far.
-func (b *backend) questions() []*url.URL {
+// requests is what the backend was asked so far.
+func (b *backend) requests() []*url.URL {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return append([]*url.URL(nil), b.asked...)
+	return append([]*url.URL(nil), b.requested...)
 }
 
-func (b *backend) wantQuestions(t *testing.T, want int) {
+func (b *backend) wantRequests(t *testing.T, want int) {
 	t.Helper()
-	if got := len(b.questions()); got != want {
-		t.Errorf("the backend was asked %d questions, want %d: %v", got, want, b.questions())
+	if got := len(b.requests()); got != want {
+		t.Errorf("the backend was asked %d questions, want %d: %v", got, want, b.requests())
 	}
 }
 
-// says answers with a status and a body.
-func says(status int, body string) http.HandlerFunc {
+// responds answers with a status and a body.
+func responds(status int, body string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		w.WriteHeader(status)
 		_, _ = io.WriteString(w, body)
@@ -117,10 +117,10 @@ func gzipped(t *testing.T, plain []byte) []byte {
 // systemInfo answers as nodes do for /system-info, and with a report for anything else.
 func systemInfo(w http.ResponseWriter, r *http.Request) {
 	if r.URL.Path != "/system-info" {
-		says(http.StatusOK, reportOf("t1", "SUCCESS"))(w, r)
+		responds(http.StatusOK, reportOf("t1", "SUCCESS"))(w, r)
 		return
 	}
-	says(http.StatusOK, `{"versionInfo":{"name":"fsTransform","version":"2.1.0"},
+	responds(http.StatusOK, `{"versionInfo":{"name":"fsTransform","version":"2.1.0"},
 		"queueInfo":{"activeCount":3,"queueCount":2,"completedCount":12345},"memoryStats":{"usedMemory":1}}`)(w, r)
 }
 

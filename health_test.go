@@ -63,7 +63,7 @@ func wantEvents(t *testing.T, want ...string) {
 func sick(status int, body string) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/system-info" {
-			says(status, body)(w, r)
+			responds(status, body)(w, r)
 			return
 		}
 		systemInfo(w, r)
@@ -82,8 +82,8 @@ func TestHealthChecks(t *testing.T) {
 	event := func(kind, reason string) string {
 		return fmt.Sprintf("fsbroker_node_%s of http.handlers.fsbroker_task: node node-1 at %s, since %s", kind, host, reason)
 	}
-	eventually(t, "a few checks", func() bool { return len(node.questions()) >= 3 })
-	if q := node.questions()[0]; q.Path != "/system-info" || q.Query().Get("secret") != nodeSecret {
+	eventually(t, "a few checks", func() bool { return len(node.requests()) >= 3 })
+	if q := node.requests()[0]; q.Path != "/system-info" || q.Query().Get("secret") != nodeSecret {
 		t.Errorf("the node was asked %s", q)
 	}
 	s.wantMetrics(nil, up[true])
@@ -102,13 +102,13 @@ func TestHealthChecks(t *testing.T) {
 		"something big": {http.StatusOK, strings.Repeat(" ", 2<<20) + "{}", "node_bad_answer"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			node.becomes(sick(answer.status, answer.body))
+			node.setHandler(sick(answer.status, answer.body))
 			wantEvents(t, event("unhealthy", answer.reason))
 			s.wantMetrics(nil, up[false])
 			// Questions go on, and are no reason to think better of it.
 			s.get(pair+"&nocache").wantStatus(t, http.StatusOK)
 			s.wantMetrics(nil, up[false])
-			node.becomes(sick(http.StatusOK, "{}"))
+			node.setHandler(sick(http.StatusOK, "{}"))
 			wantEvents(t, event("healthy", answer.reason))
 			s.wantMetrics(nil, up[true])
 		})
@@ -116,7 +116,7 @@ func TestHealthChecks(t *testing.T) {
 	if warnings := s.logged("fails"); len(warnings) != 7 {
 		t.Errorf("want 7 warnings, one for each change: %v", warnings)
 	}
-	broker.wantQuestions(t, 0)
+	broker.wantRequests(t, 0)
 	s.wantNoSecretInLog()
 }
 
@@ -125,7 +125,7 @@ func TestHealthChecksConnect(t *testing.T) {
 	node := newBackend(t, systemInfo)
 	listener := node.Listener.Addr().String()
 	s := startWithAdmin(t, options(node, "health_interval 20ms\nfail_duration 1h"), recordEvents)
-	eventually(t, "a check", func() bool { return len(node.questions()) > 0 })
+	eventually(t, "a check", func() bool { return len(node.requests()) > 0 })
 	wantEvents(t)
 
 	node.Close()
@@ -138,23 +138,23 @@ func TestHealthChecksConnect(t *testing.T) {
 }
 
 // Without checks, what questions find is told as well, and the node is asked nothing else.
-func TestEventsOfQuestions(t *testing.T) {
+func TestEventsOfRequests(t *testing.T) {
 	node := newBackend(t, systemInfo)
 	host := node.Listener.Addr().String()
 	startWithAdmin(t, options(node, ""), recordEvents).get(pair)
-	node.wantQuestions(t, 1)
+	node.wantRequests(t, 1)
 
 	s := startWithAdmin(t, options(node, "fail_duration 1ms"), recordEvents)
-	node.becomes(says(http.StatusForbidden, ""))
+	node.setHandler(responds(http.StatusForbidden, ""))
 	for range 3 {
 		s.get(pair+"&nocache").wantProblem(t, http.StatusBadGateway, "node_refused_secret")
 	}
 	wantEvents(t, "fsbroker_node_unhealthy of http.handlers.fsbroker_task: node node-1 at "+host+", since node_refused_secret")
-	node.becomes(systemInfo)
+	node.setHandler(systemInfo)
 	s.get(pair+"&nocache").wantStatus(t, http.StatusOK)
 	wantEvents(t, "fsbroker_node_healthy of http.handlers.fsbroker_task: node node-1 at "+host+", since node_refused_secret")
 
-	node.becomes(says(http.StatusInternalServerError, ""))
+	node.setHandler(responds(http.StatusInternalServerError, ""))
 	s.get(pair+"&nocache").wantProblem(t, http.StatusBadGateway, "node_bad_answer")
 	node.Close()
 	s.get(pair+"&nocache").wantProblem(t, http.StatusBadGateway, "node_unreachable")

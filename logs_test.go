@@ -9,8 +9,8 @@ import (
 // What came of a request is in the access log, and in placeholders that directives evaluate when the answer is written,
 // or after that.
 func TestRequestsAreLogged(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
-	broker := newBackend(t, says(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	broker := newBackend(t, responds(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
 	s := startSite(t, options(node, brokerOption(broker))+`
 	header >X-Came-By {http.fsbroker.client}/{http.fsbroker.cache}/{http.fsbroker.node}
 	log_append by_directive {http.fsbroker.cache}`)
@@ -41,13 +41,13 @@ func TestRequestsAreLogged(t *testing.T) {
 		}
 	}
 
-	node.becomes(says(http.StatusNotFound, ""))
+	node.setHandler(responds(http.StatusNotFound, ""))
 	s.get("/task?appServerID=node-1&taskID=t2").wantHeader(t, "X-Came-By", "tester/error/node-1")
 	s.wantNoSecretInLog()
 }
 
 func TestSecretInQueryIsAdvisedAgainst(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	directives := strings.Replace(options(node, ""), "secret tester", "secret other {env.NODE_SECRET}\nsecret tester {env.BROKER_SECRET}\nsecret tester", 1)
 	s := startSite(t, directives)
 	const advice = "Authorization: Bearer"

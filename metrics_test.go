@@ -12,8 +12,8 @@ import (
 )
 
 func TestMetrics(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("secret-task", "SUCCESS")))
-	broker := newBackend(t, says(http.StatusNotFound, ""))
+	node := newBackend(t, responds(http.StatusOK, reportOf("secret-task", "SUCCESS")))
+	broker := newBackend(t, responds(http.StatusNotFound, ""))
 	gone := newBackend(t, nil)
 	gone.Close()
 	directives := func(more string) string {
@@ -43,7 +43,7 @@ func TestMetrics(t *testing.T) {
 	s.get("/task?appServerID=metered-gone&taskID=t").wantStatus(t, 503)
 	s.get("/task").wantStatus(t, 400)
 	s.do(t.Context(), http.MethodGet, task).wantStatus(t, 401)
-	node.becomes(says(http.StatusNoContent, ""))
+	node.setHandler(responds(http.StatusNoContent, ""))
 	s.get(task+"2").wantStatus(t, 204)
 
 	host, goneHost := strings.TrimPrefix(node.URL, "http://"), strings.TrimPrefix(gone.URL, "http://")
@@ -93,7 +93,7 @@ func TestMetrics(t *testing.T) {
 // exportedMetrics are the names of all series that a site with traffic has.
 func exportedMetrics(t *testing.T) map[string]bool {
 	t.Helper()
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startWithAdmin(t, options(node, stored), "")
 	s.get(pair).wantStatus(t, http.StatusOK)
 	exported := make(map[string]bool)

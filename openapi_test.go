@@ -189,15 +189,15 @@ func TestOpenAPIDescribesAnswers(t *testing.T) {
 	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
 		switch task := r.URL.Query().Get("taskID"); task {
 		case "unknown":
-			says(http.StatusNotFound, "")(w, r)
+			responds(http.StatusNotFound, "")(w, r)
 		case "empty":
-			says(http.StatusNoContent, "")(w, r)
+			responds(http.StatusNoContent, "")(w, r)
 		case "slow":
 			<-r.Context().Done()
 		case "running":
-			says(http.StatusOK, reportOf(task, "IN_PROGRESS"))(w, r)
+			responds(http.StatusOK, reportOf(task, "IN_PROGRESS"))(w, r)
 		default:
-			says(http.StatusOK, reportOf(task, "SUCCESS", "FAILED"))(w, r)
+			responds(http.StatusOK, reportOf(task, "SUCCESS", "FAILED"))(w, r)
 		}
 	})
 	s := startSite(t, options(node, fmt.Sprintf("node closed 127.0.0.1:%d\ntimeout 500ms", freePort(t))))

@@ -14,7 +14,7 @@ import (
 )
 
 func TestReloadKeepsReports(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startSite(t, options(node, ""))
 	s.get(pair).wantStatus(t, http.StatusOK)
 	for i := range 5 {
@@ -26,7 +26,7 @@ func TestReloadKeepsReports(t *testing.T) {
 		t.Error("a broker with an empty secret was taken")
 	}
 	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
-	node.wantQuestions(t, 1)
+	node.wantRequests(t, 1)
 	if n := fsbroker.StoreUsers(); n != 1 {
 		t.Errorf("%d handlers hold the store, want the one that runs", n)
 	}
@@ -42,8 +42,8 @@ func TestReloadKeepsReports(t *testing.T) {
 func TestReloadWhileRequestsAreInFlight(t *testing.T) {
 	document := reportOf("t1", "SUCCESS")
 	g := newGate()
-	node := newBackend(t, g.then(says(http.StatusOK, document)))
-	broker := newBackend(t, g.then(says(http.StatusOK, `{"appServerID":"node-1","taskID":"t2"}`)))
+	node := newBackend(t, g.then(responds(http.StatusOK, document)))
+	broker := newBackend(t, g.then(responds(http.StatusOK, `{"appServerID":"node-1","taskID":"t2"}`)))
 	s := startSite(t, options(node, brokerOption(broker)))
 
 	var wg sync.WaitGroup
@@ -65,8 +65,8 @@ func TestReloadWhileRequestsAreInFlight(t *testing.T) {
 	}
 	close(g.open)
 	wg.Wait()
-	node.wantQuestions(t, 2)
-	broker.wantQuestions(t, 1)
+	node.wantRequests(t, 2)
+	broker.wantRequests(t, 1)
 }
 
 func TestStopWhileRequestsAreInFlight(t *testing.T) {

@@ -125,12 +125,12 @@ func (s *soak) node(w http.ResponseWriter, r *http.Request) {
 		s.faults.Add(1)
 		s.misbehave(w, r, fate)
 	case fate < 7 && !finished:
-		says(http.StatusOK, reportOf(taskID, "SUCCESS", "IN_PROGRESS"))(w, r)
+		responds(http.StatusOK, reportOf(taskID, "SUCCESS", "IN_PROGRESS"))(w, r)
 	case fate < 8 && !finished:
 		w.WriteHeader(http.StatusNoContent)
 	default:
 		s.finished.Store(n, true) // a task does not begin again
-		says(http.StatusOK, document(taskID))(w, r)
+		responds(http.StatusOK, document(taskID))(w, r)
 	}
 }
 

@@ -21,8 +21,8 @@ import (
 
 func TestStoredReportsOutliveTheProcess(t *testing.T) {
 	document := reportOf("t1", "SUCCESS")
-	node := newBackend(t, says(http.StatusOK, document))
-	broker := newBackend(t, says(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
+	node := newBackend(t, responds(http.StatusOK, document))
+	broker := newBackend(t, responds(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
 	directives := options(node, brokerOption(broker)+"\n"+stored)
 	s := startSite(t, directives)
 	s.get("/task?submitID=s1").wantStatus(t, http.StatusOK)
@@ -32,8 +32,8 @@ func TestStoredReportsOutliveTheProcess(t *testing.T) {
 	}
 	s.wantValues(2)
 
-	node.becomes(says(http.StatusNotFound, ""))
-	broker.becomes(says(http.StatusNotFound, ""))
+	node.setHandler(responds(http.StatusNotFound, ""))
+	broker.setHandler(responds(http.StatusNotFound, ""))
 	s.restart(directives)
 	first := s.get("/task?submitID=s1")
 	first.wantStatus(t, http.StatusOK)
@@ -58,13 +58,13 @@ func TestStoredReportsOutliveTheProcess(t *testing.T) {
 	s.restart(directives)
 	s.get("/task?appServerID=node-1&taskID=t2").wantProblem(t, http.StatusBadGateway, "node_unreachable")
 	s.get(pair).wantStatus(t, http.StatusOK)
-	node.wantQuestions(t, 1)
-	broker.wantQuestions(t, 1)
+	node.wantRequests(t, 1)
+	broker.wantRequests(t, 1)
 	s.wantNoSecretInLog()
 }
 
 func TestOnlyWhatIsFinishedIsStored(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startSite(t, options(node, ""))
 	s.get(pair).wantStatus(t, http.StatusOK)
 	if err := caddy.Stop(); err != nil {
@@ -74,12 +74,12 @@ func TestOnlyWhatIsFinishedIsStored(t *testing.T) {
 		t.Errorf("without storage there is %v", values)
 	}
 
-	broker := newBackend(t, says(http.StatusOK, `{"state":"QUEUED"}`))
+	broker := newBackend(t, responds(http.StatusOK, `{"state":"QUEUED"}`))
 	directives := options(node, brokerOption(broker)+"\npoll_interval 1ms\n"+stored)
 	s.restart(directives)
 	s.get("/task?submitID=s1").wantStatus(t, http.StatusNoContent)
-	for _, answer := range []http.HandlerFunc{says(204, ""), says(404, ""), says(200, "{"), says(200, reportOf("t1", "QUEUED"))} {
-		node.becomes(answer)
+	for _, answer := range []http.HandlerFunc{responds(204, ""), responds(404, ""), responds(200, "{"), responds(200, reportOf("t1", "QUEUED"))} {
+		node.setHandler(answer)
 		s.get(pair)
 	}
 	if err := caddy.Stop(); err != nil {
@@ -92,7 +92,7 @@ func TestOnlyWhatIsFinishedIsStored(t *testing.T) {
 
 func TestDamagedValues(t *testing.T) {
 	document := reportOf("t1", "SUCCESS")
-	node := newBackend(t, says(http.StatusOK, document))
+	node := newBackend(t, responds(http.StatusOK, document))
 	s := startSite(t, options(node, stored))
 	s.get(pair).wantStatus(t, http.StatusOK)
 	name := s.wantValues(1)[0]
@@ -132,7 +132,7 @@ func TestDamagedValues(t *testing.T) {
 				t.Errorf("got %q", r.body)
 			}
 			questions++
-			node.wantQuestions(t, questions)
+			node.wantRequests(t, questions)
 			aside, err := os.ReadFile(filepath.Join(s.dir, "fsbroker_task", "damaged", filepath.Base(name)))
 			if err != nil || !bytes.Equal(aside, value) {
 				t.Errorf("set aside: %q, error %v", aside, err)
@@ -151,7 +151,7 @@ func TestDamagedValues(t *testing.T) {
 	if err := caddy.Stop(); err != nil {
 		t.Fatal(err)
 	}
-	node.becomes(says(http.StatusOK, reportOf("t2", "SUCCESS")))
+	node.setHandler(responds(http.StatusOK, reportOf("t2", "SUCCESS")))
 	s.restart(options(node, stored))
 	s.get("/task?appServerID=node-1&taskID=t2").wantStatus(t, http.StatusOK)
 	for _, other := range s.wantValues(2) {
@@ -166,7 +166,7 @@ func TestDamagedValues(t *testing.T) {
 }
 
 func TestRetentionEndsWhatIsStored(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	directives := options(node, "cache {\n storage\n retention 500ms\n }")
 	s := startSite(t, directives)
 	s.get(pair).wantStatus(t, http.StatusOK)
@@ -192,7 +192,7 @@ func TestStorageFaults(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			fault.dir = t.TempDir()
 			node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
-				says(http.StatusOK, reportOf(r.URL.Query().Get("taskID"), "SUCCESS"))(w, r)
+				responds(http.StatusOK, reportOf(r.URL.Query().Get("taskID"), "SUCCESS"))(w, r)
 			})
 			directives := options(node, "cache {\n storage faulty\n }\nfail_duration 500ms")
 			s := startSite(t, directives)
@@ -221,7 +221,7 @@ func TestStorageFaults(t *testing.T) {
 				close(test.hang)
 			}
 			wantStoredIn(t, fault.dir, reports)
-			node.becomes(says(http.StatusNotFound, ""))
+			node.setHandler(responds(http.StatusNotFound, ""))
 			s.restart(directives)
 			for i := range reports {
 				s.get(fmt.Sprintf("/task?appServerID=node-1&taskID=t%d", i)).wantStatus(t, http.StatusOK)
@@ -232,7 +232,7 @@ func TestStorageFaults(t *testing.T) {
 
 func TestStoppingWithAStorageThatHangs(t *testing.T) {
 	fault.dir = t.TempDir()
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startSite(t, options(node, "cache {\n storage faulty\n }"))
 	hang := make(chan struct{})
 	setFault(nil, hang, false)
@@ -252,19 +252,19 @@ func TestStoppingWithAStorageThatHangs(t *testing.T) {
 // What has left memory before the storage has taken it is still there: in the queue to the storage.
 func TestEvictedBeforeItIsStored(t *testing.T) {
 	fault.dir = t.TempDir()
-	broker := newBackend(t, says(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
+	broker := newBackend(t, responds(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
 	document := reportOf("t1", "SUCCESS")
-	node := newBackend(t, says(http.StatusOK, document))
+	node := newBackend(t, responds(http.StatusOK, document))
 	s := startSite(t, options(node, brokerOption(broker)+"\ncache {\n storage faulty\n max_size 4KiB\n }"))
 	hang := make(chan struct{})
 	setFault(nil, hang, false)
 	s.get("/task?submitID=s1").wantStatus(t, http.StatusOK)
-	node.becomes(says(http.StatusOK, reportOf("t2", "SUCCESS")))
+	node.setHandler(responds(http.StatusOK, reportOf("t2", "SUCCESS")))
 	for i := range 10 { // which memory has room for only in part
 		s.get(fmt.Sprintf("/task?appServerID=node-1&taskID=other-%d", i)).wantStatus(t, http.StatusOK)
 	}
-	node.becomes(says(http.StatusNotFound, ""))
-	broker.becomes(says(http.StatusNotFound, ""))
+	node.setHandler(responds(http.StatusNotFound, ""))
+	broker.setHandler(responds(http.StatusNotFound, ""))
 	if r := s.get("/task?submitID=s1"); string(r.body) != document {
 		t.Errorf("status %d: %s", r.status, r.body)
 	}
@@ -279,10 +279,10 @@ func TestValueThatIsRefused(t *testing.T) {
 	fault.dir = t.TempDir()
 	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Query().Get("taskID") == "large" {
-			says(http.StatusOK, dense(20_000))(w, r)
+			responds(http.StatusOK, dense(20_000))(w, r)
 			return
 		}
-		says(http.StatusOK, reportOf("t1", "SUCCESS"))(w, r)
+		responds(http.StatusOK, reportOf("t1", "SUCCESS"))(w, r)
 	})
 	s := startSite(t, options(node, "cache {\n storage faulty\n }"))
 	limit := func(most int) {
@@ -311,7 +311,7 @@ func TestValueThatIsRefused(t *testing.T) {
 func TestStoppingDoesNotWaitForTheNextTry(t *testing.T) {
 	fsbroker.SetRetries(t, time.Hour, time.Hour)
 	fault.dir = t.TempDir()
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startSite(t, options(node, "cache {\n storage faulty\n }"))
 	setFault(errors.New("away"), nil, false)
 	defer setFault(nil, nil, false)
@@ -329,13 +329,13 @@ func TestStoppingDoesNotWaitForTheNextTry(t *testing.T) {
 // What is in memory when a configuration brings a storage is stored once it is asked for.
 func TestStorageComesWithAReload(t *testing.T) {
 	document := reportOf("t1", "SUCCESS")
-	node := newBackend(t, says(http.StatusOK, document))
+	node := newBackend(t, responds(http.StatusOK, document))
 	s := startSite(t, options(node, ""))
 	s.get(pair).wantStatus(t, http.StatusOK)
 	s.load(options(node, stored))
 	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
 	s.wantValues(1)
-	node.becomes(says(http.StatusNotFound, ""))
+	node.setHandler(responds(http.StatusNotFound, ""))
 	s.restart(options(node, stored))
 	if r := s.get(pair); string(r.body) != document {
 		t.Errorf("status %d: %s", r.status, r.body)
@@ -346,14 +346,14 @@ func TestStorageComesWithAReload(t *testing.T) {
 func TestNocacheBesideAStorage(t *testing.T) {
 	fault.dir = t.TempDir()
 	document := reportOf("t1", "SUCCESS")
-	node := newBackend(t, says(http.StatusOK, document))
+	node := newBackend(t, responds(http.StatusOK, document))
 	directives := options(node, "cache {\n storage faulty\n }\nfail_duration 1ms")
 	s := startSite(t, directives)
 	s.get(pair).wantStatus(t, http.StatusOK)
 	wantStoredIn(t, fault.dir, 1)
 
 	s.restart(directives)
-	node.becomes(says(http.StatusNoContent, ""))
+	node.setHandler(responds(http.StatusNoContent, ""))
 	s.get(pair+"&nocache").wantStatus(t, http.StatusNoContent)
 	if r := s.get(pair); string(r.body) != document {
 		t.Errorf("after an answer that is less: status %d: %s", r.status, r.body)
@@ -368,8 +368,8 @@ func TestNocacheBesideAStorage(t *testing.T) {
 // That a submission failed is certain, whatever the storage may have.
 func TestFailedSubmissionBesideAStorage(t *testing.T) {
 	fault.dir = t.TempDir()
-	node := newBackend(t, says(http.StatusNotFound, ""))
-	broker := newBackend(t, says(http.StatusOK, `{"state":"FAILED"}`))
+	node := newBackend(t, responds(http.StatusNotFound, ""))
+	broker := newBackend(t, responds(http.StatusOK, `{"state":"FAILED"}`))
 	s := startSite(t, options(node, brokerOption(broker)+"\ncache {\n storage faulty\n }"))
 	setFault(errors.New("away"), nil, false)
 	defer setFault(nil, nil, false)
@@ -378,7 +378,7 @@ func TestFailedSubmissionBesideAStorage(t *testing.T) {
 
 // An instance whose clock is ahead may have stored it.
 func TestAgeIsNeverNegative(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startSite(t, options(node, stored))
 	s.get(pair).wantStatus(t, http.StatusOK)
 	name := s.wantValues(1)[0]
@@ -400,8 +400,8 @@ func TestAgeIsNeverNegative(t *testing.T) {
 
 func TestInstancesShareReports(t *testing.T) {
 	document := reportOf("t1", "SUCCESS")
-	node := newBackend(t, says(http.StatusOK, document))
-	broker := newBackend(t, says(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
+	node := newBackend(t, responds(http.StatusOK, document))
+	broker := newBackend(t, responds(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
 	dir := t.TempDir()
 	directives := options(node, brokerOption(broker)+"\n"+shared)
 	one, other := startProcess(t, dir, directives), startProcess(t, dir, directives)
@@ -414,13 +414,13 @@ func TestInstancesShareReports(t *testing.T) {
 		t.Errorf("got %s", r.body)
 	}
 	other.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
-	node.wantQuestions(t, 1)
-	broker.wantQuestions(t, 1)
+	node.wantRequests(t, 1)
+	broker.wantRequests(t, 1)
 }
 
 func TestKilledInTheMiddleOfWriting(t *testing.T) {
 	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
-		says(http.StatusOK, reportOf(r.URL.Query().Get("taskID"), "SUCCESS")+strings.Repeat(" ", 100<<10))(w, r)
+		responds(http.StatusOK, reportOf(r.URL.Query().Get("taskID"), "SUCCESS")+strings.Repeat(" ", 100<<10))(w, r)
 	})
 	dir := t.TempDir()
 	directives := options(node, shared)

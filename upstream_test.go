@@ -20,7 +20,7 @@ func TestSecretParam(t *testing.T) {
 		"secret_param serect": "all=false&serect=the-nodes-own-secret&taskID=t1",
 		"secret_param secret": "all=false&secret=the-nodes-own-secret&taskID=t1",
 	} {
-		node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+		node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 		s := startSite(t, fmt.Sprintf(`fsbroker_task {
 			secret {env.CALLER_SECRET}
 			node node-1 %s/base/ {
@@ -29,7 +29,7 @@ func TestSecretParam(t *testing.T) {
 			}
 		}`, node.URL, option))
 		s.get(pair).wantStatus(t, http.StatusOK)
-		if got := node.questions()[0]; got.RawQuery != want || got.Path != "/base/task" {
+		if got := node.requests()[0]; got.RawQuery != want || got.Path != "/base/task" {
 			t.Errorf("%s: the node was asked %s", option, got)
 		}
 	}
@@ -38,25 +38,25 @@ func TestSecretParam(t *testing.T) {
 func TestNodeFaults(t *testing.T) {
 	whole := reportOf("t1", "SUCCESS")
 	bomb := gzipped(t, bytes.Repeat([]byte(" "), 64<<20)) // 64 MiB out of 64 KiB
-	elsewhere := newBackend(t, says(http.StatusOK, whole))
+	elsewhere := newBackend(t, responds(http.StatusOK, whole))
 	for name, test := range map[string]struct {
 		answer http.HandlerFunc
 		status int
 		code   string
 	}{
-		"not JSON":         {says(200, "<html>the-nodes-own-secret</html>"), 502, "node_bad_answer"},
-		"empty":            {says(200, ""), 502, "node_bad_answer"},
-		"half":             {says(200, whole[:len(whole)/2]), 502, "node_bad_answer"},
-		"trailing garbage": {says(200, whole+"x"), 502, "node_bad_answer"},
-		"another document": {says(200, `{"error":"the-nodes-own-secret"}`), 502, "node_bad_answer"},
-		"no result":        {says(200, `{"processTime":1,"result":null}`), 502, "node_bad_answer"},
-		"odd result":       {says(200, `{"processTime":1,"result":"the-nodes-own-secret"}`), 502, "node_bad_answer"},
-		"odd subtasks":     {says(200, `{"result":{"taskReference":{"state":"SUCCESS"},"subtaskReferences":7}}`), 502, "node_bad_answer"},
-		"a list":           {says(200, `[1]`), 502, "node_bad_answer"},
-		"server error":     {says(500, whole), 502, "node_bad_answer"},
-		"too many":         {says(429, ""), 502, "node_bad_answer"},
-		"partial content":  {says(206, whole), 502, "node_bad_answer"},
-		"secret refused":   {says(401, ""), 502, "node_refused_secret"},
+		"not JSON":         {responds(200, "<html>the-nodes-own-secret</html>"), 502, "node_bad_answer"},
+		"empty":            {responds(200, ""), 502, "node_bad_answer"},
+		"half":             {responds(200, whole[:len(whole)/2]), 502, "node_bad_answer"},
+		"trailing garbage": {responds(200, whole+"x"), 502, "node_bad_answer"},
+		"another document": {responds(200, `{"error":"the-nodes-own-secret"}`), 502, "node_bad_answer"},
+		"no result":        {responds(200, `{"processTime":1,"result":null}`), 502, "node_bad_answer"},
+		"odd result":       {responds(200, `{"processTime":1,"result":"the-nodes-own-secret"}`), 502, "node_bad_answer"},
+		"odd subtasks":     {responds(200, `{"result":{"taskReference":{"state":"SUCCESS"},"subtaskReferences":7}}`), 502, "node_bad_answer"},
+		"a list":           {responds(200, `[1]`), 502, "node_bad_answer"},
+		"server error":     {responds(500, whole), 502, "node_bad_answer"},
+		"too many":         {responds(429, ""), 502, "node_bad_answer"},
+		"partial content":  {responds(206, whole), 502, "node_bad_answer"},
+		"secret refused":   {responds(401, ""), 502, "node_refused_secret"},
 		"redirect": {func(w http.ResponseWriter, r *http.Request) {
 			http.Redirect(w, r, elsewhere.URL+"/task?"+r.URL.RawQuery, http.StatusFound)
 		}, 502, "node_bad_answer"},
@@ -86,8 +86,8 @@ func TestNodeFaults(t *testing.T) {
 			w.Header().Set("Content-Encoding", "gzip")
 			_, _ = w.Write(bomb)
 		}, 502, "node_answer_too_large"},
-		"too large":         {says(200, whole+strings.Repeat(" ", 64<<10)), 502, "node_answer_too_large"},
-		"too large, length": {says(200, strings.Repeat(" ", 1<<20)), 502, "node_answer_too_large"},
+		"too large":         {responds(200, whole+strings.Repeat(" ", 64<<10)), 502, "node_answer_too_large"},
+		"too large, length": {responds(200, strings.Repeat(" ", 1<<20)), 502, "node_answer_too_large"},
 		"other encoding": {func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("Content-Encoding", "br")
 			_, _ = io.WriteString(w, whole)
@@ -101,12 +101,12 @@ func TestNodeFaults(t *testing.T) {
 				r.wantProblem(t, test.status, test.code)
 				r.wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; detail="+test.code)
 			}
-			node.becomes(says(200, whole)) // none of this is held against the node
+			node.setHandler(responds(200, whole)) // none of this is held against the node
 			s.get(pair).wantStatus(t, http.StatusOK)
 			s.wantNoSecretInLog()
 		})
 	}
-	elsewhere.wantQuestions(t, 0)
+	elsewhere.wantRequests(t, 0)
 }
 
 func TestGzippingNode(t *testing.T) {
@@ -128,7 +128,7 @@ func TestAnswersBeingReadAreBounded(t *testing.T) {
 		w.Header().Set("Content-Length", fmt.Sprint(len(document)))
 		_, _ = io.WriteString(w, document[:1000])
 		_ = http.NewResponseController(w).Flush()
-		g.then(says(http.StatusOK, document[1000:]))(w, r)
+		g.then(responds(http.StatusOK, document[1000:]))(w, r)
 	})
 	s := startSite(t, options(node, "max_report 1MiB\ncache {\n max_size 1MiB\n }"))
 
@@ -163,7 +163,7 @@ func TestFailDuration(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	node := &httptest.Server{Listener: l, Config: &http.Server{Handler: says(http.StatusOK, reportOf("t1", "SUCCESS"))}}
+	node := &httptest.Server{Listener: l, Config: &http.Server{Handler: responds(http.StatusOK, reportOf("t1", "SUCCESS"))}}
 	node.Start()
 	t.Cleanup(node.Close)
 	s.get(pair).wantProblem(t, http.StatusServiceUnavailable, "node_down")
@@ -201,7 +201,7 @@ func TestConnectTimeout(t *testing.T) {
 
 func TestKeptReportsOutliveTheNode(t *testing.T) {
 	document := reportOf("t1", "SUCCESS")
-	node := newBackend(t, says(http.StatusOK, document))
+	node := newBackend(t, responds(http.StatusOK, document))
 	s := startSite(t, options(node, ""))
 	s.get(pair).wantStatus(t, http.StatusOK)
 	node.Close()
@@ -218,8 +218,8 @@ func TestKeptReportsOutliveTheNode(t *testing.T) {
 
 // forward_auth leaves dial information in the request's context, which Caddy's transport would follow.
 func TestNodesAreDialledWhateverOtherHandlersLeaveBehind(t *testing.T) {
-	auth := newBackend(t, says(http.StatusOK, ""))
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	auth := newBackend(t, responds(http.StatusOK, ""))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startSite(t, fmt.Sprintf(`route {
 		forward_auth %s {
 			uri /auth
@@ -227,8 +227,8 @@ func TestNodesAreDialledWhateverOtherHandlersLeaveBehind(t *testing.T) {
 		%s
 	}`, auth.URL, options(node, "")))
 	s.get(pair).wantStatus(t, http.StatusOK)
-	node.wantQuestions(t, 1)
-	for _, q := range auth.questions() {
+	node.wantRequests(t, 1)
+	for _, q := range auth.requests() {
 		if q.Path != "/auth" {
 			t.Errorf("the auth server was asked %s", q.Path)
 		}
@@ -236,7 +236,7 @@ func TestNodesAreDialledWhateverOtherHandlersLeaveBehind(t *testing.T) {
 }
 
 func TestTransport(t *testing.T) {
-	node := httptest.NewTLSServer(says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node := httptest.NewTLSServer(responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	t.Cleanup(node.Close)
 	host := strings.TrimPrefix(node.URL, "https://")
 	ca := writeFile(t, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: node.Certificate().Raw})))

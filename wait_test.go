@@ -23,7 +23,7 @@ func wantWaiters(t *testing.T, want int) {
 
 func TestWait(t *testing.T) {
 	finished, unfinished := reportOf("t1", "SUCCESS"), reportOf("t1", "IN_PROGRESS")
-	node := newBackend(t, says(http.StatusOK, unfinished))
+	node := newBackend(t, responds(http.StatusOK, unfinished))
 	s := startSite(t, options(node, "poll_interval 200ms\nmax_wait 15s"))
 
 	applied := map[string]string{}
@@ -57,7 +57,7 @@ func TestWait(t *testing.T) {
 			}
 		}
 	}
-	node.becomes(says(http.StatusOK, finished))
+	node.setHandler(responds(http.StatusOK, finished))
 	for name, answer := range answers {
 		if applied[name] != "" {
 			r := <-answer
@@ -78,15 +78,15 @@ func TestWait(t *testing.T) {
 
 func TestWaitUntilTimeIsUp(t *testing.T) {
 	newest := reportOf("t1", "IN_PROGRESS", "SUCCESS")
-	node := newBackend(t, says(http.StatusNoContent, ""))
+	node := newBackend(t, responds(http.StatusNoContent, ""))
 	s := startSite(t, options(node, "poll_interval 200ms\nmax_wait 1s"))
 
 	start := time.Now()
 	empty, answer := s.goGet("/task?appServerID=node-1&taskID=t2&wait=1"), s.goGet(pair+"&wait=60")
 	wantWaiters(t, 2)
-	node.becomes(func(w http.ResponseWriter, r *http.Request) {
+	node.setHandler(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Query().Get("taskID") == "t1" {
-			says(http.StatusOK, newest)(w, r)
+			responds(http.StatusOK, newest)(w, r)
 			return
 		}
 		w.WriteHeader(http.StatusNoContent)
@@ -108,8 +108,8 @@ func TestWaitUntilTimeIsUp(t *testing.T) {
 
 // However the callers come and the cache's time runs, a report is asked for once in an interval, and not less often.
 func TestWaitPollsOnceInAnInterval(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
-	broker := newBackend(t, says(http.StatusOK, `{"appServerID":"node-1","taskID":"t1"}`))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
+	broker := newBackend(t, responds(http.StatusOK, `{"appServerID":"node-1","taskID":"t1"}`))
 	s := startSite(t, options(node, brokerOption(broker)+"\npoll_interval 500ms"))
 	s.get(pair)
 	time.Sleep(200 * time.Millisecond)
@@ -119,54 +119,54 @@ func TestWaitPollsOnceInAnInterval(t *testing.T) {
 	for _, answer := range []<-chan reply{first, second, third} {
 		(<-answer).wantStatus(t, http.StatusOK)
 	}
-	if n := len(node.questions()); n < 8 || n > 12 {
+	if n := len(node.requests()); n < 8 || n > 12 {
 		t.Errorf("the node was asked %d questions in about 5 seconds, want about 11", n)
 	}
-	broker.wantQuestions(t, 1)
+	broker.wantRequests(t, 1)
 }
 
 func TestWaitPollsAsSoonAsNothingIsKept(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
 	s := startSite(t, options(node, "poll_interval 4s"))
 	s.get(pair)
 	time.Sleep(3 * time.Second)
-	node.becomes(says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node.setHandler(responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	start := time.Now()
 	s.get(pair+"&wait=15").wantHeader(t, "Cache-Control", "private, no-cache")
 	if took := time.Since(start); took > 3*time.Second {
 		t.Errorf("the answer took %s, though what was kept was to expire in 1s", took)
 	}
-	node.wantQuestions(t, 2)
+	node.wantRequests(t, 2)
 }
 
 func TestWaitForSubmission(t *testing.T) {
 	finished := reportOf("t1", "SUCCESS")
-	node := newBackend(t, says(http.StatusNoContent, ""))
-	broker := newBackend(t, says(http.StatusOK, `{"state":"QUEUED"}`))
+	node := newBackend(t, responds(http.StatusNoContent, ""))
+	broker := newBackend(t, responds(http.StatusOK, `{"state":"QUEUED"}`))
 	s := startSite(t, options(node, brokerOption(broker)+"\npoll_interval 100ms"))
 
 	answer := s.goGet("/task?submitID=s1&wait=15")
-	eventually(t, "the broker to be asked again", func() bool { return len(broker.questions()) > 2 })
-	broker.becomes(says(http.StatusOK, `{"appServerID":"node-1","taskID":"t1"}`))
-	eventually(t, "the node to be asked again", func() bool { return len(node.questions()) > 2 })
-	node.becomes(says(http.StatusOK, finished))
+	eventually(t, "the broker to be asked again", func() bool { return len(broker.requests()) > 2 })
+	broker.setHandler(responds(http.StatusOK, `{"appServerID":"node-1","taskID":"t1"}`))
+	eventually(t, "the node to be asked again", func() bool { return len(node.requests()) > 2 })
+	node.setHandler(responds(http.StatusOK, finished))
 	if r := <-answer; string(r.body) != finished {
 		t.Errorf("status %d: %s", r.status, r.body)
 	}
 }
 
 func TestWaitEndsWithProblem(t *testing.T) {
-	node := newBackend(t, says(http.StatusNoContent, ""))
+	node := newBackend(t, responds(http.StatusNoContent, ""))
 	s := startSite(t, options(node, "poll_interval 100ms"))
 	for _, nocache := range []string{"", "&nocache"} {
 		answers := []<-chan reply{s.goGet(pair + nocache + "&wait=15"), s.goGet(pair + nocache + "&wait=15")}
 		wantWaiters(t, 2)
-		node.becomes(says(http.StatusNotFound, ""))
+		node.setHandler(responds(http.StatusNotFound, ""))
 		for _, answer := range answers {
 			(<-answer).wantProblem(t, http.StatusNotFound, "unknown_task")
 		}
 		// The problem is theirs, and not of one who comes later.
-		node.becomes(says(http.StatusNoContent, ""))
+		node.setHandler(responds(http.StatusNoContent, ""))
 		answer := s.goGet(pair + nocache + "&wait=1")
 		(<-answer).wantStatus(t, http.StatusNoContent)
 	}
@@ -174,7 +174,7 @@ func TestWaitEndsWithProblem(t *testing.T) {
 }
 
 func TestWaitWithIfNoneMatch(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
 	s := startSite(t, options(node, "poll_interval 200ms"))
 	known := "If-None-Match: " + s.get(pair).header.Get("ETag")
 
@@ -184,7 +184,7 @@ func TestWaitWithIfNoneMatch(t *testing.T) {
 
 	answer := s.goGet(pair+"&wait=15", known)
 	wantWaiters(t, 1)
-	node.becomes(says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node.setHandler(responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	r = <-answer
 	r.wantStatus(t, http.StatusOK)
 	r.wantHeader(t, "Cache-Control", "private, no-cache")
@@ -192,17 +192,17 @@ func TestWaitWithIfNoneMatch(t *testing.T) {
 
 func TestWaitWithNocache(t *testing.T) {
 	finished := reportOf("t1", "SUCCESS")
-	node := newBackend(t, says(http.StatusOK, finished))
+	node := newBackend(t, responds(http.StatusOK, finished))
 	s := startSite(t, options(node, "poll_interval 100ms"))
 	s.get(pair).wantStatus(t, http.StatusOK)
 
 	// The node has begun anew: what is kept is not what such a caller waits for.
-	node.becomes(says(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
-	before := len(node.questions())
+	node.setHandler(responds(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
+	before := len(node.requests())
 	answer := s.goGet(pair + "&nocache&wait=15")
-	eventually(t, "fresh polls", func() bool { return len(node.questions()) > before+3 })
+	eventually(t, "fresh polls", func() bool { return len(node.requests()) > before+3 })
 	again := reportOf("t1", "SUCCESS", "FAILED")
-	node.becomes(says(http.StatusOK, again))
+	node.setHandler(responds(http.StatusOK, again))
 	r := <-answer
 	r.wantHeader(t, "Cache-Status", "fsbroker; fwd=request; stored")
 	if string(r.body) != again {
@@ -211,7 +211,7 @@ func TestWaitWithNocache(t *testing.T) {
 }
 
 func TestWaitersThatLeave(t *testing.T) {
-	node := newBackend(t, says(http.StatusNoContent, ""))
+	node := newBackend(t, responds(http.StatusNoContent, ""))
 	s := startSite(t, options(node, "poll_interval 100ms"))
 	wait := func() (leave func()) {
 		ctx, cancel := context.WithCancel(t.Context())
@@ -225,7 +225,7 @@ func TestWaitersThatLeave(t *testing.T) {
 			<-ended
 		}
 	}
-	asked := func() int { return len(node.questions()) }
+	asked := func() int { return len(node.requests()) }
 
 	leaveOne, leaveOther := wait(), wait()
 	wantWaiters(t, 2)
@@ -236,19 +236,19 @@ func TestWaitersThatLeave(t *testing.T) {
 
 	// With the last one goes the question that is under way, and no more are asked.
 	g := newGate()
-	node.becomes(g.then(nil))
+	node.setHandler(g.then(nil))
 	within(t, "a question", g.entered)
 	leaveOther()
 	within(t, "the question to be dropped", g.left)
 	wantWaiters(t, 0)
 	before = asked()
 	time.Sleep(500 * time.Millisecond)
-	node.wantQuestions(t, before)
+	node.wantRequests(t, before)
 }
 
 func TestReloadEndsWait(t *testing.T) {
 	unfinished := reportOf("t1", "IN_PROGRESS")
-	node := newBackend(t, says(http.StatusOK, unfinished))
+	node := newBackend(t, responds(http.StatusOK, unfinished))
 	s := startSite(t, options(node, ""))
 	answers := []<-chan reply{s.goGet(pair + "&wait=60"), s.goGet("/task?appServerID=node-1&taskID=t2&wait=60")}
 	wantWaiters(t, 2)
@@ -268,7 +268,7 @@ func TestReloadEndsWait(t *testing.T) {
 	// One who comes back goes on waiting with the new configuration.
 	answer := s.goGet(pair + "&wait=60")
 	wantWaiters(t, 1)
-	node.becomes(says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node.setHandler(responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	r := <-answer
 	r.wantHeader(t, "Preference-Applied", "wait=30")
 	r.wantHeader(t, "Cache-Control", "private, no-cache")
@@ -277,11 +277,11 @@ func TestReloadEndsWait(t *testing.T) {
 // A process that ends waits for its requests first, for up to 5 seconds here.
 func TestShutdownEndsWait(t *testing.T) {
 	g := newGate()
-	node := newBackend(t, says(http.StatusNoContent, ""))
+	node := newBackend(t, responds(http.StatusNoContent, ""))
 	p := startProcess(t, "", options(node, "poll_interval 100ms"))
 	answer := p.goGet(pair + "&wait=60")
-	eventually(t, "polls", func() bool { return len(node.questions()) > 2 })
-	node.becomes(g.then(nil))
+	eventually(t, "polls", func() bool { return len(node.requests()) > 2 })
+	node.setHandler(g.then(nil))
 	within(t, "a question", g.entered) // which is under way when the process is told to end
 	start := time.Now()
 	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
@@ -323,7 +323,7 @@ func TestManyWait(t *testing.T) {
 	}
 	const streams, interval = 250, 500 * time.Millisecond // HTTP/2 has this many requests in one connection
 	finished := reportOf("t1", "SUCCESS")
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
 	s := startSite(t, options(node, fmt.Sprintf("poll_interval %s\nmax_wait 5m", interval)))
 
 	start := time.Now()
@@ -363,9 +363,9 @@ func TestManyWait(t *testing.T) {
 	}
 	wantWaiters(t, waiters)
 	all := time.Now()
-	before := len(node.questions())
+	before := len(node.requests())
 	time.Sleep(10 * interval)
-	asked, took := len(node.questions())-before, time.Since(all)
+	asked, took := len(node.requests())-before, time.Since(all)
 	if most := int(took/interval) + 1; asked < 5 || asked > most {
 		t.Errorf("the node was asked %d questions in %s, want 1 in each %s", asked, took, interval)
 	}
@@ -373,13 +373,13 @@ func TestManyWait(t *testing.T) {
 		t.Errorf("%d pollers ask for them, want 1", n)
 	}
 
-	node.becomes(says(http.StatusOK, finished))
+	node.setHandler(responds(http.StatusOK, finished))
 	told := time.Now()
 	wg.Wait()
 	t.Logf("%d callers waited: %s until all did, %d questions in %s while they did, %s until all had the report",
 		waiters, all.Sub(start).Round(time.Millisecond), asked, took.Round(time.Millisecond),
 		time.Since(told).Round(time.Millisecond))
-	if n, most := len(node.questions()), int(time.Since(start)/interval)+2; n > most {
+	if n, most := len(node.requests()), int(time.Since(start)/interval)+2; n > most {
 		t.Errorf("the node was asked %d questions in all, want no more than %d", n, most)
 	}
 }
