@@ -12,22 +12,29 @@ import (
 	"github.com/caddyserver/caddy/v2"
 )
 
-// adminSite is a site whose Caddy has its admin API.
+// adminSite is a site of a Caddy that has its admin API on.
 type adminSite struct {
 	*site
-	admin  string // host:port
-	global string // options
-	client http.Client
+	admin       string // host:port
+	global      string // global options
+	adminClient *http.Client
 }
 
-// startWithAdmin runs a site with the admin API, and with global options.
+// in returns the site for a subtest, so that the subtest reports what fails.
+func (s *adminSite) in(t testing.TB) *adminSite {
+	sub := *s
+	sub.site = s.site.in(t)
+	return &sub
+}
+
+// startWithAdmin runs a site with the admin API and global options.
 func startWithAdmin(t *testing.T, directives, global string) *adminSite {
 	t.Helper()
 	s := &adminSite{
 		site: newSite(t), admin: fmt.Sprintf("localhost:%d", freePort(t)), global: global,
-		client: http.Client{Transport: &http.Transport{DisableKeepAlives: true}},
+		adminClient: &http.Client{Transport: &http.Transport{DisableKeepAlives: true}},
 	}
-	// Stopping leaves the admin API alone.
+	// caddy.Stop does not stop the admin API.
 	t.Cleanup(func() {
 		if err := caddy.Load([]byte(`{"admin": {"disabled": true}}`), true); err != nil {
 			t.Error(err)
@@ -38,7 +45,7 @@ func startWithAdmin(t *testing.T, directives, global string) *adminSite {
 	return s
 }
 
-// load makes directives the site's, like a reload when it runs already.
+// load loads a configuration with directives. If the site runs already, this is a reload.
 func (s *adminSite) load(directives string) {
 	s.t.Helper()
 	text := strings.Replace(s.caddyfile(directives), "admin off", "admin "+s.admin+"\n"+s.global, 1)
@@ -47,31 +54,40 @@ func (s *adminSite) load(directives string) {
 	}
 }
 
-// requestAdmin asks the admin API, whose answers hold no secret.
+// requestAdmin sends a request to the admin API, and fails the test at once on an error.
 func (s *adminSite) requestAdmin(method, path string) (status int, body string) {
 	s.t.Helper()
-	req, err := http.NewRequestWithContext(s.t.Context(), method, "http://"+s.admin+path, nil)
+	status, body, err := s.tryAdmin(method, path)
 	if err != nil {
 		s.t.Fatal(err)
 	}
-	resp, err := s.client.Do(req)
+	return status, body
+}
+
+// tryAdmin is like requestAdmin, and returns the error. Any goroutine may call it.
+func (s *adminSite) tryAdmin(method, path string) (status int, body string, err error) {
+	req, err := http.NewRequestWithContext(s.t.Context(), method, "http://"+s.admin+path, nil)
 	if err != nil {
-		s.t.Fatal(err)
+		return 0, "", err
+	}
+	resp, err := s.adminClient.Do(req)
+	if err != nil {
+		return 0, "", err
 	}
 	defer resp.Body.Close()
 	text, err := io.ReadAll(resp.Body)
 	if err != nil {
-		s.t.Fatal(err)
+		return 0, "", err
 	}
 	for _, secret := range allSecrets {
 		if bytes.Contains(text, []byte(secret)) {
-			s.t.Errorf("%s %s: the answer holds a secret: %s", method, path, text)
+			s.t.Errorf("%s %s: the response holds a secret: %s", method, path, text)
 		}
 	}
-	return resp.StatusCode, string(text)
+	return resp.StatusCode, string(text), nil
 }
 
-// scrape reads /metrics of the admin API: values by series.
+// scrape returns the module's metrics, as /metrics of the admin API has them: values by series.
 func (s *adminSite) scrape() map[string]string {
 	s.t.Helper()
 	status, text := s.requestAdmin(http.MethodGet, "/metrics")
@@ -87,8 +103,8 @@ func (s *adminSite) scrape() map[string]string {
 	return series
 }
 
-// wantMetrics checks series, once they have had the time to be counted; one that wants to be "" may not be there. What is
-// counted, is counted from before on, since counters live as long as the process.
+// wantMetrics waits until series have the wanted values. The value "" means that the series must not exist. Counters live
+// as long as the process, so what they are wanted to count is added to their values in before.
 func (s *adminSite) wantMetrics(before, want map[string]string) {
 	s.t.Helper()
 	for series, value := range want {
@@ -101,7 +117,7 @@ func (s *adminSite) wantMetrics(before, want map[string]string) {
 	}
 }
 
-// number is the value of a counter, which may not be there yet.
+// number parses the value of a counter. A counter that does not exist yet is 0.
 func number(t testing.TB, value string) (n int) {
 	t.Helper()
 	if _, err := fmt.Sscan(value, &n); err != nil && value != "" {
@@ -110,12 +126,23 @@ func number(t testing.TB, value string) (n int) {
 	return n
 }
 
-// wantAdmin checks an answer of the admin API, without times.
+// wantAdmin checks a response of the admin API, apart from the times in it.
 func (s *adminSite) wantAdmin(method, path string, status int, want string) {
 	s.t.Helper()
-	code, body := s.requestAdmin(method, path)
+	if err := s.checkAdmin(method, path, status, want); err != nil {
+		s.t.Error(err)
+	}
+}
+
+// checkAdmin is like wantAdmin, and returns the error. Any goroutine may call it.
+func (s *adminSite) checkAdmin(method, path string, status int, want string) error {
+	code, body, err := s.tryAdmin(method, path)
+	if err != nil {
+		return err
+	}
 	got := strings.TrimSpace(regexp.MustCompile(`"at":"[^"]+"`).ReplaceAllString(body, `"at":"…"`))
 	if code != status || got != want {
-		s.t.Errorf("%s %s: status %d, want %d\ngot  %s\nwant %s", method, path, code, status, got, want)
+		return fmt.Errorf("%s %s: status %d, want %d\ngot  %s\nwant %s", method, path, code, status, got, want)
 	}
+	return nil
 }

@@ -17,11 +17,13 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 )
 
+// stored is the option for Caddy's own storage.
 const stored = "cache {\n storage\n }"
 
+// shared is the option for the folder that processes share. startProcess replaces SHARED.
 const shared = "cache {\n storage file_system SHARED\n }"
 
-// storedIn lists the files that the module has in a storage folder, but for those that are being written.
+// storedIn lists the module's files in a storage folder, without those that are being written.
 func storedIn(t testing.TB, dir string) []string {
 	t.Helper()
 	names, err := filepath.Glob(filepath.Join(dir, "fsbroker_task", "[0-9a-f][0-9a-f][0-9a-f]", "*"))
@@ -31,34 +33,45 @@ func storedIn(t testing.TB, dir string) []string {
 	return slices.DeleteFunc(names, func(name string) bool { return len(filepath.Base(name)) != 64 })
 }
 
-// values are those of a site's own storage.
+// values lists the module's files in the site's own storage.
 func (s *site) values() []string { return storedIn(s.t, s.dir) }
 
+// wantValues waits until the site's own storage has that many values, and lists them.
 func (s *site) wantValues(want int) []string {
 	s.t.Helper()
 	wantStoredIn(s.t, s.dir, want)
 	return s.values()
 }
 
-// wantStoredIn waits until there are that many values in a storage folder.
+// wantStoredIn waits until a storage folder has that many values.
 func wantStoredIn(t testing.TB, dir string, want int) {
 	t.Helper()
 	eventually(t, fmt.Sprintf("%d values in the storage", want), func() bool { return len(storedIn(t, dir)) == want })
 }
 
-// faulty is a storage that does what a test wants. It is a real one, in a folder, otherwise.
+// faulty is a storage in a folder that fails as fault says.
 type faulty struct {
 	certmagic.Storage `json:"-"`
 }
 
+// fault is what is wrong with all faulty storages.
 var fault struct {
 	sync.Mutex
 	dir     string
-	err     error         // of every operation
-	hang    chan struct{} // what every operation waits for, whatever its context says
-	garbage bool          // is what Load finds
-	most    int           // bytes that a value may have, where it is not 0
-	stored  int
+	err     error         // every operation returns it
+	hang    chan struct{} // every operation waits for it, without regard to its context
+	garbage bool          // Load finds garbage
+	most    int           // the bytes that a value may have; 0 means any number
+
+	writes  int // calls of Store
+	refused int // those that had a value with too many bytes
+}
+
+// writes returns how often a faulty storage was told to store a value, and how often it refused one for its size.
+func writes() (all, refused int) {
+	fault.Lock()
+	defer fault.Unlock()
+	return fault.writes, fault.refused
 }
 
 func init() { caddy.RegisterModule(new(faulty)) }
@@ -74,7 +87,8 @@ func (f *faulty) CertMagicStorage() (certmagic.Storage, error) {
 	return f, nil
 }
 
-func (f *faulty) trouble() error {
+// fail hangs or returns an error, as fault says.
+func (f *faulty) fail() error {
 	fault.Lock()
 	hang, err := fault.hang, fault.err
 	fault.Unlock()
@@ -85,7 +99,7 @@ func (f *faulty) trouble() error {
 }
 
 func (f *faulty) Load(ctx context.Context, k string) ([]byte, error) {
-	if err := f.trouble(); err != nil {
+	if err := f.fail(); err != nil {
 		return nil, err
 	}
 	fault.Lock()
@@ -97,12 +111,17 @@ func (f *faulty) Load(ctx context.Context, k string) ([]byte, error) {
 }
 
 func (f *faulty) Store(ctx context.Context, k string, value []byte) error {
-	if err := f.trouble(); err != nil {
+	fault.Lock()
+	fault.writes++
+	fault.Unlock()
+	if err := f.fail(); err != nil {
 		return err
 	}
 	fault.Lock()
 	tooLarge := fault.most > 0 && len(value) > fault.most
-	fault.stored++
+	if tooLarge {
+		fault.refused++
+	}
 	fault.Unlock()
 	if tooLarge {
 		return errors.New("value too large")
@@ -110,19 +129,21 @@ func (f *faulty) Store(ctx context.Context, k string, value []byte) error {
 	return f.Storage.Store(ctx, k, value)
 }
 
-// setFault changes what the faulty storage does.
+// setFault changes what is wrong with the faulty storages.
 func setFault(err error, hang chan struct{}, garbage bool) {
 	fault.Lock()
 	defer fault.Unlock()
 	fault.err, fault.hang, fault.garbage = err, hang, garbage
 }
 
-// wantUnreadable wants a caller to hear of a storage that cannot be read.
+// wantUnreadable checks that callers learn that the storage cannot be read.
 func (s *site) wantUnreadable(t *testing.T, node *backend, path string) {
 	t.Helper()
-	node.setHandler(responds(http.StatusNotFound, "")) // which may be so or not
+	// The node does not know the task, but the storage may have the report.
+	node.setHandler(responds(http.StatusNotFound, ""))
 	s.get(path).wantProblem(t, http.StatusServiceUnavailable, "storage_unavailable")
-	node.setHandler(responds(http.StatusInternalServerError, "")) // so that there are two who may be the reason
+	// With both failing, the problem is the node's and mentions the storage.
+	node.setHandler(responds(http.StatusInternalServerError, ""))
 	r := s.get(path)
 	r.wantProblem(t, http.StatusBadGateway, "node_bad_answer")
 	if !strings.Contains(string(r.body), "storage that may have it cannot be read either") {

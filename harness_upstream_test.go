@@ -16,19 +16,19 @@ import (
 	"testing"
 )
 
-// backend is a node or a broker over real HTTP, which does what a test tells it to.
+// backend is a node or a broker: a real HTTP server, with a handler that a test can change.
 type backend struct {
 	*httptest.Server
 
 	mu        sync.Mutex
 	requested []*url.URL
-	answer    http.HandlerFunc
+	handler   http.HandlerFunc
 }
 
-// newBackend starts a backend. It closes with the test.
-func newBackend(t testing.TB, answer http.HandlerFunc) *backend {
+// newBackend starts a backend, and closes it at the end of the test.
+func newBackend(t testing.TB, handler http.HandlerFunc) *backend {
 	t.Helper()
-	b := &backend{answer: answer}
+	b := &backend{handler: handler}
 	b.Server = httptest.NewServer(http.HandlerFunc(b.serve))
 	t.Cleanup(b.Close)
 	return b
@@ -37,33 +37,34 @@ func newBackend(t testing.TB, answer http.HandlerFunc) *backend {
 func (b *backend) serve(w http.ResponseWriter, r *http.Request) {
 	b.mu.Lock()
 	b.requested = append(b.requested, r.URL)
-	answer := b.answer
+	handler := b.handler
 	b.mu.Unlock()
-	answer(w, r)
+	handler(w, r)
 }
 
-// setHandler changes what the backend does from now on.
-func (b *backend) setHandler(answer http.HandlerFunc) {
+// setHandler changes how the backend responds from now on.
+func (b *backend) setHandler(handler http.HandlerFunc) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.answer = answer
+	b.handler = handler
 }
 
-// requests is what the backend was asked so far.
+// requests returns the URLs of all requests so far.
 func (b *backend) requests() []*url.URL {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return append([]*url.URL(nil), b.requested...)
 }
 
+// wantRequests checks the number of requests so far.
 func (b *backend) wantRequests(t *testing.T, want int) {
 	t.Helper()
 	if got := len(b.requests()); got != want {
-		t.Errorf("the backend was asked %d questions, want %d: %v", got, want, b.requests())
+		t.Errorf("the backend got %d requests, want %d: %v", got, want, b.requests())
 	}
 }
 
-// responds answers with a status and a body.
+// responds returns a handler that responds with a status and a body.
 func responds(status int, body string) http.HandlerFunc {
 	return func(w http.ResponseWriter, _ *http.Request) {
 		w.WriteHeader(status)
@@ -71,7 +72,7 @@ func responds(status int, body string) http.HandlerFunc {
 	}
 }
 
-// reportOf is a document in the form of a node's, with the states of a task and its subtasks.
+// reportOf returns a document in a node's format, with the states of a task and its subtasks.
 func reportOf(taskID, taskState string, subtaskStates ...string) string {
 	subtasks := make([]map[string]any, 0, len(subtaskStates))
 	for _, s := range subtaskStates {
@@ -94,13 +95,14 @@ func reportOf(taskID, taskState string, subtaskStates ...string) string {
 	return string(document)
 }
 
-// dense is a finished report of about a size, of which gzip can save no more than half.
+// dense returns a finished report of about the given size. gzip cannot save more than half of it.
 func dense(size int) string {
 	digits := make([]byte, size/2)
 	_, _ = rand.NewChaCha8([32]byte{}).Read(digits)
 	return fmt.Sprintf(`{"result":{"taskReference":{"state":"SUCCESS"},"digest":"%x"}}`, digits)
 }
 
+// gzipped compresses plain.
 func gzipped(t *testing.T, plain []byte) []byte {
 	t.Helper()
 	var buf bytes.Buffer
@@ -114,7 +116,7 @@ func gzipped(t *testing.T, plain []byte) []byte {
 	return buf.Bytes()
 }
 
-// systemInfo answers as nodes do for /system-info, and with a report for anything else.
+// systemInfo is a handler that responds to /system-info as nodes do, and with a report to everything else.
 func systemInfo(w http.ResponseWriter, r *http.Request) {
 	if r.URL.Path != "/system-info" {
 		responds(http.StatusOK, reportOf("t1", "SUCCESS"))(w, r)
@@ -124,34 +126,36 @@ func systemInfo(w http.ResponseWriter, r *http.Request) {
 		"queueInfo":{"activeCount":3,"queueCount":2,"completedCount":12345},"memoryStats":{"usedMemory":1}}`)(w, r)
 }
 
-// restartBackend starts a backend where another was.
-func restartBackend(t *testing.T, address string, answer http.HandlerFunc) {
+// restartBackend starts a server at the address of one that was closed, and closes it at the end of the test.
+func restartBackend(t *testing.T, address string, handler http.HandlerFunc) {
 	t.Helper()
 	listener, err := net.Listen("tcp", address)
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := &httptest.Server{Listener: listener, Config: &http.Server{Handler: answer}}
+	server := &httptest.Server{Listener: listener, Config: &http.Server{Handler: handler}}
 	server.Start()
 	t.Cleanup(server.Close)
 }
 
-// gate is an answer that waits until it is opened.
+// gate holds requests until a test opens it.
 type gate struct {
-	entered, left chan struct{} // one value for each question that came, and that its asker gave up
-	open          chan struct{}
+	entered chan struct{} // has a value for each request that arrived
+	left    chan struct{} // has a value for each request whose client canceled it
+	open    chan struct{} // is closed to open the gate
 }
 
 func newGate() *gate {
 	return &gate{entered: make(chan struct{}, 1000), left: make(chan struct{}, 1000), open: make(chan struct{})}
 }
 
-func (g *gate) then(answer http.HandlerFunc) http.HandlerFunc {
+// then returns a handler that waits for the gate to open, and calls handler then.
+func (g *gate) then(handler http.HandlerFunc) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		g.entered <- struct{}{}
 		select {
 		case <-g.open:
-			answer(w, r)
+			handler(w, r)
 		case <-r.Context().Done():
 			g.left <- struct{}{}
 		}
