@@ -27,7 +27,7 @@ func TestStoredReportsOutliveTheProcess(t *testing.T) {
 	s := startSite(t, directives)
 	s.get("/task?submitID=s1").wantStatus(t, http.StatusOK)
 	etag := s.get(pair).header.Get("ETag")
-	if err := caddy.Stop(); err != nil { // which stores what is queued
+	if err := caddy.Stop(); err != nil { // stores what is queued
 		t.Fatal(err)
 	}
 	s.wantValues(2)
@@ -47,7 +47,7 @@ func TestStoredReportsOutliveTheProcess(t *testing.T) {
 		t.Errorf("compressed: %v", got.header)
 	}
 
-	// It helps where the node cannot be connected to, and a nocache caller hears of it.
+	// A stored report is served while its node is down. The problem that a nocache caller gets mentions it.
 	node.Close()
 	s.restart(directives)
 	r := s.get(pair + "&nocache")
@@ -71,22 +71,22 @@ func TestOnlyWhatIsFinishedIsStored(t *testing.T) {
 		t.Fatal(err)
 	}
 	if values := s.values(); len(values) > 0 {
-		t.Errorf("without storage there is %v", values)
+		t.Errorf("without a storage, there are the values %v", values)
 	}
 
 	broker := newBackend(t, responds(http.StatusOK, `{"state":"QUEUED"}`))
 	directives := options(node, brokerOption(broker)+"\npoll_interval 1ms\n"+stored)
 	s.restart(directives)
 	s.get("/task?submitID=s1").wantStatus(t, http.StatusNoContent)
-	for _, answer := range []http.HandlerFunc{responds(204, ""), responds(404, ""), responds(200, "{"), responds(200, reportOf("t1", "QUEUED"))} {
-		node.setHandler(answer)
+	for _, handler := range []http.HandlerFunc{responds(204, ""), responds(404, ""), responds(200, "{"), responds(200, reportOf("t1", "QUEUED"))} {
+		node.setHandler(handler)
 		s.get(pair)
 	}
 	if err := caddy.Stop(); err != nil {
 		t.Fatal(err)
 	}
 	if values := s.values(); len(values) > 0 {
-		t.Errorf("there is %v", values)
+		t.Errorf("there are the values %v", values)
 	}
 }
 
@@ -105,7 +105,7 @@ func TestDamagedValues(t *testing.T) {
 		value[i] ^= 1
 		return value
 	}
-	questions := 1
+	requests := 1
 	for what, value := range map[string][]byte{
 		"nothing":         {},
 		"a short one":     whole[:50],
@@ -119,6 +119,7 @@ func TestDamagedValues(t *testing.T) {
 		"something else":  []byte("-----BEGIN CERTIFICATE-----"),
 	} {
 		t.Run(what, func(t *testing.T) {
+			s := s.in(t)
 			if err := caddy.Stop(); err != nil {
 				t.Fatal(err)
 			}
@@ -131,23 +132,23 @@ func TestDamagedValues(t *testing.T) {
 			if string(r.body) != document {
 				t.Errorf("got %q", r.body)
 			}
-			questions++
-			node.wantRequests(t, questions)
+			requests++
+			node.wantRequests(t, requests)
 			aside, err := os.ReadFile(filepath.Join(s.dir, "fsbroker_task", "damaged", filepath.Base(name)))
 			if err != nil || !bytes.Equal(aside, value) {
 				t.Errorf("set aside: %q, error %v", aside, err)
 			}
-			eventually(t, "it to be stored again", func() bool {
+			eventually(t, "the report to be stored again", func() bool {
 				again, err := os.ReadFile(name)
 				return err == nil && len(again) == len(whole)
 			})
 		})
 	}
-	if n := len(s.logged("is damaged and is set aside")); n != questions-1 {
-		t.Errorf("%d warnings for %d damaged values", n, questions-1)
+	if n := len(s.logged("is damaged and is set aside")); n != requests-1 {
+		t.Errorf("%d warnings for %d damaged values", n, requests-1)
 	}
 
-	// A report under another's name is not taken for it.
+	// A report under another report's name is damaged as well.
 	if err := caddy.Stop(); err != nil {
 		t.Fatal(err)
 	}
@@ -167,17 +168,27 @@ func TestDamagedValues(t *testing.T) {
 
 func TestRetentionEndsWhatIsStored(t *testing.T) {
 	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
-	directives := options(node, "cache {\n storage\n retention 500ms\n }")
+	const retention = 500 * time.Millisecond
+	directives := options(node, fmt.Sprintf("cache {\n storage\n retention %s\n }", retention))
 	s := startSite(t, directives)
+	start := time.Now()
 	s.get(pair).wantStatus(t, http.StatusOK)
 	s.wantValues(1)
-	time.Sleep(600 * time.Millisecond)
-	s.restart(directives)
-	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
+	var status string
+	eventually(t, "the retention to end", func() bool {
+		s.restart(directives) // so that the report is not in memory
+		status = s.get(pair).header.Get("Cache-Status")
+		return status != "fsbroker; hit; detail=storage"
+	})
+	if status != "fsbroker; fwd=uri-miss; stored" {
+		t.Errorf("after the retention: %s", status)
+	}
+	if took := time.Since(start); took < retention {
+		t.Errorf("the report was stored for %s only", took)
+	}
 }
 
 func TestStorageFaults(t *testing.T) {
-	fsbroker.SetRetries(t, 10*time.Millisecond, 50*time.Millisecond)
 	full := &fs.PathError{Op: "write", Path: "a", Err: errors.New("no space left on device")}
 	for name, test := range map[string]struct {
 		err     error
@@ -206,9 +217,9 @@ func TestStorageFaults(t *testing.T) {
 				}
 			}
 			if took := time.Since(begin); took > 15*time.Second {
-				t.Errorf("%d answers took %s", reports, took)
+				t.Errorf("%d responses took %s", reports, took)
 			}
-			for range 3 { // reloads do not wait for it, nor lose what is queued
+			for range 3 { // reloads do not wait for the storage, and lose nothing of the queue
 				s.load(directives + "\n# again")
 			}
 			s.get("/task?appServerID=node-1&taskID=t0").wantHeader(t, "Cache-Status", "fsbroker; hit")
@@ -246,10 +257,10 @@ func TestStoppingWithAStorageThatHangs(t *testing.T) {
 	}
 	setFault(nil, nil, false)
 	close(hang)
-	wantStoredIn(t, fault.dir, 1) // the released write
+	wantStoredIn(t, fault.dir, 1) // the write that hung
 }
 
-// What has left memory before the storage has taken it is still there: in the queue to the storage.
+// A report that has left memory before it is stored is served from the queue to the storage.
 func TestEvictedBeforeItIsStored(t *testing.T) {
 	fault.dir = t.TempDir()
 	broker := newBackend(t, responds(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
@@ -260,7 +271,7 @@ func TestEvictedBeforeItIsStored(t *testing.T) {
 	setFault(nil, hang, false)
 	s.get("/task?submitID=s1").wantStatus(t, http.StatusOK)
 	node.setHandler(responds(http.StatusOK, reportOf("t2", "SUCCESS")))
-	for i := range 10 { // which memory has room for only in part
+	for i := range 10 { // memory has no room for all of them
 		s.get(fmt.Sprintf("/task?appServerID=node-1&taskID=other-%d", i)).wantStatus(t, http.StatusOK)
 	}
 	node.setHandler(responds(http.StatusNotFound, ""))
@@ -273,9 +284,8 @@ func TestEvictedBeforeItIsStored(t *testing.T) {
 	wantStoredIn(t, fault.dir, 12)
 }
 
-// One value that the storage does not take keeps none of the others from it.
+// A value that the storage refuses does not keep others from being stored.
 func TestValueThatIsRefused(t *testing.T) {
-	fsbroker.SetRetries(t, 10*time.Millisecond, 50*time.Millisecond)
 	fault.dir = t.TempDir()
 	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Query().Get("taskID") == "large" {
@@ -292,41 +302,56 @@ func TestValueThatIsRefused(t *testing.T) {
 	}
 	limit(4000)
 	t.Cleanup(func() { limit(0) })
+	refusedMore := func() {
+		t.Helper()
+		_, before := writes()
+		eventually(t, "the large value to be tried", func() bool { _, refused := writes(); return refused > before })
+	}
 	s.get("/task?appServerID=node-1&taskID=large").wantStatus(t, http.StatusOK)
 	const small = 20
 	for i := range small {
 		s.get(fmt.Sprintf("/task?appServerID=node-1&taskID=t%d", i)).wantStatus(t, http.StatusOK)
-		time.Sleep(5 * time.Millisecond) // so that it is tried between others
+		if i%5 == 0 { // the large value is tried between the others
+			refusedMore()
+		}
 	}
 	wantStoredIn(t, fault.dir, small)
 	limit(0)
 	wantStoredIn(t, fault.dir, small+1)
 	eventually(t, "the storage to work again", func() bool { return len(s.logged("the storage works again")) == 1 })
 	if n := len(s.logged("the storage fails: answers go on without it")); n != 1 {
-		t.Errorf("it is logged %d times that the storage fails", n)
+		t.Errorf("the log says %d times that the storage fails", n)
 	}
 }
 
-// What waits for its next try is tried before the process ends.
+// A value that waits for its next try is stored at once when the site stops.
 func TestStoppingDoesNotWaitForTheNextTry(t *testing.T) {
-	fsbroker.SetRetries(t, time.Hour, time.Hour)
 	fault.dir = t.TempDir()
 	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startSite(t, options(node, "cache {\n storage faulty\n }"))
 	setFault(errors.New("away"), nil, false)
 	defer setFault(nil, nil, false)
+	before, _ := writes()
 	s.get(pair).wantStatus(t, http.StatusOK)
-	eventually(t, "the first try", func() bool { return len(s.logged("the storage fails: answers go on without it")) == 1 })
+	// The pause between two tries doubles from 250 ms on, with a jitter of up to a half: after five it is 2 s or more.
+	eventually(t, "five tries", func() bool { tries, _ := writes(); return tries >= before+5 })
+	if n := len(s.logged("the storage fails: answers go on without it")); n != 1 {
+		t.Errorf("the log says %d times that the storage fails", n)
+	}
 	setFault(nil, nil, false)
+	start := time.Now()
 	if err := caddy.Stop(); err != nil {
 		t.Fatal(err)
+	}
+	if took := time.Since(start); took > 1500*time.Millisecond {
+		t.Errorf("stopping took %s", took)
 	}
 	if n := len(storedIn(t, fault.dir)); n != 1 {
 		t.Errorf("%d reports are stored", n)
 	}
 }
 
-// What is in memory when a configuration brings a storage is stored once it is asked for.
+// A report that is in memory when a reload adds a storage is stored at its next request.
 func TestStorageComesWithAReload(t *testing.T) {
 	document := reportOf("t1", "SUCCESS")
 	node := newBackend(t, responds(http.StatusOK, document))
@@ -342,7 +367,7 @@ func TestStorageComesWithAReload(t *testing.T) {
 	}
 }
 
-// Who wants nothing that is only kept still hears of the storage, and takes nothing away from the others.
+// A nocache caller learns that the storage fails, and replaces no finished report by an unfinished one.
 func TestNocacheBesideAStorage(t *testing.T) {
 	fault.dir = t.TempDir()
 	document := reportOf("t1", "SUCCESS")
@@ -356,7 +381,7 @@ func TestNocacheBesideAStorage(t *testing.T) {
 	node.setHandler(responds(http.StatusNoContent, ""))
 	s.get(pair+"&nocache").wantStatus(t, http.StatusNoContent)
 	if r := s.get(pair); string(r.body) != document {
-		t.Errorf("after an answer that is less: status %d: %s", r.status, r.body)
+		t.Errorf("after an unfinished report: status %d: %s", r.status, r.body)
 	}
 
 	s.restart(directives)
@@ -365,7 +390,7 @@ func TestNocacheBesideAStorage(t *testing.T) {
 	s.wantUnreadable(t, node, pair+"&nocache")
 }
 
-// That a submission failed is certain, whatever the storage may have.
+// A failed submission has no report, so a storage that fails does not matter.
 func TestFailedSubmissionBesideAStorage(t *testing.T) {
 	fault.dir = t.TempDir()
 	node := newBackend(t, responds(http.StatusNotFound, ""))
@@ -376,7 +401,7 @@ func TestFailedSubmissionBesideAStorage(t *testing.T) {
 	s.get("/task?submitID=s1").wantProblem(t, http.StatusNotFound, "submission_failed")
 }
 
-// An instance whose clock is ahead may have stored it.
+// The instance that stored the report may have a clock that is ahead.
 func TestAgeIsNeverNegative(t *testing.T) {
 	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startSite(t, options(node, stored))
@@ -436,7 +461,8 @@ func TestKilledInTheMiddleOfWriting(t *testing.T) {
 				}
 			})
 		}
-		time.Sleep(700 * time.Millisecond)
+		before := len(storedIn(t, dir))
+		eventually(t, "more reports in the storage", func() bool { return len(storedIn(t, dir)) > before+300 })
 		names := storedIn(t, dir)
 		p.kill()
 		cancel()
@@ -453,7 +479,7 @@ func TestKilledInTheMiddleOfWriting(t *testing.T) {
 				t.Errorf("%s: %v", name, err)
 			}
 		}
-		t.Logf("killed: all %d reports that had been stored are whole", len(confirmed))
+		t.Logf("after the kill, all %d reports that were stored are whole", len(confirmed))
 	}
 	if len(confirmed) < 10 {
 		t.Errorf("only %d reports were stored", len(confirmed))
