@@ -52,6 +52,7 @@ func TestAuthentication(t *testing.T) {
 		"none, broken escape":            {"&x=%zz", "", 401},
 	} {
 		t.Run(name, func(t *testing.T) {
+			s := s.in(t)
 			var header []string
 			if test.header != "" {
 				header = []string{"Authorization: " + test.header}
@@ -66,7 +67,7 @@ func TestAuthentication(t *testing.T) {
 		})
 	}
 
-	// A wrong secret is said before anything else.
+	// The secret is checked before anything else.
 	s.do(t.Context(), http.MethodPost, "/task").wantProblem(t, 401, "unauthorized")
 	s.do(t.Context(), http.MethodGet, "/task").wantProblem(t, 401, "unauthorized")
 	s.wantNoSecretInLog()
@@ -86,7 +87,7 @@ func TestClientNames(t *testing.T) {
 		s.do(t.Context(), http.MethodGet, pair, "Authorization: Bearer "+secret, "User-Agent: with "+secret[:7]).wantStatus(t, 200)
 		logged := s.accessLog("with " + secret[:7])
 		if logged["user_id"] != name || logged["fsbroker_client"] != name {
-			t.Errorf("the access log names %v and %v, want %s", logged["user_id"], logged["fsbroker_client"], name)
+			t.Errorf("the access log has the clients %v and %v, want %s", logged["user_id"], logged["fsbroker_client"], name)
 		}
 	}
 }

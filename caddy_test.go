@@ -19,8 +19,7 @@ func TestReport(t *testing.T) {
 	first.wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
 	first.wantHeader(t, "Age", "")
 
-	time.Sleep(1100 * time.Millisecond)
-	again := s.get(pair)
+	again := s.getUntil(pair, "an age", func(r reply) bool { return r.header.Get("Age") > "0" })
 	again.wantStatus(t, http.StatusOK)
 	again.wantHeader(t, "Cache-Status", "fsbroker; hit")
 	again.wantHeader(t, "Age", "1")
@@ -38,13 +37,13 @@ func TestReport(t *testing.T) {
 	}
 
 	node.wantRequests(t, 1)
-	question := node.requests()[0]
-	if question.Path != "/task" {
-		t.Errorf("the node was asked for %s", question.Path)
+	request := node.requests()[0]
+	if request.Path != "/task" {
+		t.Errorf("the node got a request for %s", request.Path)
 	}
 	want := url.Values{"taskID": {"t1"}, "all": {"false"}, "serect": {nodeSecret}, "secret": {nodeSecret}}
-	if got := question.Query(); got.Encode() != want.Encode() {
-		t.Errorf("the node was asked %v, want %v", got, want)
+	if got := request.Query(); got.Encode() != want.Encode() {
+		t.Errorf("the node got the query %v, want %v", got, want)
 	}
 	s.wantNoSecretInLog()
 }
@@ -87,13 +86,13 @@ func TestMethods(t *testing.T) {
 	}
 	node.wantRequests(t, 0)
 
-	for range 2 { // from the node, and kept
+	for range 2 { // from the node, then from the cache
 		head := s.do(t.Context(), http.MethodHead, pair, bearer)
 		head.wantStatus(t, http.StatusOK)
 		head.wantHeader(t, "Content-Length", fmt.Sprint(len(document)))
 		head.wantHeader(t, "Content-Type", "application/json")
 		if len(head.body) > 0 {
-			t.Errorf("HEAD came with %q", head.body)
+			t.Errorf("the response to HEAD has the body %q", head.body)
 		}
 	}
 	node.wantRequests(t, 1)
@@ -103,7 +102,7 @@ func TestMethods(t *testing.T) {
 	head := s.do(t.Context(), http.MethodHead, "/task", bearer)
 	head.wantStatus(t, http.StatusBadRequest)
 	if len(head.body) > 0 || head.header.Get("Content-Length") == "0" {
-		t.Errorf("HEAD came with %q, length %s", head.body, head.header.Get("Content-Length"))
+		t.Errorf("the response to HEAD has the body %q, length %s", head.body, head.header.Get("Content-Length"))
 	}
 }
 
@@ -164,9 +163,9 @@ func TestBooleans(t *testing.T) {
 		"&all=false": "false", "&all=False": "false", "&all=0": "false", "&all=no": "false", "&all=OFF": "false",
 	} {
 		s.get(pair+"&nocache"+value).wantStatus(t, http.StatusOK)
-		asked := node.requests()
-		if got := asked[len(asked)-1].Query().Get("all"); got != want {
-			t.Errorf("%q: the node was asked for all=%s", value, got)
+		requests := node.requests()
+		if got := requests[len(requests)-1].Query().Get("all"); got != want {
+			t.Errorf("%q: the node got a request with all=%s", value, got)
 		}
 	}
 	before := len(node.requests())
@@ -207,16 +206,15 @@ func TestUnfinishedReport(t *testing.T) {
 	}
 	node.wantRequests(t, 1)
 
+	refreshed := func(r reply) bool { return r.header.Get("Cache-Status") != "fsbroker; hit" }
 	node.setHandler(responds(http.StatusOK, reportOf("t1", "SUCCESS", "IN_PROGRESS")))
-	time.Sleep(1100 * time.Millisecond)
-	s.get(pair).wantHeader(t, "Cache-Control", "no-store")
+	s.getUntil(pair, "a second request", refreshed).wantHeader(t, "Cache-Control", "no-store")
 	node.wantRequests(t, 2)
 
 	node.setHandler(responds(http.StatusOK, reportOf("t1", "success_partial", "FAILED")))
-	time.Sleep(1100 * time.Millisecond)
-	s.get(pair).wantHeader(t, "Cache-Control", "private, no-cache")
+	s.getUntil(pair, "a third request", refreshed).wantHeader(t, "Cache-Control", "private, no-cache")
 	node.setHandler(responds(http.StatusNotFound, ""))
-	time.Sleep(1100 * time.Millisecond)
+	time.Sleep(1100 * time.Millisecond) // a finished report outlives the poll interval
 	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
 	node.wantRequests(t, 3)
 }
@@ -246,11 +244,16 @@ func TestTooLargeToBeKept(t *testing.T) {
 
 func TestReportsExpire(t *testing.T) {
 	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
-	s := startSite(t, options(node, "cache {\n ttl 300ms\n }"))
+	const ttl = 300 * time.Millisecond
+	s := startSite(t, options(node, fmt.Sprintf("cache {\n ttl %s\n }", ttl)))
+	start := time.Now()
 	s.get(pair)
 	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
-	time.Sleep(400 * time.Millisecond)
-	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
+	expired := s.getUntil(pair, "the report to expire", func(r reply) bool { return r.header.Get("Cache-Status") != "fsbroker; hit" })
+	expired.wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
+	if took := time.Since(start); took < ttl {
+		t.Errorf("the report expired after %s", took)
+	}
 	node.wantRequests(t, 2)
 }
 
@@ -260,7 +263,7 @@ func TestConditionalRequests(t *testing.T) {
 	plain := s.get(pair).header.Get("ETag")
 	packed := s.get(pair, "Accept-Encoding: gzip").header.Get("ETag")
 	if plain == packed || plain == "" || packed == "" {
-		t.Fatalf("two forms go by %s and %s", plain, packed)
+		t.Fatalf("the two representations have the ETags %s and %s", plain, packed)
 	}
 	for name, test := range map[string]struct {
 		header []string
@@ -274,19 +277,19 @@ func TestConditionalRequests(t *testing.T) {
 		"any":                     {[]string{"If-None-Match: *"}, 304, plain},
 		"another":                 {[]string{`If-None-Match: "a"`}, 200, plain},
 		"without quotes":          {[]string{"If-None-Match: " + strings.Trim(plain, `"`)}, 200, plain},
-		"the other form's":        {[]string{"If-None-Match: " + packed}, 200, plain},
+		"the other encoding's":    {[]string{"If-None-Match: " + packed}, 200, plain},
 		"compressed":              {[]string{"If-None-Match: " + packed, "Accept-Encoding: gzip"}, 304, packed},
 		"compressed, the other's": {[]string{"If-None-Match: " + plain, "Accept-Encoding: gzip"}, 200, packed},
 	} {
 		t.Run(name, func(t *testing.T) {
-			r := s.get(pair, test.header...)
+			r := s.in(t).get(pair, test.header...)
 			r.wantStatus(t, test.status)
 			r.wantHeader(t, "ETag", test.etag)
 			r.wantHeader(t, "Cache-Control", "private, no-cache")
 			r.wantHeader(t, "Vary", "Accept-Encoding")
 			r.wantHeader(t, "Cache-Status", "fsbroker; hit")
 			if test.status == 304 && len(r.body) > 0 {
-				t.Errorf("304 came with %q", r.body)
+				t.Errorf("the response with 304 has the body %q", r.body)
 			}
 		})
 	}
@@ -304,7 +307,7 @@ func TestEncodings(t *testing.T) {
 	for accept, want := range map[string]string{
 		"gzip": "gzip", "GZIP": "gzip", "br, gzip;q=0.5": "gzip", "*": "gzip", "deflate,gzip": "gzip",
 		"identity": "", "gzip;q=0": "", "gzip; q=0.0, *": "", "*;q=0": "", "br": "",
-		"zstd": "zstd", // what this module does not do, encode still does
+		"zstd": "zstd", // from Caddy's encode, since this module has no zstd
 	} {
 		r := s.get(pair, "Accept-Encoding: "+accept)
 		r.wantStatus(t, http.StatusOK)
@@ -334,14 +337,14 @@ func TestNocache(t *testing.T) {
 		t.Errorf("with nocache: %s", fresh.body)
 	}
 	if got := s.get(pair); string(got.body) != second {
-		t.Errorf("nocache did not refresh what is kept: %s", got.body)
+		t.Errorf("nocache did not replace the kept report: %s", got.body)
 	}
 
-	// What is worse than what is kept is told, and does not take its place.
+	// A response that is worse than the kept report is passed on, and does not replace it.
 	for name, test := range map[string]struct {
-		answer http.HandlerFunc
-		status int
-		code   string
+		handler http.HandlerFunc
+		status  int
+		code    string
 	}{
 		"forgotten":  {responds(http.StatusNotFound, ""), 404, "unknown_task"},
 		"broken":     {responds(http.StatusOK, "{"), 502, "node_bad_answer"},
@@ -351,7 +354,8 @@ func TestNocache(t *testing.T) {
 		"empty":      {responds(http.StatusNoContent, ""), 204, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
-			node.setHandler(test.answer)
+			s := s.in(t)
+			node.setHandler(test.handler)
 			r := s.get(pair + "&nocache")
 			r.wantStatus(t, test.status)
 			if test.code != "" {
@@ -393,9 +397,9 @@ func TestSubmissions(t *testing.T) {
 	s := startSite(t, options(node, brokerOption(broker)+"\npoll_interval 200ms"))
 
 	for name, test := range map[string]struct {
-		answer http.HandlerFunc
-		status int
-		code   string
+		handler http.HandlerFunc
+		status  int
+		code    string
 	}{
 		"flat":            {responds(200, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`), 200, ""},
 		"in the result":   {responds(200, `{"state":"SUCCESS","appServerID":"node-1","result":{"taskID":"t1"}}`), 200, ""},
@@ -421,8 +425,8 @@ func TestSubmissions(t *testing.T) {
 		"another page":    {responds(302, ""), 502, "broker_bad_answer"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			broker.setHandler(test.answer)
-			r := s.get("/task?submitID=" + url.QueryEscape(name))
+			broker.setHandler(test.handler)
+			r := s.in(t).get("/task?submitID=" + url.QueryEscape(name))
 			r.wantStatus(t, test.status)
 			switch test.status {
 			case 200:
@@ -443,7 +447,7 @@ func TestSubmissions(t *testing.T) {
 	}
 	for _, q := range broker.requests() {
 		if q.Path != "/submit-result" || q.Query().Get("serect") != brokerSecret || q.Query().Get("secret") != brokerSecret {
-			t.Errorf("the broker was asked %s", q)
+			t.Errorf("the broker got a request for %s", q)
 		}
 	}
 	s.wantNoSecretInLog()
@@ -462,17 +466,16 @@ func TestSubmissionsAreKept(t *testing.T) {
 	broker.wantRequests(t, 2)
 
 	broker.setHandler(responds(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
-	time.Sleep(1100 * time.Millisecond)
-	s.get(submitted).wantStatus(t, http.StatusOK)
+	s.getUntil(submitted, "the report", func(r reply) bool { return r.status != http.StatusNoContent }).wantStatus(t, http.StatusOK)
 	broker.setHandler(responds(http.StatusNotFound, ""))
 	s.get(submitted).wantHeader(t, "Cache-Status", "fsbroker; hit")
 	s.get(submitted+"&nocache").wantStatus(t, http.StatusOK)
 	broker.wantRequests(t, 3)
 	node.wantRequests(t, 2)
 
-	// The submission wins over the pair, which is not even looked at.
+	// submitID wins over the pair, which is ignored.
 	s.get("/task?submitID=s1&appServerID=node-7").wantStatus(t, http.StatusOK)
-	// The same report by its pair.
+	// The pair finds the same report.
 	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
 }
 

@@ -6,7 +6,6 @@ import (
 	"net/http"
 	"sync"
 	"testing"
-	"time"
 )
 
 func TestOneRequestForAllCallers(t *testing.T) {
@@ -20,15 +19,19 @@ func TestOneRequestForAllCallers(t *testing.T) {
 	statuses := make([]string, callers)
 	for i := range callers {
 		wg.Go(func() {
-			r := s.get(pair)
+			r, err := s.try(t.Context(), http.MethodGet, pair, "Authorization: Bearer "+callerSecret)
+			if err != nil {
+				t.Error(err)
+				return
+			}
 			if r.status != http.StatusOK || string(r.body) != document {
 				t.Errorf("status %d: %s", r.status, r.body)
 			}
 			statuses[i] = r.header.Get("Cache-Status")
 		})
 	}
-	within(t, "the question", g.entered)
-	time.Sleep(100 * time.Millisecond)
+	within(t, "the request", g.entered)
+	wantHeld(t, callers)
 	close(g.open)
 	wg.Wait()
 	node.wantRequests(t, 1)
@@ -36,8 +39,8 @@ func TestOneRequestForAllCallers(t *testing.T) {
 	for _, status := range statuses {
 		counts[status]++
 	}
-	if counts["fsbroker; fwd=uri-miss; stored"] != 1 || counts["fsbroker; fwd=uri-miss; collapsed"] == 0 {
-		t.Errorf("the callers were told %v", counts)
+	if counts["fsbroker; fwd=uri-miss; stored"] != 1 || counts["fsbroker; fwd=uri-miss; collapsed"] != callers-1 {
+		t.Errorf("the callers got %v", counts)
 	}
 }
 
@@ -48,40 +51,39 @@ func TestCallersThatLeave(t *testing.T) {
 	s := startSite(t, options(node, ""))
 	bearer := "Authorization: Bearer " + callerSecret
 
-	// One who leaves does not take the answer away from the other.
-	impatient, leave := context.WithCancel(t.Context())
+	// A caller that leaves takes nothing away from the other.
+	leaving, leave := context.WithCancel(t.Context())
 	left := make(chan error, 1)
 	go func() {
-		_, err := s.try(impatient, http.MethodGet, pair, bearer)
+		_, err := s.try(leaving, http.MethodGet, pair, bearer)
 		left <- err
 	}()
-	within(t, "the question", g.entered)
-	answered := make(chan reply, 1)
-	go func() { answered <- s.get(pair) }()
-	time.Sleep(100 * time.Millisecond)
+	within(t, "the request", g.entered)
+	other := s.goGet(pair)
+	wantHeld(t, 2)
 	leave()
 	if err := <-left; !errors.Is(err, context.Canceled) {
 		t.Errorf("the caller left with %v", err)
 	}
-	time.Sleep(100 * time.Millisecond)
+	wantHeld(t, 1)
 	close(g.open)
-	if r := <-answered; string(r.body) != document {
+	if r := <-other; string(r.body) != document {
 		t.Errorf("the other got %s", r.body)
 	}
 	node.wantRequests(t, 1)
 
-	// When all have left, the question is dropped, and one who comes then has it asked again.
+	// When all callers have left, the request is canceled. The next caller causes another.
 	g2 := newGate()
 	node.setHandler(g2.then(responds(http.StatusOK, document)))
-	impatient, leave = context.WithCancel(t.Context())
+	leaving, leave = context.WithCancel(t.Context())
 	go func() {
-		_, err := s.try(impatient, http.MethodGet, pair+"&all", bearer)
+		_, err := s.try(leaving, http.MethodGet, pair+"&all", bearer)
 		left <- err
 	}()
-	within(t, "the second question", g2.entered)
+	within(t, "the second request", g2.entered)
 	leave()
 	<-left
-	within(t, "the second question to be dropped", g2.left)
+	within(t, "the second request to be canceled", g2.left)
 	close(g2.open)
 	s.get(pair+"&all").wantStatus(t, http.StatusOK)
 	node.wantRequests(t, 3)
@@ -93,25 +95,24 @@ func TestNocacheJoinsNoEarlierRequest(t *testing.T) {
 	node := newBackend(t, g.then(responds(http.StatusOK, stale)))
 	s := startSite(t, options(node, ""))
 
-	first := make(chan reply, 1)
-	go func() { first <- s.get(pair) }()
-	within(t, "the question", g.entered)
+	first := s.goGet(pair)
+	within(t, "the request", g.entered)
 	node.setHandler(responds(http.StatusOK, fresh))
 	const callers = 20
-	rest := make(chan reply, callers)
+	var rest []<-chan reply
 	for range callers {
-		go func() { rest <- s.get(pair + "&nocache") }()
+		rest = append(rest, s.goGet(pair+"&nocache"))
 	}
-	time.Sleep(200 * time.Millisecond)
+	wantHeld(t, 1+callers)
 	node.wantRequests(t, 1) // one at a time
 	close(g.open)
 	if r := <-first; string(r.body) != stale {
 		t.Errorf("the first got %s", r.body)
 	}
-	for range callers {
-		if r := <-rest; string(r.body) != fresh {
+	for _, replies := range rest {
+		if r := <-replies; string(r.body) != fresh {
 			t.Errorf("a nocache caller got %s", r.body)
 		}
 	}
-	node.wantRequests(t, 2) // and all who had come before it share the second
+	node.wantRequests(t, 2) // all of them share the second one
 }

@@ -5,7 +5,6 @@ import (
 	"net/http"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/caddyserver/caddy/v2"
 )
@@ -45,20 +44,16 @@ func TestSitesThatNameNodesAlike(t *testing.T) {
 	s.get("/same?appServerID=node-1&taskID=t1").wantHeader(t, "Cache-Status", "fsbroker; hit")
 }
 
-// A site that takes less of a node than another does not spoil the other's answer.
+// A site with a small max_report does not fail the requests of a site with a large one.
 func TestSitesWithOtherBounds(t *testing.T) {
-	answer := make(chan struct{})
-	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
-		<-answer
-		responds(http.StatusOK, dense(100<<10))(w, r)
-	})
+	g := newGate()
+	node := newBackend(t, g.then(responds(http.StatusOK, dense(100<<10))))
 	s := startSite(t, "handle_path /strict/* {\n"+options(node, "max_report 1KiB")+"\n}\n"+options(node, ""))
-	strict, lax := make(chan reply, 1), make(chan reply, 1)
-	go func() { strict <- s.get("/strict" + pair) }()
-	eventually(t, "the first question", func() bool { return len(node.requests()) == 1 })
-	go func() { lax <- s.get(pair) }()
-	time.Sleep(100 * time.Millisecond) // for it to join the first, if it does
-	close(answer)
+	strict := s.goGet("/strict" + pair)
+	within(t, "the first request", g.entered)
+	lax := s.goGet(pair)
+	wantHeld(t, 2)
+	close(g.open)
 	(<-strict).wantProblem(t, http.StatusBadGateway, "node_answer_too_large")
 	(<-lax).wantStatus(t, http.StatusOK)
 }
@@ -133,9 +128,9 @@ func TestJSON(t *testing.T) {
 			t.Errorf("%s: %v, want %s", handler, err, want)
 		}
 		if err != nil && strings.Contains(err.Error(), "unspeakable") {
-			t.Errorf("%s: the error shows a part of a secret: %v", handler, err)
+			t.Errorf("%s: the error holds a part of a secret: %v", handler, err)
 		}
 	}
-	// What did not load has changed nothing.
+	// A configuration that does not load changes nothing.
 	s.get("/task?submitID=s1").wantHeader(t, "Cache-Status", "fsbroker; hit")
 }

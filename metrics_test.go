@@ -75,7 +75,7 @@ func TestMetrics(t *testing.T) {
 		`node_up{address="` + goneHost + `",node="metered-gone",role="node"}`: "0",
 	})
 
-	// A reload takes nothing from the counters, and takes what is configured no more from the gauges.
+	// A reload keeps the counters, and removes the gauges of nodes that are no longer configured.
 	s.load(directives(""))
 	s.get(task).wantStatus(t, 200)
 	s.wantMetrics(before, lasting)
@@ -85,12 +85,12 @@ func TestMetrics(t *testing.T) {
 	})
 	for series := range s.scrape() {
 		if strings.Contains(series, "secret-") {
-			t.Errorf("the series %s names what a caller sent", series)
+			t.Errorf("the series %s has a name that a caller sent", series)
 		}
 	}
 }
 
-// exportedMetrics are the names of all series that a site with traffic has.
+// exportedMetrics returns the names of all series of a site with traffic.
 func exportedMetrics(t *testing.T) map[string]bool {
 	t.Helper()
 	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
@@ -120,7 +120,7 @@ func TestReadmeExplainsEveryMetric(t *testing.T) {
 	}
 }
 
-// Every metric in the queries of the dashboard is one that the module exports.
+// The module exports every metric in the dashboard's queries, and the dashboard shows every metric.
 func TestDashboard(t *testing.T) {
 	exported := exportedMetrics(t)
 	text, err := os.ReadFile(filepath.Join("examples", "grafana", "dashboard.json"))
@@ -140,7 +140,7 @@ func TestDashboard(t *testing.T) {
 	if err := json.Unmarshal(text, &dashboard); err != nil {
 		t.Fatal(err)
 	}
-	queries := make(map[string]string) // by what has them
+	queries := make(map[string]string) // by the panel or variable
 	for _, variable := range dashboard.Templating.List {
 		if query, ok := variable.Query.(map[string]any); ok {
 			queries["variable"] = strings.Replace(fmt.Sprint(query["query"]), ", instance)", ")", 1)
@@ -149,7 +149,7 @@ func TestDashboard(t *testing.T) {
 	ids := make(map[int]bool)
 	for _, p := range dashboard.Panels {
 		if ids[p.ID] || p.Type == "" || p.Title == "" || p.GridPos.W == 0 || p.GridPos.X+p.GridPos.W > 24 || (p.Type == "row") != (len(p.Targets) == 0) {
-			t.Errorf("the panel %d, %q, is none", p.ID, p.Title)
+			t.Errorf("the panel %d, %q, is not valid", p.ID, p.Title)
 		}
 		ids[p.ID] = true
 		for _, target := range p.Targets {
@@ -157,13 +157,13 @@ func TestDashboard(t *testing.T) {
 		}
 	}
 	if dashboard.Title == "" || len(queries) < 20 {
-		t.Errorf("found only %d queries", len(queries))
+		t.Errorf("the dashboard has only %d queries", len(queries))
 	}
 	shown := make(map[string]bool)
 	for place, query := range queries {
 		names := metricNames(query)
 		if len(names) == 0 {
-			t.Errorf("%s: no metric in %s", place, query)
+			t.Errorf("%s: there is no metric in %s", place, query)
 		}
 		for _, name := range names {
 			shown[name] = true
@@ -179,7 +179,7 @@ func TestDashboard(t *testing.T) {
 	}
 }
 
-// panel is what Grafana needs to know of a panel.
+// panel is a panel of a Grafana dashboard.
 type panel struct {
 	ID          int
 	Type, Title string
@@ -192,7 +192,7 @@ var (
 	identifier = regexp.MustCompile(`[a-zA-Z_:][\w:]*`)
 )
 
-// metricNames are those in a query: what is left without selectors, ranges, groupings and functions.
+// metricNames returns the metrics in a query: the names outside of selectors, ranges, groupings and functions.
 func metricNames(query string) []string {
 	for notMetrics.MatchString(query) {
 		query = notMetrics.ReplaceAllString(query, " ")

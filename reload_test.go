@@ -6,7 +6,6 @@ import (
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/caddyserver/caddy/v2"
 
@@ -23,14 +22,14 @@ func TestReloadKeepsReports(t *testing.T) {
 	}
 	// A configuration that does not load changes nothing.
 	if err := s.tryLoad(options(node, "broker 127.0.0.1:1 {env.NOT_SET}")); err == nil {
-		t.Error("a broker with an empty secret was taken")
+		t.Error("a broker with an empty secret was accepted")
 	}
 	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
 	node.wantRequests(t, 1)
 	if n := fsbroker.StoreUsers(); n != 1 {
 		t.Errorf("%d handlers hold the store, want the one that runs", n)
 	}
-	// When the last handler is gone, so is what was kept.
+	// The cache ends with the last handler.
 	if err := caddy.Stop(); err != nil {
 		t.Fatal(err)
 	}
@@ -47,21 +46,22 @@ func TestReloadWhileRequestsAreInFlight(t *testing.T) {
 	s := startSite(t, options(node, brokerOption(broker)))
 
 	var wg sync.WaitGroup
-	ask := func(path string) {
+	request := func(path string) {
+		replies := s.goGet(path)
 		wg.Go(func() {
-			if r := s.get(path); r.status != http.StatusOK || string(r.body) != document {
+			if r := <-replies; r.status != http.StatusOK || string(r.body) != document {
 				t.Errorf("%s: status %d: %s", path, r.status, r.body)
 			}
 		})
 	}
-	ask(pair)
-	ask("/task?submitID=s1") // will ask the node when its own configuration has long been cleaned up
-	within(t, "the first question", g.entered)
-	within(t, "the second question", g.entered)
-	for range 3 {
+	request(pair)
+	request("/task?submitID=s1") // its configuration is cleaned up before it requests the node
+	within(t, "the first request", g.entered)
+	within(t, "the second request", g.entered)
+	for i := range 3 {
 		s.load(options(node, brokerOption(broker)+"\npoll_interval 3s"))
-		ask(pair)
-		time.Sleep(50 * time.Millisecond)
+		request(pair)
+		wantHeld(t, 2+i+1)
 	}
 	close(g.open)
 	wg.Wait()
@@ -73,7 +73,7 @@ func TestStopWhileRequestsAreInFlight(t *testing.T) {
 	g := newGate()
 	node := newBackend(t, g.then(nil))
 	s := startSite(t, options(node, "timeout 60s"))
-	// a site that does not wait for long
+	// A short grace period ends while the request is under way.
 	if err := s.loadCaddyfile(strings.Replace(s.caddyfile(options(node, "timeout 60s")), "grace_period 5s", "grace_period 200ms", 1)); err != nil {
 		t.Fatal(err)
 	}
@@ -82,12 +82,12 @@ func TestStopWhileRequestsAreInFlight(t *testing.T) {
 		_, err := s.try(t.Context(), http.MethodGet, pair, "Authorization: Bearer "+callerSecret)
 		ended <- err
 	}()
-	within(t, "the question", g.entered)
+	within(t, "the request", g.entered)
 	if err := caddy.Stop(); err != nil {
 		t.Fatal(err)
 	}
 	s.client.CloseIdleConnections()
 	node.CloseClientConnections()
-	within(t, "the question to be dropped", g.left)
+	within(t, "the request to be canceled", g.left)
 	<-ended
 }

@@ -30,7 +30,7 @@ func TestSecretParam(t *testing.T) {
 		}`, node.URL, option))
 		s.get(pair).wantStatus(t, http.StatusOK)
 		if got := node.requests()[0]; got.RawQuery != want || got.Path != "/base/task" {
-			t.Errorf("%s: the node was asked %s", option, got)
+			t.Errorf("%s: the node got a request for %s", option, got)
 		}
 	}
 }
@@ -40,9 +40,9 @@ func TestNodeFaults(t *testing.T) {
 	bomb := gzipped(t, bytes.Repeat([]byte(" "), 64<<20)) // 64 MiB out of 64 KiB
 	elsewhere := newBackend(t, responds(http.StatusOK, whole))
 	for name, test := range map[string]struct {
-		answer http.HandlerFunc
-		status int
-		code   string
+		handler http.HandlerFunc
+		status  int
+		code    string
 	}{
 		"not JSON":         {responds(200, "<html>the-nodes-own-secret</html>"), 502, "node_bad_answer"},
 		"empty":            {responds(200, ""), 502, "node_bad_answer"},
@@ -79,7 +79,7 @@ func TestNodeFaults(t *testing.T) {
 			for r.Context().Err() == nil {
 				_, _ = io.WriteString(w, " ")
 				_ = http.NewResponseController(w).Flush()
-				time.Sleep(20 * time.Millisecond)
+				time.Sleep(20 * time.Millisecond) // the pace at which it drips
 			}
 		}, 504, "node_timeout"},
 		"gzip bomb": {func(w http.ResponseWriter, _ *http.Request) {
@@ -94,14 +94,14 @@ func TestNodeFaults(t *testing.T) {
 		}, 502, "node_bad_answer"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			node := newBackend(t, test.answer)
+			node := newBackend(t, test.handler)
 			s := startSite(t, options(node, "timeout 500ms\nmax_report 64KiB"))
 			for range 2 {
 				r := s.get(pair)
 				r.wantProblem(t, test.status, test.code)
 				r.wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; detail="+test.code)
 			}
-			node.setHandler(responds(200, whole)) // none of this is held against the node
+			node.setHandler(responds(200, whole)) // such a response does not make the node count as down
 			s.get(pair).wantStatus(t, http.StatusOK)
 			s.wantNoSecretInLog()
 		})
@@ -111,9 +111,10 @@ func TestNodeFaults(t *testing.T) {
 
 func TestGzippingNode(t *testing.T) {
 	document := reportOf("t1", "SUCCESS")
+	compressed := gzipped(t, []byte(document))
 	node := newBackend(t, func(w http.ResponseWriter, _ *http.Request) {
 		w.Header().Set("Content-Encoding", "gzip")
-		_, _ = w.Write(gzipped(t, []byte(document)))
+		_, _ = w.Write(compressed)
 	})
 	s := startSite(t, options(node, ""))
 	if got := s.get(pair); string(got.body) != document {
@@ -132,9 +133,8 @@ func TestAnswersBeingReadAreBounded(t *testing.T) {
 	})
 	s := startSite(t, options(node, "max_report 1MiB\ncache {\n max_size 1MiB\n }"))
 
-	first := make(chan reply, 1)
-	go func() { first <- s.get(pair) }()
-	within(t, "the first answer", g.entered)
+	first := s.goGet(pair)
+	within(t, "the first request", g.entered)
 	for i := range 20 {
 		r := s.get(fmt.Sprintf("/task?appServerID=node-1&taskID=other-%d", i))
 		r.wantProblem(t, http.StatusServiceUnavailable, "busy")
@@ -167,8 +167,9 @@ func TestFailDuration(t *testing.T) {
 	node.Start()
 	t.Cleanup(node.Close)
 	s.get(pair).wantProblem(t, http.StatusServiceUnavailable, "node_down")
-	time.Sleep(1600 * time.Millisecond)
-	s.get(pair).wantStatus(t, http.StatusOK)
+	s.getUntil(pair, "the node to be tried again", func(r reply) bool {
+		return r.status != http.StatusServiceUnavailable
+	}).wantStatus(t, http.StatusOK)
 
 	log, err := os.ReadFile(s.logFile())
 	if err != nil {
@@ -183,13 +184,13 @@ func TestFailDuration(t *testing.T) {
 }
 
 func TestConnectTimeout(t *testing.T) {
-	// A listener that is full takes no more connections, and does not refuse them either.
+	// Nothing accepts the listener's connections, so a TLS handshake never ends.
 	l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	tlsNode := fmt.Sprintf("https://%s", l.Addr()) // connects, but never finishes its handshake
+	tlsNode := fmt.Sprintf("https://%s", l.Addr())
 	s := startSite(t, fmt.Sprintf(`fsbroker_task {
 		secret {env.CALLER_SECRET}
 		node node-1 %s {env.NODE_SECRET}
@@ -216,8 +217,8 @@ func TestKeptReportsOutliveTheNode(t *testing.T) {
 	}
 }
 
-// forward_auth leaves dial information in the request's context, which Caddy's transport would follow.
-func TestNodesAreDialledWhateverOtherHandlersLeaveBehind(t *testing.T) {
+// forward_auth leaves dial information in the request's context, which Caddy's transport would use.
+func TestNodesAreDialledDespiteOtherHandlers(t *testing.T) {
 	auth := newBackend(t, responds(http.StatusOK, ""))
 	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startSite(t, fmt.Sprintf(`route {
@@ -230,7 +231,7 @@ func TestNodesAreDialledWhateverOtherHandlersLeaveBehind(t *testing.T) {
 	node.wantRequests(t, 1)
 	for _, q := range auth.requests() {
 		if q.Path != "/auth" {
-			t.Errorf("the auth server was asked %s", q.Path)
+			t.Errorf("the auth server got a request for %s", q.Path)
 		}
 	}
 }
@@ -248,18 +249,18 @@ func TestTransport(t *testing.T) {
 		}`, address, transport)
 	}
 
-	for _, address := range []string{host, "https://" + host} { // TLS goes without saying where it is configured
+	for _, address := range []string{host, "https://" + host} { // a TLS transport makes https the default scheme
 		s := startSite(t, options(address, "transport http {\n tls_trust_pool file "+ca+"\n dial_timeout 2s\n }"))
 		s.get(pair).wantStatus(t, http.StatusOK)
 		s.client.CloseIdleConnections()
 	}
-	// A placeholder in the server's name is resolved outside of any caller's request.
+	// A placeholder in the server's name is resolved without a caller's request.
 	s := startSite(t, options(host, "transport http {\n tls_trust_pool file "+ca+"\n tls_server_name {env.TLS_NAME}\n }"))
 	t.Setenv("TLS_NAME", "example.com")
 	s.get(pair).wantStatus(t, http.StatusOK)
 	s.client.CloseIdleConnections()
 
-	// A node that cannot be trusted cannot be connected to.
+	// A node whose certificate is not trusted is unreachable.
 	s = startSite(t, options("https://"+host, ""))
 	s.get(pair).wantProblem(t, http.StatusBadGateway, "node_unreachable")
 	s.get(pair).wantProblem(t, http.StatusServiceUnavailable, "node_down")
