@@ -12,35 +12,23 @@ import (
 	"strings"
 	"testing"
 	"time"
-
-	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
 )
 
-// wantAdmin checks an answer of the admin API, without times.
-func (s *adminSite) wantAdmin(method, path string, status int, want string) {
-	s.t.Helper()
-	code, body := s.askAdmin(method, path)
-	got := strings.TrimSpace(regexp.MustCompile(`"at":"[^"]+"`).ReplaceAllString(body, `"at":"…"`))
-	if code != status || got != want {
-		s.t.Errorf("%s %s: status %d, want %d\ngot  %s\nwant %s", method, path, code, status, got, want)
-	}
-}
-
 func TestAdminNodes(t *testing.T) {
-	waits, answered := make(chan bool), make(chan bool)
+	g := newGate()
 	well := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
 		r.URL.Path = strings.TrimPrefix(r.URL.Path, "/base")
 		if r.URL.Path == "/task" {
-			waits <- true
-			<-answered
+			g.then(systemInfo)(w, r)
+			return
 		}
 		systemInfo(w, r)
 	})
-	old := newBackend(t, says(http.StatusNotFound, ""))
+	old := newBackend(t, responds(http.StatusNotFound, ""))
 	slow := newBackend(t, func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
 	gone := newBackend(t, nil)
 	gone.Close()
-	broker := newBackend(t, says(http.StatusInternalServerError, ""))
+	broker := newBackend(t, responds(http.StatusInternalServerError, ""))
 	s := startWithAdmin(t, fmt.Sprintf(`fsbroker_task {
 		secret {env.CALLER_SECRET}
 		node a-well %s/base {env.NODE_SECRET}
@@ -56,12 +44,8 @@ func TestAdminNodes(t *testing.T) {
 	}`, well.URL, old.URL, slow.URL, gone.URL, broker.URL), "")
 
 	s.get("/task?submitID=s1").wantProblem(t, http.StatusBadGateway, "broker_bad_answer")
-	done := make(chan bool)
-	go func() {
-		defer close(done)
-		s.get("/task?appServerID=a-well&taskID=t1")
-	}()
-	<-waits
+	held := s.goGet("/task?appServerID=a-well&taskID=t1")
+	within(t, "the request", g.entered)
 	host := func(b *backend) string { return strings.TrimPrefix(b.URL, "http://") }
 	begin := time.Now()
 	s.wantAdmin(http.MethodGet, "/fsbroker/nodes", http.StatusOK, fmt.Sprintf(`[`+
@@ -73,13 +57,13 @@ func TestAdminNodes(t *testing.T) {
 		`{"role":"broker","address":"%s","state":"healthy","last_problem":{"code":"broker_bad_answer","at":"…"},"questions":0}]`,
 		host(well), host(old), host(slow), host(gone), host(broker)))
 	if took := time.Since(begin); took > 5*time.Second {
-		t.Errorf("asking took %s", took)
+		t.Errorf("the response took %s", took)
 	}
-	close(answered)
-	<-done
+	close(g.open)
+	(<-held).wantStatus(t, http.StatusOK)
 
-	if _, body := s.askAdmin(http.MethodGet, "/fsbroker/nodes"); strings.Contains(body, `"questions":1`) {
-		t.Errorf("a question goes on: %s", body)
+	if _, body := s.requestAdmin(http.MethodGet, "/fsbroker/nodes"); strings.Contains(body, `"questions":1`) {
+		t.Errorf("a request is still under way: %s", body)
 	}
 	s.wantNoSecretInLog()
 }
@@ -93,21 +77,21 @@ func TestAdminCache(t *testing.T) {
 		Bytes   int64
 		Entries int
 	}
-	_, body := s.askAdmin(http.MethodGet, "/fsbroker/cache")
+	_, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache")
 	if err := json.Unmarshal([]byte(body), &memory); err != nil || memory.Entries != 1 || memory.Bytes < 1000 {
 		t.Errorf("%v: %s", err, body)
 	}
 
 	s.load(options(node, "cache {\n max_size 1\n storage\n }"))
 	s.get(pair)
-	eventually(t, "it to be stored", func() bool {
-		_, body := s.askAdmin(http.MethodGet, "/fsbroker/cache")
+	eventually(t, "the report to be stored", func() bool {
+		_, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache")
 		return strings.Contains(body, `"queued":0`)
 	})
 	s.wantAdmin(http.MethodGet, "/fsbroker/cache", http.StatusOK,
 		`{"bytes":0,"limit":1,"entries":0,"evictions":1,"waiters":0,"storage":{"queued":0,"queued_bytes":0,"failing":false}}`)
 
-	s.load("respond 404") // without the handler there is nothing to tell
+	s.load("respond 404") // without the handler, there is nothing to show
 	s.wantAdmin(http.MethodGet, "/fsbroker/cache", http.StatusOK, `{"bytes":0,"limit":0,"entries":0,"evictions":0,"waiters":0}`)
 	s.wantAdmin(http.MethodGet, "/fsbroker/nodes", http.StatusOK, `[]`)
 	s.wantAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusOK, `{"memory":0,"queue":0,"storage":0}`)
@@ -134,7 +118,7 @@ func TestAdminErrors(t *testing.T) {
 		"DELETE /fsbroker/cache?appServerID=node-1&taskID=not-there": `200 {"memory":0,"queue":0,"storage":0}`,
 	} {
 		method, path, _ := strings.Cut(request, " ")
-		status, body := s.askAdmin(method, path)
+		status, body := s.requestAdmin(method, path)
 		if got := fmt.Sprint(status, " ", strings.TrimSpace(body)); got != want {
 			t.Errorf("%s: got %s, want %s", request, got, want)
 		}
@@ -161,7 +145,7 @@ func TestPurge(t *testing.T) {
 	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
 	fill()
 
-	// What was set aside as damaged goes as well.
+	// A purge removes damaged values that were set aside, too.
 	damaged := s.wantValues(3)[0]
 	if err := os.Mkdir(filepath.Join(s.dir, "fsbroker_task", "damaged"), 0o700); err != nil {
 		t.Fatal(err)
@@ -172,14 +156,13 @@ func TestPurge(t *testing.T) {
 	s.wantAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusOK, `{"memory":3,"queue":0,"storage":3}`)
 	s.wantValues(0)
 	if left, _ := filepath.Glob(filepath.Join(s.dir, "fsbroker_task", "damaged", "*")); len(left) != 0 {
-		t.Errorf("left: %v", left)
+		t.Errorf("there are still the values %v", left)
 	}
 	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
 }
 
-// What waits for the storage goes too, and a write under way brings nothing back.
+// A purge removes what is queued for the storage, and what a write that is under way stores.
 func TestPurgeOfTheQueue(t *testing.T) {
-	fsbroker.SetRetries(t, 10*time.Millisecond, 50*time.Millisecond)
 	fault.dir = t.TempDir()
 	node := newBackend(t, systemInfo)
 	s := startWithAdmin(t, options(node, "cache {\n storage faulty\n }"), "")
@@ -191,32 +174,35 @@ func TestPurgeOfTheQueue(t *testing.T) {
 	}
 	s.wantAdmin(http.MethodDelete, "/fsbroker/cache?appServerID=node-1&taskID=t1", http.StatusOK, `{"memory":2,"queue":2,"storage":0}`)
 	s.wantAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusOK, `{"memory":2,"queue":2,"storage":0}`)
-	if _, body := s.askAdmin(http.MethodGet, "/fsbroker/cache"); !strings.Contains(body, `"queued":0,"queued_bytes":0`) {
+	if _, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache"); !strings.Contains(body, `"queued":0,"queued_bytes":0`) {
 		t.Errorf("the queue is not empty: %s", body)
 	}
 
 	hang := make(chan struct{})
 	setFault(nil, hang, false)
-	released := time.AfterFunc(200*time.Millisecond, func() {
-		setFault(nil, nil, false)
-		close(hang)
-	})
-	defer released.Stop()
-	node.becomes(says(http.StatusOK, reportOf("t4", "SUCCESS")))
+	before, _ := writes()
+	node.setHandler(responds(http.StatusOK, reportOf("t4", "SUCCESS")))
 	s.get("/task?appServerID=node-1&taskID=t4&nocache").wantStatus(t, http.StatusOK)
-	eventually(t, "the write to begin", func() bool {
-		_, body := s.askAdmin(http.MethodGet, "/fsbroker/cache")
-		return strings.Contains(body, `"queued":1`)
+	eventually(t, "the write to begin", func() bool { all, _ := writes(); return all > before })
+	purged := make(chan error, 1)
+	go func() {
+		purged <- s.checkAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusOK, `{"memory":1,"queue":0,"storage":1}`)
+	}()
+	eventually(t, "the purge to wait for the write", func() bool {
+		return goroutines(t, "select", "caddy/v2.AdminHandlerFunc.ServeHTTP(") == 1
 	})
-	time.Sleep(20 * time.Millisecond)
-	s.wantAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusOK, `{"memory":1,"queue":0,"storage":1}`)
-	time.Sleep(50 * time.Millisecond)
+	setFault(nil, nil, false)
+	close(hang)
+	if err := <-purged; err != nil {
+		t.Error(err)
+	}
+	time.Sleep(50 * time.Millisecond) // nothing shows that no write is left, which would bring the value back
 	if left := storedIn(t, fault.dir); len(left) != 0 {
-		t.Errorf("left: %v", left)
+		t.Errorf("there are still the values %v", left)
 	}
 }
 
-// The README's commands for the admin API do as it says.
+// The README's commands for the admin API work.
 func TestReadmeAdminCommands(t *testing.T) {
 	readme, err := os.ReadFile("README.md")
 	if err != nil {
@@ -231,7 +217,7 @@ func TestReadmeAdminCommands(t *testing.T) {
 		}
 	}
 	if len(commands) < 4 {
-		t.Fatalf("found only %d commands", len(commands))
+		t.Fatalf("the README has only %d commands", len(commands))
 	}
 	node := newBackend(t, systemInfo)
 	s := startWithAdmin(t, options(node, stored), "")
@@ -239,9 +225,9 @@ func TestReadmeAdminCommands(t *testing.T) {
 	for _, line := range commands {
 		line, _, _ = strings.Cut(line, "#")
 		line = strings.ReplaceAll(strings.Replace(line, "curl ", "curl -fsS ", 1), "localhost:2019", s.admin)
-		answer, err := exec.CommandContext(t.Context(), "sh", "-c", line).CombinedOutput()
-		if err != nil || !json.Valid(answer) {
-			t.Errorf("%s: %v\n%s", line, err, answer)
+		output, err := exec.CommandContext(t.Context(), "sh", "-c", line).CombinedOutput()
+		if err != nil || !json.Valid(output) {
+			t.Errorf("%s: %v\n%s", line, err, output)
 		}
 	}
 	s.wantValues(0)

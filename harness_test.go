@@ -2,6 +2,7 @@ package fsbroker_test
 
 import (
 	"bytes"
+	"compress/gzip"
 	"context"
 	"crypto/ecdsa"
 	"crypto/elliptic"
@@ -16,10 +17,10 @@ import (
 	"math/big"
 	"net"
 	"net/http"
-	"net/http/httptest"
-	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"runtime/pprof"
 	"strings"
 	"sync"
 	"syscall"
@@ -34,8 +35,8 @@ import (
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 )
 
-// The secrets of the tests, which configurations have as placeholders, since Caddy logs a whole configuration at debug
-// level. None of them may be found in any answer or log.
+// The secrets of the tests. Configurations have them as placeholders, since Caddy logs a whole configuration at debug
+// level. No response and no log may hold any of them.
 const (
 	callerSecret = "the-callers-own-secret"
 	nodeSecret   = "the-nodes-own-secret"
@@ -44,8 +45,8 @@ const (
 
 var allSecrets = []string{callerSecret, nodeSecret, brokerSecret}
 
-// beCaddy is the environment variable that makes this test binary a Caddy with the module, for tests with more than one
-// process.
+// beCaddy is the environment variable that makes this test binary a Caddy with the module. Tests with more than one
+// process use it.
 const beCaddy = "FSBROKER_TEST_BE_CADDY"
 
 func TestMain(m *testing.M) {
@@ -59,90 +60,12 @@ func TestMain(m *testing.M) {
 		}
 	}
 	goleak.VerifyTestMain(m,
-		// What Caddy and its libraries start once for a process.
+		// Caddy and its libraries start these once in a process.
 		goleak.IgnoreAnyFunction("github.com/caddyserver/caddy/v2.trapSignalsCrossPlatform.func1"),
 		goleak.IgnoreAnyFunction("github.com/caddyserver/certmagic.(*Cache).maintainAssets"),
 		goleak.IgnoreAnyFunction("github.com/golang/glog.(*fileSink).flushDaemon"),
 		goleak.IgnoreAnyFunction("github.com/caddyserver/certmagic.keepLockfileFresh"),
 	)
-}
-
-// backend is a node or a broker over real HTTP, which does what a test tells it to.
-type backend struct {
-	*httptest.Server
-
-	mu     sync.Mutex
-	asked  []*url.URL
-	answer http.HandlerFunc
-}
-
-// newBackend starts a backend. It closes with the test.
-func newBackend(t testing.TB, answer http.HandlerFunc) *backend {
-	t.Helper()
-	b := &backend{answer: answer}
-	b.Server = httptest.NewServer(http.HandlerFunc(b.serve))
-	t.Cleanup(b.Close)
-	return b
-}
-
-func (b *backend) serve(w http.ResponseWriter, r *http.Request) {
-	b.mu.Lock()
-	b.asked = append(b.asked, r.URL)
-	answer := b.answer
-	b.mu.Unlock()
-	answer(w, r)
-}
-
-// becomes changes what the backend does from now on.
-func (b *backend) becomes(answer http.HandlerFunc) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	b.answer = answer
-}
-
-// questions is what the backend was asked so far.
-func (b *backend) questions() []*url.URL {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return append([]*url.URL(nil), b.asked...)
-}
-
-func (b *backend) wantQuestions(t *testing.T, want int) {
-	t.Helper()
-	if got := len(b.questions()); got != want {
-		t.Errorf("the backend was asked %d questions, want %d: %v", got, want, b.questions())
-	}
-}
-
-// says answers with a status and a body.
-func says(status int, body string) http.HandlerFunc {
-	return func(w http.ResponseWriter, _ *http.Request) {
-		w.WriteHeader(status)
-		_, _ = io.WriteString(w, body)
-	}
-}
-
-// reportOf is a document in the form of a node's, with the states of a task and its subtasks.
-func reportOf(taskID, taskState string, subtaskStates ...string) string {
-	subtasks := make([]map[string]any, 0, len(subtaskStates))
-	for _, s := range subtaskStates {
-		subtasks = append(subtasks, map[string]any{"name": "osint", "state": s})
-	}
-	document, err := json.Marshal(map[string]any{
-		"processTime": 7,
-		"result": map[string]any{
-			"taskReference":     map[string]any{"name": "transform-file", "ID": taskID, "state": taskState},
-			"subtaskReferences": subtasks,
-			"resources": map[string]any{"r1": map[string]any{
-				"additionalTasks": []any{map[string]any{"state": "IN_PROGRESS"}},
-				"strings":         strings.Repeat("the quick brown fox ", 40),
-			}},
-		},
-	})
-	if err != nil {
-		panic(err)
-	}
-	return string(document)
 }
 
 // site is a Caddy that serves the handler over TLS.
@@ -151,10 +74,17 @@ type site struct {
 	base   string
 	client *http.Client
 	port   int
-	dir    string // its storage and its log
+	dir    string // has its storage and its log
 }
 
-// startSite runs Caddy with directives in a site of its own, until the test ends.
+// in returns the site for a subtest, so that the subtest reports what fails.
+func (s *site) in(t testing.TB) *site {
+	sub := *s
+	sub.t = t
+	return &sub
+}
+
+// startSite runs Caddy with directives in a site, until the test ends.
 func startSite(t testing.TB, directives string) *site {
 	t.Helper()
 	s := newSite(t)
@@ -163,9 +93,10 @@ func startSite(t testing.TB, directives string) *site {
 	return s
 }
 
+// newSite returns a site that does not run yet. The site stops at the end of the test.
 func newSite(t testing.TB) *site {
 	t.Helper()
-	if err := caddy.Stop(); err != nil { // where a test has a site after another
+	if err := caddy.Stop(); err != nil { // a test may start one site after another
 		t.Fatal(err)
 	}
 	port := freePort(t)
@@ -181,7 +112,7 @@ func newSite(t testing.TB) *site {
 	return s
 }
 
-// load makes directives the site's, like a reload when it runs already.
+// load loads a configuration with directives. If the site runs already, this is a reload.
 func (s *site) load(directives string) {
 	s.t.Helper()
 	if err := s.tryLoad(directives); err != nil {
@@ -189,11 +120,12 @@ func (s *site) load(directives string) {
 	}
 }
 
+// tryLoad is like load, and returns the error.
 func (s *site) tryLoad(directives string) error {
 	return s.loadCaddyfile(s.caddyfile(directives))
 }
 
-// caddyfile puts directives into a site that needs nothing of the machine.
+// caddyfile returns a Caddyfile that has the directives in its one site. It needs nothing of the machine.
 func (s *site) caddyfile(directives string) string {
 	return fmt.Sprintf(`{
 	admin off
@@ -215,6 +147,7 @@ func (s *site) caddyfile(directives string) string {
 		}
 	}
 }
+
 https://localhost:%[3]d {
 	tls %[5]s %[6]s
 	log
@@ -223,7 +156,7 @@ https://localhost:%[3]d {
 		s.write("cert.pem", certificate().pem), s.write("key.pem", certificate().key))
 }
 
-// write puts a file into the site's folder.
+// write writes a file into the site's folder, and returns its path.
 func (s *site) write(name string, content []byte) string {
 	s.t.Helper()
 	name = filepath.Join(s.dir, name)
@@ -233,8 +166,8 @@ func (s *site) write(name string, content []byte) string {
 	return filepath.ToSlash(name)
 }
 
-// certificate is one for localhost that signs itself. Caddy could make one, but does so while it starts, and has a data
-// race there that the race detector would report as ours.
+// certificate returns a self-signed certificate for localhost. Caddy could make one when it starts, but has a data race
+// there, which the race detector would report as ours.
 var certificate = sync.OnceValue(func() (c struct{ pem, key []byte }) {
 	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
@@ -259,6 +192,7 @@ var certificate = sync.OnceValue(func() (c struct{ pem, key []byte }) {
 
 func (s *site) logFile() string { return filepath.Join(s.dir, "caddy.log") }
 
+// loadCaddyfile loads a whole Caddyfile.
 func (s *site) loadCaddyfile(text string) error {
 	config, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(text), map[string]any{"filename": "Caddyfile"})
 	if err != nil {
@@ -267,46 +201,46 @@ func (s *site) loadCaddyfile(text string) error {
 	return caddy.Load(config, true)
 }
 
-// trust makes a client that trusts the site, and waits until it answers.
+// trust gives the site a client that trusts it, and waits until the site responds.
 func (s *site) trust() {
 	s.t.Helper()
-	pool := x509.NewCertPool()
-	pool.AppendCertsFromPEM(certificate().pem)
-	s.client = &http.Client{
-		Transport: &http.Transport{
-			TLSClientConfig:     &tls.Config{RootCAs: pool},
-			DisableCompression:  true, // the tests say themselves what they accept
-			MaxIdleConnsPerHost: 300,
-		},
-		Timeout: 20 * time.Second,
+	if s.client == nil {
+		pool := x509.NewCertPool()
+		pool.AppendCertsFromPEM(certificate().pem)
+		s.client = &http.Client{
+			Transport: &http.Transport{
+				TLSClientConfig:     &tls.Config{RootCAs: pool},
+				DisableCompression:  true, // tests set Accept-Encoding themselves
+				MaxIdleConnsPerHost: 300,
+			},
+			Timeout: 20 * time.Second,
+		}
 	}
-	// A process of its own takes a moment.
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	// Another process takes a moment to start.
+	eventually(s.t, "the site to respond", func() bool {
 		resp, err := s.client.Get(s.base + "/warm-up")
 		if err == nil {
 			_ = resp.Body.Close()
-			return
 		}
-		if time.Now().After(deadline) {
-			s.t.Fatal(err)
-		}
-	}
+		return err == nil
+	})
 }
 
-// reply is a response, read.
+// reply is a response with its body.
 type reply struct {
 	status int
 	header http.Header
 	body   []byte
 }
 
-// get asks with the caller's secret, and with header fields as "Name: value".
+// get sends a GET request with the caller's secret. Header fields are written "Name: value". Like do, it must be called
+// by the test's own goroutine: use goGet where a request has to be under way.
 func (s *site) get(path string, header ...string) reply {
 	s.t.Helper()
 	return s.do(s.t.Context(), http.MethodGet, path, append(header, "Authorization: Bearer "+callerSecret)...)
 }
 
-// do asks with nothing but what is given.
+// do sends a request with the given header fields, and fails the test at once on an error.
 func (s *site) do(ctx context.Context, method, path string, header ...string) reply {
 	s.t.Helper()
 	r, err := s.try(ctx, method, path, header...)
@@ -316,6 +250,7 @@ func (s *site) do(ctx context.Context, method, path string, header ...string) re
 	return r
 }
 
+// try is like do, and returns the error. Any goroutine may call it.
 func (s *site) try(ctx context.Context, method, path string, header ...string) (reply, error) {
 	req, err := http.NewRequestWithContext(ctx, method, s.base+path, nil)
 	if err != nil {
@@ -330,8 +265,7 @@ func (s *site) try(ctx context.Context, method, path string, header ...string) (
 		if err == nil || ctx.Err() != nil || !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) {
 			break
 		}
-		// While a configuration takes over from another, Caddy may close a connection that is only just accepted, before
-		// anything has been asked.
+		// During a reload, Caddy may close a connection that it has only just accepted, before it reads a request.
 		resp, err = s.client.Do(req)
 	}
 	if err != nil {
@@ -344,7 +278,7 @@ func (s *site) try(ctx context.Context, method, path string, header ...string) (
 	}
 	for _, secret := range allSecrets {
 		if bytes.Contains(body, []byte(secret)) || strings.Contains(fmt.Sprint(resp.Header), secret) {
-			s.t.Errorf("%s %s: the answer holds a secret: %v %s", method, path, resp.Header, body)
+			s.t.Errorf("%s %s: the response holds a secret: %v %s", method, path, resp.Header, body)
 		}
 	}
 	return reply{resp.StatusCode, resp.Header, body}, nil
@@ -358,7 +292,7 @@ func (r reply) wantStatus(t *testing.T, want int) {
 	}
 }
 
-// wantHeader checks a field of a reply.
+// wantHeader checks a field of the header.
 func (r reply) wantHeader(t *testing.T, name, want string) {
 	t.Helper()
 	if got := r.header.Get(name); got != want {
@@ -366,7 +300,7 @@ func (r reply) wantHeader(t *testing.T, name, want string) {
 	}
 }
 
-// wantProblem checks that a reply is a whole problem document.
+// wantProblem checks that the reply is a complete problem document.
 func (r reply) wantProblem(t *testing.T, status int, code string) {
 	t.Helper()
 	r.wantStatus(t, status)
@@ -384,7 +318,7 @@ func (r reply) wantProblem(t *testing.T, status int, code string) {
 	}
 }
 
-// wantNoSecretInLog checks that a log holds none, and that there is one.
+// wantNoSecretInLog checks that the log is not empty and holds no secret.
 func (s *site) wantNoSecretInLog() {
 	s.t.Helper()
 	log, err := os.ReadFile(s.logFile())
@@ -401,7 +335,7 @@ func (s *site) wantNoSecretInLog() {
 	}
 }
 
-// restart stops the site and starts it again, as a new process would find it.
+// restart stops the site and starts it again, with an empty memory.
 func (s *site) restart(directives string) {
 	s.t.Helper()
 	if err := caddy.Stop(); err != nil {
@@ -412,6 +346,7 @@ func (s *site) restart(directives string) {
 	s.trust()
 }
 
+// freePort returns a port that nothing listens on.
 func freePort(t testing.TB) int {
 	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
@@ -420,4 +355,187 @@ func freePort(t testing.TB) int {
 	}
 	defer l.Close()
 	return l.Addr().(*net.TCPAddr).Port
+}
+
+// options returns the directive for one node, named node-1, with more options.
+func options(node *backend, more string) string {
+	return fmt.Sprintf(`fsbroker_task {
+		secret tester {env.CALLER_SECRET}
+		node node-1 %s {env.NODE_SECRET}
+		%s
+	}`, node.URL, more)
+}
+
+// brokerOption returns the option that adds a broker.
+func brokerOption(broker *backend) string {
+	return fmt.Sprintf("broker %s {env.BROKER_SECRET}", broker.URL)
+}
+
+// pair is the path of a task of the node of options.
+const pair = "/task?appServerID=node-1&taskID=t1"
+
+// goGet sends a request like get, in another goroutine. The channel has the reply when there is one.
+func (s *site) goGet(path string, header ...string) <-chan reply {
+	replies := make(chan reply, 1)
+	go func() {
+		r, err := s.try(s.t.Context(), http.MethodGet, path, append(header, "Authorization: Bearer "+callerSecret)...)
+		if err != nil {
+			s.t.Error(err)
+		}
+		replies <- r
+	}()
+	return replies
+}
+
+// getUntil sends a request like get until done accepts the reply, and returns that reply.
+func (s *site) getUntil(path, what string, done func(reply) bool) (r reply) {
+	s.t.Helper()
+	eventually(s.t, what, func() bool {
+		r = s.get(path)
+		return done(r)
+	})
+	return r
+}
+
+// plain returns the body without its encoding. It must be called by the test's own goroutine.
+func (r reply) plain(t testing.TB) string {
+	t.Helper()
+	plain, err := r.decoded()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return plain
+}
+
+// decoded is like plain, and returns the error.
+func (r reply) decoded() (string, error) {
+	if r.header.Get("Content-Encoding") == "" {
+		return string(r.body), nil
+	}
+	zr, err := gzip.NewReader(bytes.NewReader(r.body))
+	if err != nil {
+		return "", err
+	}
+	plain, err := io.ReadAll(zr)
+	return string(plain), err
+}
+
+// accessLog returns the access log's line for the request with a User-Agent.
+func (s *site) accessLog(userAgent string) (fields map[string]any) {
+	s.t.Helper()
+	eventually(s.t, "the access log of "+userAgent, func() bool {
+		for _, fields = range s.logged("handled request") {
+			request, _ := fields["request"].(map[string]any)
+			if strings.Contains(fmt.Sprint(request["headers"]), userAgent) {
+				return true
+			}
+		}
+		return false
+	})
+	return fields
+}
+
+// logged returns the lines of the log whose message contains the given text.
+func (s *site) logged(message string) (lines []map[string]any) {
+	s.t.Helper()
+	log, err := os.ReadFile(s.logFile())
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	for line := range strings.Lines(string(log)) {
+		var fields map[string]any
+		if json.Unmarshal([]byte(line), &fields) == nil && strings.Contains(fields["msg"].(string), message) {
+			lines = append(lines, fields)
+		}
+	}
+	return lines
+}
+
+// process is a Caddy in another process, which runs this test binary.
+type process struct {
+	*site
+	cmd *exec.Cmd
+}
+
+// startProcess runs a site in another process. In directives, SHARED stands for a storage folder that processes share.
+func startProcess(t *testing.T, shared, directives string) *process {
+	t.Helper()
+	s := &site{t: t, port: freePort(t), dir: t.TempDir()}
+	s.base = fmt.Sprintf("https://localhost:%d", s.port)
+	config := filepath.Join(s.dir, "Caddyfile")
+	text := s.caddyfile(strings.ReplaceAll(directives, "SHARED", filepath.ToSlash(shared)))
+	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := &process{site: s, cmd: exec.Command(os.Args[0], "run", "--config", config)}
+	p.cmd.Env = append(os.Environ(), beCaddy+"=1", "XDG_DATA_HOME="+s.dir, "XDG_CONFIG_HOME="+s.dir)
+	p.cmd.Stderr = os.Stderr
+	if err := p.cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(p.kill)
+	p.trust()
+	return p
+}
+
+// kill ends the process at once, like kill -9.
+func (p *process) kill() {
+	p.client.CloseIdleConnections()
+	_ = p.cmd.Process.Kill()
+	_ = p.cmd.Wait()
+}
+
+// eventually waits until done returns true. It must be called by the test's own goroutine.
+func eventually(t testing.TB, what string, done func() bool) {
+	t.Helper()
+	for deadline := time.Now().Add(20 * time.Second); !done(); time.Sleep(5 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatalf("waited too long for %s", what)
+		}
+	}
+}
+
+// within waits for a value of c. It must be called by the test's own goroutine.
+func within(t *testing.T, what string, c <-chan struct{}) {
+	t.Helper()
+	select {
+	case <-c:
+	case <-time.After(10 * time.Second):
+		t.Fatalf("waited too long for %s", what)
+	}
+}
+
+// wantHeld waits until the handler holds that many requests of this process: they wait for an upstream's response that
+// is under way, or for a report to be finished.
+func wantHeld(t *testing.T, want int) {
+	t.Helper()
+	eventually(t, fmt.Sprintf("%d held requests", want), func() bool {
+		return goroutines(t, "select", "caddy-fsbroker.(*Handler).ServeHTTP(") == want
+	})
+}
+
+// goroutines counts the goroutines in a state that have a function on their stack.
+func goroutines(t *testing.T, state, function string) (n int) {
+	t.Helper()
+	var stacks strings.Builder
+	if err := pprof.Lookup("goroutine").WriteTo(&stacks, 2); err != nil {
+		t.Fatal(err)
+	}
+	for stack := range strings.SplitSeq(stacks.String(), "\n\n") {
+		header, calls, _ := strings.Cut(stack, "\n")
+		if strings.Contains(header, "["+state) && strings.Contains(calls, function) {
+			n++
+		}
+	}
+	return n
+}
+
+// writeFile writes a file into a folder of its own, and returns its path.
+func writeFile(t *testing.T, content string) string {
+	t.Helper()
+	name := filepath.Join(t.TempDir(), "secret")
+	if err := os.WriteFile(name, []byte(content), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return filepath.ToSlash(name)
 }

@@ -3,13 +3,10 @@ package fsbroker_test
 import (
 	"context"
 	"fmt"
-	"net"
 	"net/http"
-	"net/http/httptest"
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
@@ -18,10 +15,11 @@ import (
 
 func init() { caddy.RegisterModule(eventRecorder{}) }
 
-// eventRecorder is an event handler that notes what it hears.
+// eventRecorder is an event handler that records events.
 type eventRecorder struct{}
 
-var heard struct {
+// recorded has the events since the last call of wantEvents.
+var recorded struct {
 	sync.Mutex
 	events []string
 }
@@ -33,49 +31,39 @@ func (eventRecorder) CaddyModule() caddy.ModuleInfo {
 func (eventRecorder) UnmarshalCaddyfile(*caddyfile.Dispenser) error { return nil }
 
 func (eventRecorder) Handle(_ context.Context, e caddy.Event) error {
-	heard.Lock()
-	defer heard.Unlock()
-	heard.events = append(heard.events, fmt.Sprintf("%s of %v: %v %v at %v, since %v",
+	recorded.Lock()
+	defer recorded.Unlock()
+	recorded.events = append(recorded.events, fmt.Sprintf("%s of %v: %v %v at %v, since %v",
 		e.Name(), e.Origin().CaddyModule().ID, e.Data["role"], e.Data["node"], e.Data["address"], e.Data["reason"]))
 	return nil
 }
 
 var _ caddyevents.Handler = eventRecorder{}
 
-// recordEvents are global options, with which heard hears the events of nodes.
+// recordEvents are the global options that record the events of nodes.
 const recordEvents = "events {\non fsbroker_node_unhealthy record\non fsbroker_node_healthy record\n}"
 
-// wantEvents checks what was heard since the last time.
+// wantEvents checks the events since its last call.
 func wantEvents(t *testing.T, want ...string) {
 	t.Helper()
 	var got []string
 	eventually(t, fmt.Sprintf("%d events", len(want)), func() bool {
-		heard.Lock()
-		defer heard.Unlock()
-		got = append(got, heard.events...)
-		heard.events = nil
+		recorded.Lock()
+		defer recorded.Unlock()
+		got = append(got, recorded.events...)
+		recorded.events = nil
 		return len(got) >= len(want)
 	})
 	if fmt.Sprint(got) != fmt.Sprint(want) {
-		t.Errorf("heard\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+		t.Errorf("got\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
 	}
 }
 
-// systemInfo answers as nodes do for /system-info, and with a report for anything else.
-func systemInfo(w http.ResponseWriter, r *http.Request) {
-	if r.URL.Path != "/system-info" {
-		says(http.StatusOK, reportOf("t1", "SUCCESS"))(w, r)
-		return
-	}
-	says(http.StatusOK, `{"versionInfo":{"name":"fsTransform","version":"2.1.0"},
-		"queueInfo":{"activeCount":3,"queueCount":2,"completedCount":12345},"memoryStats":{"usedMemory":1}}`)(w, r)
-}
-
-// sick answers well to anything but /system-info.
-func sick(status int, body string) http.HandlerFunc {
+// withSystemInfo is like systemInfo, with another response to /system-info.
+func withSystemInfo(status int, body string) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Path == "/system-info" {
-			says(status, body)(w, r)
+			responds(status, body)(w, r)
 			return
 		}
 		systemInfo(w, r)
@@ -94,13 +82,13 @@ func TestHealthChecks(t *testing.T) {
 	event := func(kind, reason string) string {
 		return fmt.Sprintf("fsbroker_node_%s of http.handlers.fsbroker_task: node node-1 at %s, since %s", kind, host, reason)
 	}
-	eventually(t, "a few checks", func() bool { return len(node.questions()) >= 3 })
-	if q := node.questions()[0]; q.Path != "/system-info" || q.Query().Get("secret") != nodeSecret {
-		t.Errorf("the node was asked %s", q)
+	eventually(t, "three checks", func() bool { return len(node.requests()) >= 3 })
+	if q := node.requests()[0]; q.Path != "/system-info" || q.Query().Get("secret") != nodeSecret {
+		t.Errorf("the node got a request for %s", q)
 	}
 	s.wantMetrics(nil, up[true])
 
-	for name, answer := range map[string]struct {
+	for name, response := range map[string]struct {
 		status int
 		body   string
 		reason string
@@ -114,30 +102,31 @@ func TestHealthChecks(t *testing.T) {
 		"something big": {http.StatusOK, strings.Repeat(" ", 2<<20) + "{}", "node_bad_answer"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			node.becomes(sick(answer.status, answer.body))
-			wantEvents(t, event("unhealthy", answer.reason))
+			s := s.in(t)
+			node.setHandler(withSystemInfo(response.status, response.body))
+			wantEvents(t, event("unhealthy", response.reason))
 			s.wantMetrics(nil, up[false])
-			// Questions go on, and are no reason to think better of it.
+			// The node is still used, and a good response to a caller's request does not make it healthy.
 			s.get(pair+"&nocache").wantStatus(t, http.StatusOK)
 			s.wantMetrics(nil, up[false])
-			node.becomes(sick(http.StatusOK, "{}"))
-			wantEvents(t, event("healthy", answer.reason))
+			node.setHandler(withSystemInfo(http.StatusOK, "{}"))
+			wantEvents(t, event("healthy", response.reason))
 			s.wantMetrics(nil, up[true])
 		})
 	}
 	if warnings := s.logged("fails"); len(warnings) != 7 {
 		t.Errorf("want 7 warnings, one for each change: %v", warnings)
 	}
-	broker.wantQuestions(t, 0)
+	broker.wantRequests(t, 0)
 	s.wantNoSecretInLog()
 }
 
-// A check that cannot connect spares callers the try, and one that can ends that.
+// A check that cannot connect makes callers fail fast, until a check can connect again.
 func TestHealthChecksConnect(t *testing.T) {
 	node := newBackend(t, systemInfo)
 	listener := node.Listener.Addr().String()
 	s := startWithAdmin(t, options(node, "health_interval 20ms\nfail_duration 1h"), recordEvents)
-	eventually(t, "a check", func() bool { return len(node.questions()) > 0 })
+	eventually(t, "a check", func() bool { return len(node.requests()) > 0 })
 	wantEvents(t)
 
 	node.Close()
@@ -149,57 +138,37 @@ func TestHealthChecksConnect(t *testing.T) {
 	s.get(pair).wantStatus(t, http.StatusOK)
 }
 
-// Without checks, what questions find is told as well, and the node is asked nothing else.
-func TestEventsOfQuestions(t *testing.T) {
+// Without checks, callers' requests cause the events, and the node gets no others.
+func TestEventsOfRequests(t *testing.T) {
 	node := newBackend(t, systemInfo)
 	host := node.Listener.Addr().String()
 	startWithAdmin(t, options(node, ""), recordEvents).get(pair)
-	node.wantQuestions(t, 1)
+	node.wantRequests(t, 1)
 
 	s := startWithAdmin(t, options(node, "fail_duration 1ms"), recordEvents)
-	node.becomes(says(http.StatusForbidden, ""))
+	node.setHandler(responds(http.StatusForbidden, ""))
 	for range 3 {
 		s.get(pair+"&nocache").wantProblem(t, http.StatusBadGateway, "node_refused_secret")
 	}
 	wantEvents(t, "fsbroker_node_unhealthy of http.handlers.fsbroker_task: node node-1 at "+host+", since node_refused_secret")
-	node.becomes(systemInfo)
+	node.setHandler(systemInfo)
 	s.get(pair+"&nocache").wantStatus(t, http.StatusOK)
 	wantEvents(t, "fsbroker_node_healthy of http.handlers.fsbroker_task: node node-1 at "+host+", since node_refused_secret")
 
-	node.becomes(says(http.StatusInternalServerError, ""))
+	node.setHandler(responds(http.StatusInternalServerError, ""))
 	s.get(pair+"&nocache").wantProblem(t, http.StatusBadGateway, "node_bad_answer")
 	node.Close()
 	s.get(pair+"&nocache").wantProblem(t, http.StatusBadGateway, "node_unreachable")
 	wantEvents(t, "fsbroker_node_unhealthy of http.handlers.fsbroker_task: node node-1 at "+host+", since node_unreachable")
 }
 
-// A check that waits for its answer ends with its configuration.
+// A check that waits for a response ends with its configuration.
 func TestHealthChecksEnd(t *testing.T) {
-	asked, gone := make(chan bool, 1), make(chan bool, 1)
-	node := newBackend(t, func(_ http.ResponseWriter, r *http.Request) {
-		asked <- true
-		<-r.Context().Done()
-		gone <- true
-	})
+	g := newGate()
+	node := newBackend(t, g.then(nil))
 	s := startWithAdmin(t, options(node, "health_interval 1h\nhealth_timeout 1h"), recordEvents)
-	<-asked
+	within(t, "a check", g.entered)
 	s.load("respond 404")
-	select {
-	case <-gone:
-	case <-time.After(10 * time.Second):
-		t.Error("the check goes on")
-	}
+	within(t, "the check to be canceled", g.left)
 	wantEvents(t)
-}
-
-// restartBackend starts a backend where another was.
-func restartBackend(t *testing.T, address string, answer http.HandlerFunc) {
-	t.Helper()
-	listener, err := net.Listen("tcp", address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := &httptest.Server{Listener: listener, Config: &http.Server{Handler: answer}}
-	server.Start()
-	t.Cleanup(server.Close)
 }

@@ -1,18 +1,16 @@
 package fsbroker_test
 
 import (
-	"encoding/json"
 	"net/http"
-	"os"
 	"strings"
 	"testing"
 )
 
-// What came of a request is in the access log, and in placeholders that directives evaluate when the answer is written,
-// or after that.
+// The outcome of a request is in the access log, and in placeholders that directives evaluate when the response is
+// written or later.
 func TestRequestsAreLogged(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
-	broker := newBackend(t, says(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	broker := newBackend(t, responds(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
 	s := startSite(t, options(node, brokerOption(broker))+`
 	header >X-Came-By {http.fsbroker.client}/{http.fsbroker.cache}/{http.fsbroker.node}
 	log_append by_directive {http.fsbroker.cache}`)
@@ -43,29 +41,13 @@ func TestRequestsAreLogged(t *testing.T) {
 		}
 	}
 
-	node.becomes(says(http.StatusNotFound, ""))
+	node.setHandler(responds(http.StatusNotFound, ""))
 	s.get("/task?appServerID=node-1&taskID=t2").wantHeader(t, "X-Came-By", "tester/error/node-1")
 	s.wantNoSecretInLog()
 }
 
-// logged are the lines of the log with a message.
-func (s *site) logged(message string) (lines []map[string]any) {
-	s.t.Helper()
-	log, err := os.ReadFile(s.logFile())
-	if err != nil {
-		s.t.Fatal(err)
-	}
-	for line := range strings.Lines(string(log)) {
-		var fields map[string]any
-		if json.Unmarshal([]byte(line), &fields) == nil && strings.Contains(fields["msg"].(string), message) {
-			lines = append(lines, fields)
-		}
-	}
-	return lines
-}
-
 func TestSecretInQueryIsAdvisedAgainst(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	directives := strings.Replace(options(node, ""), "secret tester", "secret other {env.NODE_SECRET}\nsecret tester {env.BROKER_SECRET}\nsecret tester", 1)
 	s := startSite(t, directives)
 	const advice = "Authorization: Bearer"
@@ -73,23 +55,23 @@ func TestSecretInQueryIsAdvisedAgainst(t *testing.T) {
 	s.get(pair)
 	s.do(t.Context(), http.MethodGet, pair+"&secret=wrong")
 	if got := s.logged(advice); len(got) != 0 {
-		t.Errorf("advised against nothing: %v", got)
+		t.Errorf("want no warning yet: %v", got)
 	}
 	for range 3 {
 		s.do(t.Context(), http.MethodGet, pair+"&secret="+callerSecret).wantStatus(t, 200)
 		s.do(t.Context(), http.MethodGet, pair+"&serect="+brokerSecret).wantStatus(t, 200)
 	}
 	if got := s.logged(advice); len(got) != 1 || got[0]["client"] != "tester" || got[0]["level"] != "warn" {
-		t.Errorf("want one warning of the client tester: %v", got)
+		t.Errorf("want one warning for the client tester: %v", got)
 	}
 	s.do(t.Context(), http.MethodGet, pair+"&secret="+nodeSecret).wantStatus(t, 200)
 	if got := s.logged(advice); len(got) != 2 || got[1]["client"] != "other" {
-		t.Errorf("want another warning, of the client other: %v", got)
+		t.Errorf("want another warning, for the client other: %v", got)
 	}
 	s.load(directives)
 	s.do(t.Context(), http.MethodGet, pair+"&secret="+callerSecret)
 	if got := s.logged(advice); len(got) != 3 {
-		t.Errorf("a new configuration may warn again: %v", got)
+		t.Errorf("want another warning with the new configuration: %v", got)
 	}
 	s.wantNoSecretInLog()
 }

@@ -11,48 +11,9 @@ import (
 	"testing"
 )
 
-// scrape reads /metrics of the admin API: values by series.
-func (s *adminSite) scrape() map[string]string {
-	s.t.Helper()
-	status, text := s.askAdmin(http.MethodGet, "/metrics")
-	if status != http.StatusOK {
-		s.t.Fatalf("status %d: %s", status, text)
-	}
-	series := make(map[string]string)
-	for line := range strings.Lines(text) {
-		if i := strings.LastIndexByte(line, ' '); strings.HasPrefix(line, "caddy_fsbroker_") {
-			series[line[:i]] = strings.TrimSpace(line[i:])
-		}
-	}
-	return series
-}
-
-// wantMetrics checks series, once they have had the time to be counted; one that wants to be "" may not be there. What is
-// counted, is counted from before on, since counters live as long as the process.
-func (s *adminSite) wantMetrics(before, want map[string]string) {
-	s.t.Helper()
-	for series, value := range want {
-		counted := strings.Contains(series, "_total") || strings.Contains(series, "_count")
-		series = "caddy_fsbroker_" + series
-		if was := number(s.t, before[series]); counted && was > 0 {
-			value = fmt.Sprint(was + number(s.t, value))
-		}
-		eventually(s.t, fmt.Sprintf("%s is %q", series, value), func() bool { return s.scrape()[series] == value })
-	}
-}
-
-// number is the value of a counter, which may not be there yet.
-func number(t testing.TB, value string) (n int) {
-	t.Helper()
-	if _, err := fmt.Sscan(value, &n); err != nil && value != "" {
-		t.Fatal(err)
-	}
-	return n
-}
-
 func TestMetrics(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("secret-task", "SUCCESS")))
-	broker := newBackend(t, says(http.StatusNotFound, ""))
+	node := newBackend(t, responds(http.StatusOK, reportOf("secret-task", "SUCCESS")))
+	broker := newBackend(t, responds(http.StatusNotFound, ""))
 	gone := newBackend(t, nil)
 	gone.Close()
 	directives := func(more string) string {
@@ -82,7 +43,7 @@ func TestMetrics(t *testing.T) {
 	s.get("/task?appServerID=metered-gone&taskID=t").wantStatus(t, 503)
 	s.get("/task").wantStatus(t, 400)
 	s.do(t.Context(), http.MethodGet, task).wantStatus(t, 401)
-	node.becomes(says(http.StatusNoContent, ""))
+	node.setHandler(responds(http.StatusNoContent, ""))
 	s.get(task+"2").wantStatus(t, 204)
 
 	host, goneHost := strings.TrimPrefix(node.URL, "http://"), strings.TrimPrefix(gone.URL, "http://")
@@ -114,7 +75,7 @@ func TestMetrics(t *testing.T) {
 		`node_up{address="` + goneHost + `",node="metered-gone",role="node"}`: "0",
 	})
 
-	// A reload takes nothing from the counters, and takes what is configured no more from the gauges.
+	// A reload keeps the counters, and removes the gauges of nodes that are no longer configured.
 	s.load(directives(""))
 	s.get(task).wantStatus(t, 200)
 	s.wantMetrics(before, lasting)
@@ -124,15 +85,15 @@ func TestMetrics(t *testing.T) {
 	})
 	for series := range s.scrape() {
 		if strings.Contains(series, "secret-") {
-			t.Errorf("the series %s names what a caller sent", series)
+			t.Errorf("the series %s has a name that a caller sent", series)
 		}
 	}
 }
 
-// exportedMetrics are the names of all series that a site with traffic has.
+// exportedMetrics returns the names of all series of a site with traffic.
 func exportedMetrics(t *testing.T) map[string]bool {
 	t.Helper()
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startWithAdmin(t, options(node, stored), "")
 	s.get(pair).wantStatus(t, http.StatusOK)
 	exported := make(map[string]bool)
@@ -159,7 +120,7 @@ func TestReadmeExplainsEveryMetric(t *testing.T) {
 	}
 }
 
-// Every metric in the queries of the dashboard is one that the module exports.
+// The module exports every metric in the dashboard's queries, and the dashboard shows every metric.
 func TestDashboard(t *testing.T) {
 	exported := exportedMetrics(t)
 	text, err := os.ReadFile(filepath.Join("examples", "grafana", "dashboard.json"))
@@ -179,7 +140,7 @@ func TestDashboard(t *testing.T) {
 	if err := json.Unmarshal(text, &dashboard); err != nil {
 		t.Fatal(err)
 	}
-	queries := make(map[string]string) // by what has them
+	queries := make(map[string]string) // by the panel or variable
 	for _, variable := range dashboard.Templating.List {
 		if query, ok := variable.Query.(map[string]any); ok {
 			queries["variable"] = strings.Replace(fmt.Sprint(query["query"]), ", instance)", ")", 1)
@@ -188,7 +149,7 @@ func TestDashboard(t *testing.T) {
 	ids := make(map[int]bool)
 	for _, p := range dashboard.Panels {
 		if ids[p.ID] || p.Type == "" || p.Title == "" || p.GridPos.W == 0 || p.GridPos.X+p.GridPos.W > 24 || (p.Type == "row") != (len(p.Targets) == 0) {
-			t.Errorf("the panel %d, %q, is none", p.ID, p.Title)
+			t.Errorf("the panel %d, %q, is not valid", p.ID, p.Title)
 		}
 		ids[p.ID] = true
 		for _, target := range p.Targets {
@@ -196,13 +157,13 @@ func TestDashboard(t *testing.T) {
 		}
 	}
 	if dashboard.Title == "" || len(queries) < 20 {
-		t.Errorf("found only %d queries", len(queries))
+		t.Errorf("the dashboard has only %d queries", len(queries))
 	}
 	shown := make(map[string]bool)
 	for place, query := range queries {
 		names := metricNames(query)
 		if len(names) == 0 {
-			t.Errorf("%s: no metric in %s", place, query)
+			t.Errorf("%s: there is no metric in %s", place, query)
 		}
 		for _, name := range names {
 			shown[name] = true
@@ -218,7 +179,7 @@ func TestDashboard(t *testing.T) {
 	}
 }
 
-// panel is what Grafana needs to know of a panel.
+// panel is a panel of a Grafana dashboard.
 type panel struct {
 	ID          int
 	Type, Title string
@@ -231,7 +192,7 @@ var (
 	identifier = regexp.MustCompile(`[a-zA-Z_:][\w:]*`)
 )
 
-// metricNames are those in a query: what is left without selectors, ranges, groupings and functions.
+// metricNames returns the metrics in a query: the names outside of selectors, ranges, groupings and functions.
 func metricNames(query string) []string {
 	for notMetrics.MatchString(query) {
 		query = notMetrics.ReplaceAllString(query, " ")

@@ -32,7 +32,7 @@ func readOpenAPI(t *testing.T) openAPI {
 	return d
 }
 
-// at is what stands at a path below something, with references followed, and nil where nothing does.
+// at returns the value at a path below a value, and nil if there is none. It follows references.
 func (d openAPI) at(below any, path ...string) any {
 	for _, name := range path {
 		object, _ := below.(map[string]any)
@@ -49,25 +49,25 @@ func (d openAPI) at(below any, path ...string) any {
 	return below
 }
 
-// object is the object at a path from the top.
+// object returns the object at a path from the root.
 func (d openAPI) object(path ...string) map[string]any {
 	object, _ := d.at(map[string]any(d), path...).(map[string]any)
 	return object
 }
 
-// check tells what a JSON value has that the schema called name, below something, does not allow. It knows the keywords
-// that are needed for answers, and says so when it meets another.
+// check checks a JSON value against the schema at name below a value. It knows the keywords that responses need, and
+// returns an error for any other.
 func (d openAPI) check(below any, name string, value any) error {
 	schema, ok := d.at(below, name).(map[string]any)
 	if !ok {
-		return errors.New("it is not described")
+		return errors.New("there is no schema for it")
 	}
 	object, _ := value.(map[string]any)
 	properties, _ := schema["properties"].(map[string]any)
 	for keyword, want := range schema {
 		ok := true
 		switch keyword {
-		case "description", "format", "properties": // properties are checked below
+		case "description", "format", "properties": // the properties are checked below
 		case "type":
 			ok = isType(value, want)
 		case "const":
@@ -109,6 +109,7 @@ func (d openAPI) check(below any, name string, value any) error {
 	return nil
 }
 
+// isType reports whether a JSON value has a schema's type.
 func isType(value, want any) bool {
 	switch v := value.(type) {
 	case string:
@@ -125,8 +126,8 @@ func isType(value, want any) bool {
 	return false
 }
 
-// checkAnswer holds an answer against the description of its status.
-func (d openAPI) checkAnswer(t *testing.T, method string, r reply) {
+// checkResponse checks a response against the description of its status.
+func (d openAPI) checkResponse(t *testing.T, method string, r reply) {
 	t.Helper()
 	response := d.object("paths", "/task", strings.ToLower(method), "responses", strconv.Itoa(r.status))
 	if response == nil {
@@ -137,7 +138,7 @@ func (d openAPI) checkAnswer(t *testing.T, method string, r reply) {
 	for _, name := range []string{
 		"Alt-Svc", "Date", "Server", // Caddy's own
 		"Content-Length",
-		"Content-Type", // is described with the content
+		"Content-Type", // part of the content's description
 	} {
 		header.Del(name)
 	}
@@ -171,7 +172,7 @@ func (d openAPI) checkAnswer(t *testing.T, method string, r reply) {
 	contentType := r.header.Get("Content-Type")
 	content, _ := response["content"].(map[string]any)
 	switch {
-	case contentType == "" && content == nil && len(r.body) == 0, // there is none
+	case contentType == "" && content == nil && len(r.body) == 0, // there is no content
 		method == http.MethodHead && content[contentType] != nil && len(r.body) == 0:
 		return
 	}
@@ -184,20 +185,20 @@ func (d openAPI) checkAnswer(t *testing.T, method string, r reply) {
 	}
 }
 
-func TestOpenAPIDescribesAnswers(t *testing.T) {
+func TestOpenAPIDescribesResponses(t *testing.T) {
 	d := readOpenAPI(t)
 	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
 		switch task := r.URL.Query().Get("taskID"); task {
 		case "unknown":
-			says(http.StatusNotFound, "")(w, r)
+			responds(http.StatusNotFound, "")(w, r)
 		case "empty":
-			says(http.StatusNoContent, "")(w, r)
+			responds(http.StatusNoContent, "")(w, r)
 		case "slow":
 			<-r.Context().Done()
 		case "running":
-			says(http.StatusOK, reportOf(task, "IN_PROGRESS"))(w, r)
+			responds(http.StatusOK, reportOf(task, "IN_PROGRESS"))(w, r)
 		default:
-			says(http.StatusOK, reportOf(task, "SUCCESS", "FAILED"))(w, r)
+			responds(http.StatusOK, reportOf(task, "SUCCESS", "FAILED"))(w, r)
 		}
 	})
 	s := startSite(t, options(node, fmt.Sprintf("node closed 127.0.0.1:%d\ntimeout 500ms", freePort(t))))
@@ -242,19 +243,19 @@ func TestOpenAPIDescribesAnswers(t *testing.T) {
 			if test.header != "" {
 				header = append(header, test.header)
 			}
-			r := s.do(t.Context(), test.method, test.path, header...)
+			r := s.in(t).do(t.Context(), test.method, test.path, header...)
 			r.wantStatus(t, test.status)
 			provoked[strconv.Itoa(r.status)] = true
-			if test.method == http.MethodPost { // which is described with those that there are
+			if test.method == http.MethodPost { // described with GET
 				test.method = http.MethodGet
 			}
-			d.checkAnswer(t, test.method, r)
+			d.checkResponse(t, test.method, r)
 		})
 	}
-	provoked["500"] = true // takes damaged memory
+	provoked["500"] = true // only happens when memory is damaged
 	described := slices.Sorted(maps.Keys(d.object("paths", "/task", "get", "responses")))
 	if want := slices.Sorted(maps.Keys(provoked)); !slices.Equal(described, want) {
-		t.Errorf("the statuses %v are described, but there are %v", described, want)
+		t.Errorf("openapi.yaml describes the statuses %v, but there are %v", described, want)
 	}
 }
 
@@ -266,7 +267,7 @@ func TestOpenAPIDescribesEveryProblem(t *testing.T) {
 		described[code.(string)] = true
 	}
 	if want := problemCodes(t); !maps.Equal(described, want) {
-		t.Errorf("the codes %v are described, but there are %v", described, want)
+		t.Errorf("openapi.yaml describes the codes %v, but there are %v", described, want)
 	}
 }
 
@@ -290,10 +291,10 @@ func TestOpenAPIDescribesEveryParameter(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	// read takes them in one by one.
+	// The source has a case for each parameter.
 	found := regexp.MustCompile(`case "(\w+)":\n`).FindAllSubmatch(source, -1)
 	if len(found) < 7 {
-		t.Errorf("found only %d parameters", len(found))
+		t.Errorf("the source has only %d parameters", len(found))
 	}
 	for _, match := range found {
 		if !described[string(match[1])] {

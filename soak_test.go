@@ -17,37 +17,34 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
-
-	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
 )
 
-var soakFor = flag.Duration("soak", 0, "how long TestSoak goes on")
+var soakFor = flag.Duration("soak", 0, "how long TestSoak runs")
 
-// soak is the model: what was done, and what must be true because of it.
+// soak is the model: what happened, and what must be true because of it.
 type soak struct {
 	*site
 	directives string
 
-	running  sync.RWMutex // callers hold it to read; who restarts Caddy holds it to write
-	tasks    atomic.Int64 // how many there are
-	finished sync.Map     // the numbers of those that a node has called finished
-	seen     sync.Map     // the numbers of those whose finished report was answered
+	running  sync.RWMutex // callers hold it for reading, a restart of Caddy for writing
+	tasks    atomic.Int64 // the number of tasks
+	finished sync.Map     // the numbers of the tasks that the node has finished
+	seen     sync.Map     // the numbers of the tasks whose finished report a caller got
 
 	requests, faults, reloads, restarts, repeats, excused, lost atomic.Int64
 }
 
-// TestSoak mixes callers, polls, faults of nodes and of the storage, reloads and restarts, against the model that every
-// finished report that was ever answered is answered again, byte for byte. Only a storage that is away at that moment
-// excuses an answer, and then it has to say so.
+// TestSoak mixes callers, polls, faults of the node and the storage, reloads and restarts. Once a caller got a finished
+// report, callers must get it again, byte for byte. The one excuse is a storage that fails at that moment, and the
+// response must say so.
 func TestSoak(t *testing.T) {
 	if *soakFor == 0 {
-		t.Skip("say for how long: -soak 10m")
+		t.Skip("to run it, set a time: -soak 10m")
 	}
-	fsbroker.SetRetries(t, 10*time.Millisecond, 200*time.Millisecond)
 	fault.dir = t.TempDir()
 	s := new(soak)
 	node := newBackend(t, s.node)
-	// Memory is small, so that much of what was seen is only stored.
+	// Memory is small, so that many of the seen reports are in the storage only.
 	s.directives = options(node, `timeout 1s
 		poll_interval 20ms
 		fail_duration 100ms
@@ -57,10 +54,10 @@ func TestSoak(t *testing.T) {
 			storage faulty
 		}`)
 	s.site = startSite(t, s.directives)
-	for range 200 { // until what is made once is made
-		s.ask(t.Context())
+	for range 200 { // a warm-up, before memory is measured
+		s.request(t.Context())
 	}
-	heap, goroutines := figures()
+	heap, goroutines := usage()
 
 	ctx, cancel := context.WithTimeout(t.Context(), *soakFor)
 	defer cancel()
@@ -68,49 +65,50 @@ func TestSoak(t *testing.T) {
 	for range 8 {
 		wg.Go(func() {
 			for ctx.Err() == nil {
-				s.ask(ctx)
+				s.request(ctx)
 			}
 		})
 	}
 	s.disturb(ctx)
 	wg.Wait()
 
-	// In the end, everything that was seen is there.
+	// At the end, every seen report is there.
 	s.seen.Range(func(n, _ any) bool {
-		s.again(context.Background(), n.(int64), "")
+		s.repeat(context.Background(), n.(int64), "")
 		return true
 	})
 	s.client.CloseIdleConnections()
-	heapAfter, goroutinesAfter := figures()
+	heapAfter, goroutinesAfter := usage()
 	seen := 0
 	s.seen.Range(func(any, any) bool { seen++; return true })
-	t.Logf("%s: %d requests, %d reports seen, %d times answered again, %d times excused, %d faults of nodes and storage, %d reloads, %d restarts, lost: %d",
+	t.Logf("%s: %d requests, %d reports seen, %d repeats, %d excused, %d faults of the node and the storage, %d reloads, %d restarts, %d lost",
 		*soakFor, s.requests.Load(), seen, s.repeats.Load(), s.excused.Load(), s.faults.Load(), s.reloads.Load(), s.restarts.Load(), s.lost.Load())
 	t.Logf("heap %.1f MiB at the start, %.1f MiB at the end; %d goroutines at the start, %d at the end",
 		float64(heap)/(1<<20), float64(heapAfter)/(1<<20), goroutines, goroutinesAfter)
 	if s.lost.Load() > 0 || seen == 0 || s.repeats.Load() == 0 || s.restarts.Load() == 0 {
-		t.Error("reports were lost, or nothing was tried")
+		t.Error("reports were lost, or the test did nothing")
 	}
 	if goroutinesAfter > goroutines+100 {
-		t.Error("goroutines are left behind")
+		t.Error("there is a leak of goroutines")
 	}
 }
 
-func figures() (heap uint64, goroutines int) {
+// usage returns the size of the heap and the number of goroutines.
+func usage() (heap uint64, goroutines int) {
 	runtime.GC()
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
 	return m.HeapAlloc, runtime.NumGoroutine()
 }
 
-// document is the finished report of a task: always the same, and of a size between 1 and 60 KB.
+// document returns the finished report of a task. It is always the same, and has between 1 and 60 KB.
 func document(taskID string) string {
 	h := fnv.New64a()
 	_, _ = io.WriteString(h, taskID)
 	return reportOf(taskID, "SUCCESS") + strings.Repeat(" ", int(h.Sum64()%60_000))
 }
 
-// node answers as nodes do, on good days and on bad ones. It knows the newest tasks only.
+// node is a handler that responds like a node, sometimes with a fault. It knows the newest tasks only.
 func (s *soak) node(w http.ResponseWriter, r *http.Request) {
 	taskID := r.URL.Query().Get("taskID")
 	var n int64
@@ -120,22 +118,23 @@ func (s *soak) node(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	_, finished := s.finished.Load(n)
-	switch fate := rand.IntN(20); {
-	case fate < 4:
+	switch choice := rand.IntN(20); {
+	case choice < 4:
 		s.faults.Add(1)
-		s.misbehave(w, r, fate)
-	case fate < 7 && !finished:
-		says(http.StatusOK, reportOf(taskID, "SUCCESS", "IN_PROGRESS"))(w, r)
-	case fate < 8 && !finished:
+		s.nodeFault(w, r, choice)
+	case choice < 7 && !finished:
+		responds(http.StatusOK, reportOf(taskID, "SUCCESS", "IN_PROGRESS"))(w, r)
+	case choice < 8 && !finished:
 		w.WriteHeader(http.StatusNoContent)
 	default:
-		s.finished.Store(n, true) // a task does not begin again
-		says(http.StatusOK, document(taskID))(w, r)
+		s.finished.Store(n, true) // it stays finished
+		responds(http.StatusOK, document(taskID))(w, r)
 	}
 }
 
-func (s *soak) misbehave(w http.ResponseWriter, r *http.Request, fate int) {
-	switch fate {
+// nodeFault responds with one of four faults.
+func (s *soak) nodeFault(w http.ResponseWriter, r *http.Request, choice int) {
+	switch choice {
 	case 0:
 		w.WriteHeader(http.StatusInternalServerError)
 	case 1:
@@ -150,8 +149,8 @@ func (s *soak) misbehave(w http.ResponseWriter, r *http.Request, fate int) {
 	}
 }
 
-// ask is a caller's: about a new task, or about one whose report was seen before. Some do not wait for the answer.
-func (s *soak) ask(ctx context.Context) {
+// request sends a caller's request for a new task, or for an old one. Some callers leave before they get the response.
+func (s *soak) request(ctx context.Context) {
 	s.running.RLock()
 	defer s.running.RUnlock()
 	last := s.tasks.Load()
@@ -163,7 +162,7 @@ func (s *soak) ask(ctx context.Context) {
 		n = 1 + rand.Int64N(last)
 	}
 	if _, ok := s.seen.Load(n); ok {
-		s.again(ctx, n, []string{"", "gzip"}[rand.IntN(2)])
+		s.repeat(ctx, n, []string{"", "gzip"}[rand.IntN(2)])
 		return
 	}
 	if rand.IntN(20) == 0 {
@@ -172,24 +171,25 @@ func (s *soak) ask(ctx context.Context) {
 		defer cancel()
 	}
 	taskID := fmt.Sprintf("t%d", n)
-	r, err := s.question(ctx, taskID, "")
+	r, err := s.fetch(ctx, taskID, "")
 	if err == nil && r.status == http.StatusOK && string(r.body) == document(taskID) {
 		s.seen.Store(n, true)
 	}
 }
 
-func (s *soak) question(ctx context.Context, taskID, accept string) (reply, error) {
+// fetch sends one request for a task.
+func (s *soak) fetch(ctx context.Context, taskID, accept string) (reply, error) {
 	s.requests.Add(1)
 	return s.try(ctx, http.MethodGet, "/task?appServerID=node-1&taskID="+taskID, "Authorization: Bearer "+callerSecret, "Accept-Encoding: "+accept)
 }
 
-// again asks for what was seen before.
-func (s *soak) again(ctx context.Context, n int64, accept string) {
+// repeat requests a report that a caller got before, and checks that it is the same.
+func (s *soak) repeat(ctx context.Context, n int64, accept string) {
 	taskID := fmt.Sprintf("t%d", n)
 	for {
-		r, err := s.question(ctx, taskID, accept)
+		r, err := s.fetch(ctx, taskID, accept)
 		if err != nil {
-			return // the end of the soak
+			return // the test ends
 		}
 		if r.status >= 500 && strings.Contains(string(r.body), "the storage that may have it cannot be read") {
 			s.excused.Add(1)
@@ -201,15 +201,16 @@ func (s *soak) again(ctx context.Context, n int64, accept string) {
 			}
 		}
 		s.repeats.Add(1)
-		if r.status != http.StatusOK || r.plain(s.t) != document(taskID) {
+		plain, err := r.decoded()
+		if r.status != http.StatusOK || plain != document(taskID) {
 			s.lost.Add(1)
-			s.t.Errorf("%s was answered once, and now: status %d, %v, %.300s", taskID, r.status, r.header, r.body)
+			s.t.Errorf("%s is lost: status %d, error %v, %v, %.300s", taskID, r.status, err, r.header, r.body)
 		}
 		return
 	}
 }
 
-// disturb makes what operators and storages do to a server.
+// disturb makes the storage fail, reloads and restarts Caddy, at random times, until ctx ends.
 func (s *soak) disturb(ctx context.Context) {
 	for {
 		select {
@@ -237,11 +238,11 @@ func (s *soak) disturb(ctx context.Context) {
 	}
 }
 
-// storageFault lets the storage fail or hang for a moment.
+// storageFault makes the storage fail or hang for a moment.
 func (s *soak) storageFault(hang chan struct{}, err error) {
 	s.faults.Add(1)
 	setFault(err, hang, false)
-	time.Sleep(time.Duration(rand.IntN(500)) * time.Millisecond)
+	time.Sleep(time.Duration(rand.IntN(500)) * time.Millisecond) // how long the fault lasts
 	setFault(nil, nil, false)
 	if hang != nil {
 		close(hang)

@@ -8,73 +8,32 @@ import (
 	"io/fs"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
-	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
 
-	"github.com/caddyserver/certmagic"
-
 	"github.com/caddyserver/caddy/v2"
-	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 
 	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
 )
 
-const stored = "cache {\n storage\n }"
-
-// storedIn lists the files that the module has in a storage folder, but for those that are being written.
-func storedIn(t testing.TB, dir string) []string {
-	t.Helper()
-	names, err := filepath.Glob(filepath.Join(dir, "fsbroker_task", "[0-9a-f][0-9a-f][0-9a-f]", "*"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	return slices.DeleteFunc(names, func(name string) bool { return len(filepath.Base(name)) != 64 })
-}
-
-// values are those of a site's own storage.
-func (s *site) values() []string { return storedIn(s.t, s.dir) }
-
-func (s *site) wantValues(want int) []string {
-	s.t.Helper()
-	wantStoredIn(s.t, s.dir, want)
-	return s.values()
-}
-
-// wantStoredIn waits until there are that many values in a storage folder.
-func wantStoredIn(t testing.TB, dir string, want int) {
-	t.Helper()
-	eventually(t, fmt.Sprintf("%d values in the storage", want), func() bool { return len(storedIn(t, dir)) == want })
-}
-
-func eventually(t testing.TB, what string, done func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !done(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("waited too long for %s", what)
-		}
-	}
-}
-
 func TestStoredReportsOutliveTheProcess(t *testing.T) {
 	document := reportOf("t1", "SUCCESS")
-	node := newBackend(t, says(http.StatusOK, document))
-	broker := newBackend(t, says(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
+	node := newBackend(t, responds(http.StatusOK, document))
+	broker := newBackend(t, responds(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
 	directives := options(node, brokerOption(broker)+"\n"+stored)
 	s := startSite(t, directives)
 	s.get("/task?submitID=s1").wantStatus(t, http.StatusOK)
 	etag := s.get(pair).header.Get("ETag")
-	if err := caddy.Stop(); err != nil { // which stores what is queued
+	if err := caddy.Stop(); err != nil { // stores what is queued
 		t.Fatal(err)
 	}
 	s.wantValues(2)
 
-	node.becomes(says(http.StatusNotFound, ""))
-	broker.becomes(says(http.StatusNotFound, ""))
+	node.setHandler(responds(http.StatusNotFound, ""))
+	broker.setHandler(responds(http.StatusNotFound, ""))
 	s.restart(directives)
 	first := s.get("/task?submitID=s1")
 	first.wantStatus(t, http.StatusOK)
@@ -88,7 +47,7 @@ func TestStoredReportsOutliveTheProcess(t *testing.T) {
 		t.Errorf("compressed: %v", got.header)
 	}
 
-	// It helps where the node cannot be connected to, and a nocache caller hears of it.
+	// A stored report is served while its node is down. The problem that a nocache caller gets mentions it.
 	node.Close()
 	s.restart(directives)
 	r := s.get(pair + "&nocache")
@@ -99,41 +58,41 @@ func TestStoredReportsOutliveTheProcess(t *testing.T) {
 	s.restart(directives)
 	s.get("/task?appServerID=node-1&taskID=t2").wantProblem(t, http.StatusBadGateway, "node_unreachable")
 	s.get(pair).wantStatus(t, http.StatusOK)
-	node.wantQuestions(t, 1)
-	broker.wantQuestions(t, 1)
+	node.wantRequests(t, 1)
+	broker.wantRequests(t, 1)
 	s.wantNoSecretInLog()
 }
 
 func TestOnlyWhatIsFinishedIsStored(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startSite(t, options(node, ""))
 	s.get(pair).wantStatus(t, http.StatusOK)
 	if err := caddy.Stop(); err != nil {
 		t.Fatal(err)
 	}
 	if values := s.values(); len(values) > 0 {
-		t.Errorf("without storage there is %v", values)
+		t.Errorf("without a storage, there are the values %v", values)
 	}
 
-	broker := newBackend(t, says(http.StatusOK, `{"state":"QUEUED"}`))
+	broker := newBackend(t, responds(http.StatusOK, `{"state":"QUEUED"}`))
 	directives := options(node, brokerOption(broker)+"\npoll_interval 1ms\n"+stored)
 	s.restart(directives)
 	s.get("/task?submitID=s1").wantStatus(t, http.StatusNoContent)
-	for _, answer := range []http.HandlerFunc{says(204, ""), says(404, ""), says(200, "{"), says(200, reportOf("t1", "QUEUED"))} {
-		node.becomes(answer)
+	for _, handler := range []http.HandlerFunc{responds(204, ""), responds(404, ""), responds(200, "{"), responds(200, reportOf("t1", "QUEUED"))} {
+		node.setHandler(handler)
 		s.get(pair)
 	}
 	if err := caddy.Stop(); err != nil {
 		t.Fatal(err)
 	}
 	if values := s.values(); len(values) > 0 {
-		t.Errorf("there is %v", values)
+		t.Errorf("there are the values %v", values)
 	}
 }
 
 func TestDamagedValues(t *testing.T) {
 	document := reportOf("t1", "SUCCESS")
-	node := newBackend(t, says(http.StatusOK, document))
+	node := newBackend(t, responds(http.StatusOK, document))
 	s := startSite(t, options(node, stored))
 	s.get(pair).wantStatus(t, http.StatusOK)
 	name := s.wantValues(1)[0]
@@ -146,7 +105,7 @@ func TestDamagedValues(t *testing.T) {
 		value[i] ^= 1
 		return value
 	}
-	questions := 1
+	requests := 1
 	for what, value := range map[string][]byte{
 		"nothing":         {},
 		"a short one":     whole[:50],
@@ -160,6 +119,7 @@ func TestDamagedValues(t *testing.T) {
 		"something else":  []byte("-----BEGIN CERTIFICATE-----"),
 	} {
 		t.Run(what, func(t *testing.T) {
+			s := s.in(t)
 			if err := caddy.Stop(); err != nil {
 				t.Fatal(err)
 			}
@@ -172,27 +132,27 @@ func TestDamagedValues(t *testing.T) {
 			if string(r.body) != document {
 				t.Errorf("got %q", r.body)
 			}
-			questions++
-			node.wantQuestions(t, questions)
+			requests++
+			node.wantRequests(t, requests)
 			aside, err := os.ReadFile(filepath.Join(s.dir, "fsbroker_task", "damaged", filepath.Base(name)))
 			if err != nil || !bytes.Equal(aside, value) {
 				t.Errorf("set aside: %q, error %v", aside, err)
 			}
-			eventually(t, "it to be stored again", func() bool {
+			eventually(t, "the report to be stored again", func() bool {
 				again, err := os.ReadFile(name)
 				return err == nil && len(again) == len(whole)
 			})
 		})
 	}
-	if n := len(s.logged("is damaged and is set aside")); n != questions-1 {
-		t.Errorf("%d warnings for %d damaged values", n, questions-1)
+	if n := len(s.logged("is damaged and is set aside")); n != requests-1 {
+		t.Errorf("%d warnings for %d damaged values", n, requests-1)
 	}
 
-	// A report under another's name is not taken for it.
+	// A report under another report's name is damaged as well.
 	if err := caddy.Stop(); err != nil {
 		t.Fatal(err)
 	}
-	node.becomes(says(http.StatusOK, reportOf("t2", "SUCCESS")))
+	node.setHandler(responds(http.StatusOK, reportOf("t2", "SUCCESS")))
 	s.restart(options(node, stored))
 	s.get("/task?appServerID=node-1&taskID=t2").wantStatus(t, http.StatusOK)
 	for _, other := range s.wantValues(2) {
@@ -207,89 +167,28 @@ func TestDamagedValues(t *testing.T) {
 }
 
 func TestRetentionEndsWhatIsStored(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
-	directives := options(node, "cache {\n storage\n retention 500ms\n }")
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	const retention = 500 * time.Millisecond
+	directives := options(node, fmt.Sprintf("cache {\n storage\n retention %s\n }", retention))
 	s := startSite(t, directives)
+	start := time.Now()
 	s.get(pair).wantStatus(t, http.StatusOK)
 	s.wantValues(1)
-	time.Sleep(600 * time.Millisecond)
-	s.restart(directives)
-	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
-}
-
-// faulty is a storage that does what a test wants. It is a real one, in a folder, otherwise.
-type faulty struct {
-	certmagic.Storage `json:"-"`
-}
-
-var fault struct {
-	sync.Mutex
-	dir     string
-	err     error         // of every operation
-	hang    chan struct{} // what every operation waits for, whatever its context says
-	garbage bool          // is what Load finds
-	most    int           // bytes that a value may have, where it is not 0
-	stored  int
-}
-
-func init() { caddy.RegisterModule(new(faulty)) }
-
-func (*faulty) CaddyModule() caddy.ModuleInfo {
-	return caddy.ModuleInfo{ID: "caddy.storage.faulty", New: func() caddy.Module { return new(faulty) }}
-}
-
-func (f *faulty) UnmarshalCaddyfile(d *caddyfile.Dispenser) error { d.Next(); return nil }
-
-func (f *faulty) CertMagicStorage() (certmagic.Storage, error) {
-	f.Storage = &certmagic.FileStorage{Path: fault.dir}
-	return f, nil
-}
-
-func (f *faulty) trouble() error {
-	fault.Lock()
-	hang, err := fault.hang, fault.err
-	fault.Unlock()
-	if hang != nil {
-		<-hang
+	var status string
+	eventually(t, "the retention to end", func() bool {
+		s.restart(directives) // so that the report is not in memory
+		status = s.get(pair).header.Get("Cache-Status")
+		return status != "fsbroker; hit; detail=storage"
+	})
+	if status != "fsbroker; fwd=uri-miss; stored" {
+		t.Errorf("after the retention: %s", status)
 	}
-	return err
-}
-
-func (f *faulty) Load(ctx context.Context, k string) ([]byte, error) {
-	if err := f.trouble(); err != nil {
-		return nil, err
+	if took := time.Since(start); took < retention {
+		t.Errorf("the report was stored for %s only", took)
 	}
-	fault.Lock()
-	defer fault.Unlock()
-	if fault.garbage {
-		return []byte("garbage"), nil
-	}
-	return f.Storage.Load(ctx, k)
-}
-
-func (f *faulty) Store(ctx context.Context, k string, value []byte) error {
-	if err := f.trouble(); err != nil {
-		return err
-	}
-	fault.Lock()
-	tooLarge := fault.most > 0 && len(value) > fault.most
-	fault.stored++
-	fault.Unlock()
-	if tooLarge {
-		return errors.New("value too large")
-	}
-	return f.Storage.Store(ctx, k, value)
-}
-
-// setFault changes what the faulty storage does.
-func setFault(err error, hang chan struct{}, garbage bool) {
-	fault.Lock()
-	defer fault.Unlock()
-	fault.err, fault.hang, fault.garbage = err, hang, garbage
 }
 
 func TestStorageFaults(t *testing.T) {
-	fsbroker.SetRetries(t, 10*time.Millisecond, 50*time.Millisecond)
 	full := &fs.PathError{Op: "write", Path: "a", Err: errors.New("no space left on device")}
 	for name, test := range map[string]struct {
 		err     error
@@ -304,7 +203,7 @@ func TestStorageFaults(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			fault.dir = t.TempDir()
 			node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
-				says(http.StatusOK, reportOf(r.URL.Query().Get("taskID"), "SUCCESS"))(w, r)
+				responds(http.StatusOK, reportOf(r.URL.Query().Get("taskID"), "SUCCESS"))(w, r)
 			})
 			directives := options(node, "cache {\n storage faulty\n }\nfail_duration 500ms")
 			s := startSite(t, directives)
@@ -318,9 +217,9 @@ func TestStorageFaults(t *testing.T) {
 				}
 			}
 			if took := time.Since(begin); took > 15*time.Second {
-				t.Errorf("%d answers took %s", reports, took)
+				t.Errorf("%d responses took %s", reports, took)
 			}
-			for range 3 { // reloads do not wait for it, nor lose what is queued
+			for range 3 { // reloads do not wait for the storage, and lose nothing of the queue
 				s.load(directives + "\n# again")
 			}
 			s.get("/task?appServerID=node-1&taskID=t0").wantHeader(t, "Cache-Status", "fsbroker; hit")
@@ -333,7 +232,7 @@ func TestStorageFaults(t *testing.T) {
 				close(test.hang)
 			}
 			wantStoredIn(t, fault.dir, reports)
-			node.becomes(says(http.StatusNotFound, ""))
+			node.setHandler(responds(http.StatusNotFound, ""))
 			s.restart(directives)
 			for i := range reports {
 				s.get(fmt.Sprintf("/task?appServerID=node-1&taskID=t%d", i)).wantStatus(t, http.StatusOK)
@@ -342,22 +241,9 @@ func TestStorageFaults(t *testing.T) {
 	}
 }
 
-// wantUnreadable wants a caller to hear of a storage that cannot be read.
-func (s *site) wantUnreadable(t *testing.T, node *backend, path string) {
-	t.Helper()
-	node.becomes(says(http.StatusNotFound, "")) // which may be so or not
-	s.get(path).wantProblem(t, http.StatusServiceUnavailable, "storage_unavailable")
-	node.becomes(says(http.StatusInternalServerError, "")) // so that there are two who may be the reason
-	r := s.get(path)
-	r.wantProblem(t, http.StatusBadGateway, "node_bad_answer")
-	if !strings.Contains(string(r.body), "storage that may have it cannot be read either") {
-		t.Errorf("the problem does not say that the storage cannot be read: %s", r.body)
-	}
-}
-
 func TestStoppingWithAStorageThatHangs(t *testing.T) {
 	fault.dir = t.TempDir()
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startSite(t, options(node, "cache {\n storage faulty\n }"))
 	hang := make(chan struct{})
 	setFault(nil, hang, false)
@@ -371,25 +257,25 @@ func TestStoppingWithAStorageThatHangs(t *testing.T) {
 	}
 	setFault(nil, nil, false)
 	close(hang)
-	wantStoredIn(t, fault.dir, 1) // the released write
+	wantStoredIn(t, fault.dir, 1) // the write that hung
 }
 
-// What has left memory before the storage has taken it is still there: in the queue to the storage.
+// A report that has left memory before it is stored is served from the queue to the storage.
 func TestEvictedBeforeItIsStored(t *testing.T) {
 	fault.dir = t.TempDir()
-	broker := newBackend(t, says(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
+	broker := newBackend(t, responds(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
 	document := reportOf("t1", "SUCCESS")
-	node := newBackend(t, says(http.StatusOK, document))
+	node := newBackend(t, responds(http.StatusOK, document))
 	s := startSite(t, options(node, brokerOption(broker)+"\ncache {\n storage faulty\n max_size 4KiB\n }"))
 	hang := make(chan struct{})
 	setFault(nil, hang, false)
 	s.get("/task?submitID=s1").wantStatus(t, http.StatusOK)
-	node.becomes(says(http.StatusOK, reportOf("t2", "SUCCESS")))
-	for i := range 10 { // which memory has room for only in part
+	node.setHandler(responds(http.StatusOK, reportOf("t2", "SUCCESS")))
+	for i := range 10 { // memory has no room for all of them
 		s.get(fmt.Sprintf("/task?appServerID=node-1&taskID=other-%d", i)).wantStatus(t, http.StatusOK)
 	}
-	node.becomes(says(http.StatusNotFound, ""))
-	broker.becomes(says(http.StatusNotFound, ""))
+	node.setHandler(responds(http.StatusNotFound, ""))
+	broker.setHandler(responds(http.StatusNotFound, ""))
 	if r := s.get("/task?submitID=s1"); string(r.body) != document {
 		t.Errorf("status %d: %s", r.status, r.body)
 	}
@@ -398,16 +284,15 @@ func TestEvictedBeforeItIsStored(t *testing.T) {
 	wantStoredIn(t, fault.dir, 12)
 }
 
-// One value that the storage does not take keeps none of the others from it.
+// A value that the storage refuses does not keep others from being stored.
 func TestValueThatIsRefused(t *testing.T) {
-	fsbroker.SetRetries(t, 10*time.Millisecond, 50*time.Millisecond)
 	fault.dir = t.TempDir()
 	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Query().Get("taskID") == "large" {
-			says(http.StatusOK, dense(20_000))(w, r)
+			responds(http.StatusOK, dense(20_000))(w, r)
 			return
 		}
-		says(http.StatusOK, reportOf("t1", "SUCCESS"))(w, r)
+		responds(http.StatusOK, reportOf("t1", "SUCCESS"))(w, r)
 	})
 	s := startSite(t, options(node, "cache {\n storage faulty\n }"))
 	limit := func(most int) {
@@ -417,71 +302,86 @@ func TestValueThatIsRefused(t *testing.T) {
 	}
 	limit(4000)
 	t.Cleanup(func() { limit(0) })
+	refusedMore := func() {
+		t.Helper()
+		_, before := writes()
+		eventually(t, "the large value to be tried", func() bool { _, refused := writes(); return refused > before })
+	}
 	s.get("/task?appServerID=node-1&taskID=large").wantStatus(t, http.StatusOK)
 	const small = 20
 	for i := range small {
 		s.get(fmt.Sprintf("/task?appServerID=node-1&taskID=t%d", i)).wantStatus(t, http.StatusOK)
-		time.Sleep(5 * time.Millisecond) // so that it is tried between others
+		if i%5 == 0 { // the large value is tried between the others
+			refusedMore()
+		}
 	}
 	wantStoredIn(t, fault.dir, small)
 	limit(0)
 	wantStoredIn(t, fault.dir, small+1)
 	eventually(t, "the storage to work again", func() bool { return len(s.logged("the storage works again")) == 1 })
 	if n := len(s.logged("the storage fails: answers go on without it")); n != 1 {
-		t.Errorf("it is logged %d times that the storage fails", n)
+		t.Errorf("the log says %d times that the storage fails", n)
 	}
 }
 
-// What waits for its next try is tried before the process ends.
+// A value that waits for its next try is stored at once when the site stops.
 func TestStoppingDoesNotWaitForTheNextTry(t *testing.T) {
-	fsbroker.SetRetries(t, time.Hour, time.Hour)
 	fault.dir = t.TempDir()
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startSite(t, options(node, "cache {\n storage faulty\n }"))
 	setFault(errors.New("away"), nil, false)
 	defer setFault(nil, nil, false)
+	before, _ := writes()
 	s.get(pair).wantStatus(t, http.StatusOK)
-	eventually(t, "the first try", func() bool { return len(s.logged("the storage fails: answers go on without it")) == 1 })
+	// The pause between two tries doubles from 250 ms on, with a jitter of up to a half: after five it is 2 s or more.
+	eventually(t, "five tries", func() bool { tries, _ := writes(); return tries >= before+5 })
+	if n := len(s.logged("the storage fails: answers go on without it")); n != 1 {
+		t.Errorf("the log says %d times that the storage fails", n)
+	}
 	setFault(nil, nil, false)
+	start := time.Now()
 	if err := caddy.Stop(); err != nil {
 		t.Fatal(err)
+	}
+	if took := time.Since(start); took > 1500*time.Millisecond {
+		t.Errorf("stopping took %s", took)
 	}
 	if n := len(storedIn(t, fault.dir)); n != 1 {
 		t.Errorf("%d reports are stored", n)
 	}
 }
 
-// What is in memory when a configuration brings a storage is stored once it is asked for.
+// A report that is in memory when a reload adds a storage is stored at its next request.
 func TestStorageComesWithAReload(t *testing.T) {
 	document := reportOf("t1", "SUCCESS")
-	node := newBackend(t, says(http.StatusOK, document))
+	node := newBackend(t, responds(http.StatusOK, document))
 	s := startSite(t, options(node, ""))
 	s.get(pair).wantStatus(t, http.StatusOK)
 	s.load(options(node, stored))
 	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
 	s.wantValues(1)
-	node.becomes(says(http.StatusNotFound, ""))
+	node.setHandler(responds(http.StatusNotFound, ""))
 	s.restart(options(node, stored))
 	if r := s.get(pair); string(r.body) != document {
 		t.Errorf("status %d: %s", r.status, r.body)
 	}
 }
 
-// Who wants nothing that is only kept still hears of the storage, and takes nothing away from the others.
+// A nocache caller learns that the storage fails, and replaces no finished report by an unfinished one.
 func TestNocacheBesideAStorage(t *testing.T) {
 	fault.dir = t.TempDir()
 	document := reportOf("t1", "SUCCESS")
-	node := newBackend(t, says(http.StatusOK, document))
+	node := newBackend(t, responds(http.StatusOK, document))
 	directives := options(node, "cache {\n storage faulty\n }\nfail_duration 1ms")
 	s := startSite(t, directives)
 	s.get(pair).wantStatus(t, http.StatusOK)
 	wantStoredIn(t, fault.dir, 1)
 
 	s.restart(directives)
-	node.becomes(says(http.StatusNoContent, ""))
+	node.setHandler(responds(http.StatusNoContent, ""))
 	s.get(pair+"&nocache").wantStatus(t, http.StatusNoContent)
 	if r := s.get(pair); string(r.body) != document {
-		t.Errorf("after an answer that is less: status %d: %s", r.status, r.body)
+		t.Errorf("after an unfinished report: status %d: %s", r.status, r.body)
 	}
 
 	s.restart(directives)
@@ -490,20 +390,20 @@ func TestNocacheBesideAStorage(t *testing.T) {
 	s.wantUnreadable(t, node, pair+"&nocache")
 }
 
-// That a submission failed is certain, whatever the storage may have.
+// A failed submission has no report, so a storage that fails does not matter.
 func TestFailedSubmissionBesideAStorage(t *testing.T) {
 	fault.dir = t.TempDir()
-	node := newBackend(t, says(http.StatusNotFound, ""))
-	broker := newBackend(t, says(http.StatusOK, `{"state":"FAILED"}`))
+	node := newBackend(t, responds(http.StatusNotFound, ""))
+	broker := newBackend(t, responds(http.StatusOK, `{"state":"FAILED"}`))
 	s := startSite(t, options(node, brokerOption(broker)+"\ncache {\n storage faulty\n }"))
 	setFault(errors.New("away"), nil, false)
 	defer setFault(nil, nil, false)
 	s.get("/task?submitID=s1").wantProblem(t, http.StatusNotFound, "submission_failed")
 }
 
-// An instance whose clock is ahead may have stored it.
+// The instance that stored the report may have a clock that is ahead.
 func TestAgeIsNeverNegative(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startSite(t, options(node, stored))
 	s.get(pair).wantStatus(t, http.StatusOK)
 	name := s.wantValues(1)[0]
@@ -523,46 +423,10 @@ func TestAgeIsNeverNegative(t *testing.T) {
 	r.wantHeader(t, "Age", "0")
 }
 
-// process is a Caddy of its own, which is this test binary.
-type process struct {
-	*site
-	cmd *exec.Cmd
-}
-
-// startProcess runs a site in a process of its own, with a storage folder that others may share.
-func startProcess(t *testing.T, shared, directives string) *process {
-	t.Helper()
-	s := &site{t: t, port: freePort(t), dir: t.TempDir()}
-	s.base = fmt.Sprintf("https://localhost:%d", s.port)
-	config := filepath.Join(s.dir, "Caddyfile")
-	text := s.caddyfile(strings.ReplaceAll(directives, "SHARED", filepath.ToSlash(shared)))
-	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
-		t.Fatal(err)
-	}
-	p := &process{site: s, cmd: exec.Command(os.Args[0], "run", "--config", config)}
-	p.cmd.Env = append(os.Environ(), beCaddy+"=1", "XDG_DATA_HOME="+s.dir, "XDG_CONFIG_HOME="+s.dir)
-	p.cmd.Stderr = os.Stderr
-	if err := p.cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(p.kill)
-	p.trust()
-	return p
-}
-
-// kill ends the process at once, as kill -9 does.
-func (p *process) kill() {
-	p.client.CloseIdleConnections()
-	_ = p.cmd.Process.Kill()
-	_ = p.cmd.Wait()
-}
-
-const shared = "cache {\n storage file_system SHARED\n }"
-
 func TestInstancesShareReports(t *testing.T) {
 	document := reportOf("t1", "SUCCESS")
-	node := newBackend(t, says(http.StatusOK, document))
-	broker := newBackend(t, says(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
+	node := newBackend(t, responds(http.StatusOK, document))
+	broker := newBackend(t, responds(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
 	dir := t.TempDir()
 	directives := options(node, brokerOption(broker)+"\n"+shared)
 	one, other := startProcess(t, dir, directives), startProcess(t, dir, directives)
@@ -575,13 +439,13 @@ func TestInstancesShareReports(t *testing.T) {
 		t.Errorf("got %s", r.body)
 	}
 	other.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
-	node.wantQuestions(t, 1)
-	broker.wantQuestions(t, 1)
+	node.wantRequests(t, 1)
+	broker.wantRequests(t, 1)
 }
 
 func TestKilledInTheMiddleOfWriting(t *testing.T) {
 	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
-		says(http.StatusOK, reportOf(r.URL.Query().Get("taskID"), "SUCCESS")+strings.Repeat(" ", 100<<10))(w, r)
+		responds(http.StatusOK, reportOf(r.URL.Query().Get("taskID"), "SUCCESS")+strings.Repeat(" ", 100<<10))(w, r)
 	})
 	dir := t.TempDir()
 	directives := options(node, shared)
@@ -597,7 +461,8 @@ func TestKilledInTheMiddleOfWriting(t *testing.T) {
 				}
 			})
 		}
-		time.Sleep(700 * time.Millisecond)
+		before := len(storedIn(t, dir))
+		eventually(t, "more reports in the storage", func() bool { return len(storedIn(t, dir)) > before+300 })
 		names := storedIn(t, dir)
 		p.kill()
 		cancel()
@@ -614,7 +479,7 @@ func TestKilledInTheMiddleOfWriting(t *testing.T) {
 				t.Errorf("%s: %v", name, err)
 			}
 		}
-		t.Logf("killed: all %d reports that had been stored are whole", len(confirmed))
+		t.Logf("after the kill, all %d reports that were stored are whole", len(confirmed))
 	}
 	if len(confirmed) < 10 {
 		t.Errorf("only %d reports were stored", len(confirmed))

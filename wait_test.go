@@ -16,64 +16,52 @@ import (
 	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
 )
 
-// goGet asks like get, and gives the answer when there is one.
-func (s *site) goGet(path string, header ...string) <-chan reply {
-	answer := make(chan reply, 1)
-	go func() {
-		r, err := s.try(s.t.Context(), http.MethodGet, path, append(header, "Authorization: Bearer "+callerSecret)...)
-		if err != nil {
-			s.t.Error(err)
-		}
-		answer <- r
-	}()
-	return answer
-}
-
+// wantWaiters waits until that many callers wait for a report to be finished.
 func wantWaiters(t *testing.T, want int) {
 	t.Helper()
-	eventually(t, fmt.Sprintf("%d callers to wait", want), func() bool { return fsbroker.Waiters() == want })
+	eventually(t, fmt.Sprintf("%d callers that wait", want), func() bool { return fsbroker.Waiters() == want })
 }
 
 func TestWait(t *testing.T) {
 	finished, unfinished := reportOf("t1", "SUCCESS"), reportOf("t1", "IN_PROGRESS")
-	node := newBackend(t, says(http.StatusOK, unfinished))
+	node := newBackend(t, responds(http.StatusOK, unfinished))
 	s := startSite(t, options(node, "poll_interval 200ms\nmax_wait 15s"))
 
 	applied := map[string]string{}
-	answers := map[string]<-chan reply{}
+	replies := map[string]<-chan reply{}
 	for name, test := range map[string]struct {
 		query   string
 		header  []string
 		applied string
 	}{
-		"header":                    {"", []string{"Prefer: wait=10"}, "wait=10"},
-		"among other preferences":   {"", []string{`Prefer: respond-async; x="a,b"`, `Prefer: Wait="12"`}, "wait=12"},
-		"query":                     {"&wait=11", nil, "wait=11"},
-		"query wins":                {"&wait=11", []string{"Prefer: wait=5"}, "wait=11"},
-		"more than is allowed":      {"&wait=3600", nil, "wait=15"},
-		"more than is imaginable":   {"", []string{"Prefer: wait=99999999999999999999"}, "wait=15"},
-		"not to be":                 {"&wait=0", nil, ""},
-		"not to be, the query wins": {"&wait=0", []string{"Prefer: wait=5"}, ""},
-		"malformed":                 {"", []string{"Prefer: wait=soon"}, ""},
-		"malformed, then right":     {"", []string{"Prefer: wait=soon", "Prefer: wait=5"}, ""},
+		"header":                   {"", []string{"Prefer: wait=10"}, "wait=10"},
+		"among other preferences":  {"", []string{`Prefer: respond-async; x="a,b"`, `Prefer: Wait="12"`}, "wait=12"},
+		"query":                    {"&wait=11", nil, "wait=11"},
+		"query wins":               {"&wait=11", []string{"Prefer: wait=5"}, "wait=11"},
+		"more than is allowed":     {"&wait=3600", nil, "wait=15"},
+		"more than fits a number":  {"", []string{"Prefer: wait=99999999999999999999"}, "wait=15"},
+		"zero":                     {"&wait=0", nil, ""},
+		"zero, and the query wins": {"&wait=0", []string{"Prefer: wait=5"}, ""},
+		"malformed":                {"", []string{"Prefer: wait=soon"}, ""},
+		"malformed, then right":    {"", []string{"Prefer: wait=soon", "Prefer: wait=5"}, ""},
 	} {
 		applied[name] = test.applied
-		answers[name] = s.goGet(pair+test.query, test.header...)
+		replies[name] = s.goGet(pair+test.query, test.header...)
 	}
 	wantWaiters(t, 6)
-	for name, answer := range answers {
+	for name, held := range replies {
 		if applied[name] == "" {
-			r := <-answer
+			r := <-held
 			r.wantHeader(t, "Preference-Applied", "")
 			if string(r.body) != unfinished {
 				t.Errorf("%s: status %d: %s", name, r.status, r.body)
 			}
 		}
 	}
-	node.becomes(says(http.StatusOK, finished))
-	for name, answer := range answers {
+	node.setHandler(responds(http.StatusOK, finished))
+	for name, held := range replies {
 		if applied[name] != "" {
-			r := <-answer
+			r := <-held
 			r.wantHeader(t, "Preference-Applied", applied[name])
 			r.wantHeader(t, "Cache-Control", "private, no-cache")
 			if string(r.body) != finished {
@@ -83,7 +71,7 @@ func TestWait(t *testing.T) {
 	}
 	wantWaiters(t, 0)
 
-	// What is finished needs no waiting.
+	// A finished report is not waited for.
 	r := s.get(pair+"&wait=10", "Prefer: wait=10")
 	r.wantHeader(t, "Cache-Status", "fsbroker; hit")
 	r.wantHeader(t, "Preference-Applied", "")
@@ -91,22 +79,22 @@ func TestWait(t *testing.T) {
 
 func TestWaitUntilTimeIsUp(t *testing.T) {
 	newest := reportOf("t1", "IN_PROGRESS", "SUCCESS")
-	node := newBackend(t, says(http.StatusNoContent, ""))
+	node := newBackend(t, responds(http.StatusNoContent, ""))
 	s := startSite(t, options(node, "poll_interval 200ms\nmax_wait 1s"))
 
 	start := time.Now()
-	empty, answer := s.goGet("/task?appServerID=node-1&taskID=t2&wait=1"), s.goGet(pair+"&wait=60")
+	empty, unfinished := s.goGet("/task?appServerID=node-1&taskID=t2&wait=1"), s.goGet(pair+"&wait=60")
 	wantWaiters(t, 2)
-	node.becomes(func(w http.ResponseWriter, r *http.Request) {
+	node.setHandler(func(w http.ResponseWriter, r *http.Request) {
 		if r.URL.Query().Get("taskID") == "t1" {
-			says(http.StatusOK, newest)(w, r)
+			responds(http.StatusOK, newest)(w, r)
 			return
 		}
 		w.WriteHeader(http.StatusNoContent)
 	})
-	r := <-answer
+	r := <-unfinished
 	if held := time.Since(start); held < time.Second {
-		t.Errorf("the answer was held for %s only", held)
+		t.Errorf("the request was held for %s only", held)
 	}
 	r.wantHeader(t, "Preference-Applied", "wait=1")
 	r.wantHeader(t, "Cache-Control", "no-store")
@@ -119,75 +107,74 @@ func TestWaitUntilTimeIsUp(t *testing.T) {
 	r.wantHeader(t, "Retry-After", "1")
 }
 
-// However the callers come and the cache's time runs, a report is asked for once in an interval, and not less often.
+// One report causes one request in each poll interval, no matter when callers come.
 func TestWaitPollsOnceInAnInterval(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
-	broker := newBackend(t, says(http.StatusOK, `{"appServerID":"node-1","taskID":"t1"}`))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
+	broker := newBackend(t, responds(http.StatusOK, `{"appServerID":"node-1","taskID":"t1"}`))
 	s := startSite(t, options(node, brokerOption(broker)+"\npoll_interval 500ms"))
 	s.get(pair)
-	time.Sleep(200 * time.Millisecond)
+	time.Sleep(200 * time.Millisecond) // the callers come at different times within an interval
 	first, second := s.goGet(pair+"&wait=5"), s.goGet(pair+"&wait=4&serect="+callerSecret)
 	time.Sleep(200 * time.Millisecond)
 	third := s.goGet("/task?submitID=s1&wait=4")
-	for _, answer := range []<-chan reply{first, second, third} {
-		(<-answer).wantStatus(t, http.StatusOK)
+	for _, replies := range []<-chan reply{first, second, third} {
+		(<-replies).wantStatus(t, http.StatusOK)
 	}
-	if n := len(node.questions()); n < 8 || n > 12 {
-		t.Errorf("the node was asked %d questions in about 5 seconds, want about 11", n)
+	if n := len(node.requests()); n < 8 || n > 12 {
+		t.Errorf("the node got %d requests in about 5 seconds, want about 11", n)
 	}
-	broker.wantQuestions(t, 1)
+	broker.wantRequests(t, 1)
 }
 
 func TestWaitPollsAsSoonAsNothingIsKept(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
 	s := startSite(t, options(node, "poll_interval 4s"))
 	s.get(pair)
-	time.Sleep(3 * time.Second)
-	node.becomes(says(http.StatusOK, reportOf("t1", "SUCCESS")))
+	time.Sleep(3 * time.Second) // most of the interval, in which the report is kept
+	node.setHandler(responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	start := time.Now()
 	s.get(pair+"&wait=15").wantHeader(t, "Cache-Control", "private, no-cache")
 	if took := time.Since(start); took > 3*time.Second {
-		t.Errorf("the answer took %s, though what was kept was to expire in 1s", took)
+		t.Errorf("the response took %s, but the kept report expired in 1s", took)
 	}
-	node.wantQuestions(t, 2)
+	node.wantRequests(t, 2)
 }
 
 func TestWaitForSubmission(t *testing.T) {
 	finished := reportOf("t1", "SUCCESS")
-	node := newBackend(t, says(http.StatusNoContent, ""))
-	broker := newBackend(t, says(http.StatusOK, `{"state":"QUEUED"}`))
+	node := newBackend(t, responds(http.StatusNoContent, ""))
+	broker := newBackend(t, responds(http.StatusOK, `{"state":"QUEUED"}`))
 	s := startSite(t, options(node, brokerOption(broker)+"\npoll_interval 100ms"))
 
-	answer := s.goGet("/task?submitID=s1&wait=15")
-	eventually(t, "the broker to be asked again", func() bool { return len(broker.questions()) > 2 })
-	broker.becomes(says(http.StatusOK, `{"appServerID":"node-1","taskID":"t1"}`))
-	eventually(t, "the node to be asked again", func() bool { return len(node.questions()) > 2 })
-	node.becomes(says(http.StatusOK, finished))
-	if r := <-answer; string(r.body) != finished {
+	replies := s.goGet("/task?submitID=s1&wait=15")
+	eventually(t, "more requests to the broker", func() bool { return len(broker.requests()) > 2 })
+	broker.setHandler(responds(http.StatusOK, `{"appServerID":"node-1","taskID":"t1"}`))
+	eventually(t, "more requests to the node", func() bool { return len(node.requests()) > 2 })
+	node.setHandler(responds(http.StatusOK, finished))
+	if r := <-replies; string(r.body) != finished {
 		t.Errorf("status %d: %s", r.status, r.body)
 	}
 }
 
 func TestWaitEndsWithProblem(t *testing.T) {
-	node := newBackend(t, says(http.StatusNoContent, ""))
+	node := newBackend(t, responds(http.StatusNoContent, ""))
 	s := startSite(t, options(node, "poll_interval 100ms"))
 	for _, nocache := range []string{"", "&nocache"} {
-		answers := []<-chan reply{s.goGet(pair + nocache + "&wait=15"), s.goGet(pair + nocache + "&wait=15")}
+		held := []<-chan reply{s.goGet(pair + nocache + "&wait=15"), s.goGet(pair + nocache + "&wait=15")}
 		wantWaiters(t, 2)
-		node.becomes(says(http.StatusNotFound, ""))
-		for _, answer := range answers {
-			(<-answer).wantProblem(t, http.StatusNotFound, "unknown_task")
+		node.setHandler(responds(http.StatusNotFound, ""))
+		for _, replies := range held {
+			(<-replies).wantProblem(t, http.StatusNotFound, "unknown_task")
 		}
-		// The problem is theirs, and not of one who comes later.
-		node.becomes(says(http.StatusNoContent, ""))
-		answer := s.goGet(pair + nocache + "&wait=1")
-		(<-answer).wantStatus(t, http.StatusNoContent)
+		// A caller that comes later does not get that problem.
+		node.setHandler(responds(http.StatusNoContent, ""))
+		s.get(pair+nocache+"&wait=1").wantStatus(t, http.StatusNoContent)
 	}
 	s.wantNoSecretInLog()
 }
 
 func TestWaitWithIfNoneMatch(t *testing.T) {
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
 	s := startSite(t, options(node, "poll_interval 200ms"))
 	known := "If-None-Match: " + s.get(pair).header.Get("ETag")
 
@@ -195,28 +182,28 @@ func TestWaitWithIfNoneMatch(t *testing.T) {
 	r.wantStatus(t, http.StatusNotModified)
 	r.wantHeader(t, "Preference-Applied", "wait=1")
 
-	answer := s.goGet(pair+"&wait=15", known)
+	replies := s.goGet(pair+"&wait=15", known)
 	wantWaiters(t, 1)
-	node.becomes(says(http.StatusOK, reportOf("t1", "SUCCESS")))
-	r = <-answer
+	node.setHandler(responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	r = <-replies
 	r.wantStatus(t, http.StatusOK)
 	r.wantHeader(t, "Cache-Control", "private, no-cache")
 }
 
 func TestWaitWithNocache(t *testing.T) {
 	finished := reportOf("t1", "SUCCESS")
-	node := newBackend(t, says(http.StatusOK, finished))
+	node := newBackend(t, responds(http.StatusOK, finished))
 	s := startSite(t, options(node, "poll_interval 100ms"))
 	s.get(pair).wantStatus(t, http.StatusOK)
 
-	// The node has begun anew: what is kept is not what such a caller waits for.
-	node.becomes(says(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
-	before := len(node.questions())
-	answer := s.goGet(pair + "&nocache&wait=15")
-	eventually(t, "fresh polls", func() bool { return len(node.questions()) > before+3 })
+	// The node has started the task again, and such a caller does not wait for the kept report.
+	node.setHandler(responds(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
+	before := len(node.requests())
+	replies := s.goGet(pair + "&nocache&wait=15")
+	eventually(t, "more requests", func() bool { return len(node.requests()) > before+3 })
 	again := reportOf("t1", "SUCCESS", "FAILED")
-	node.becomes(says(http.StatusOK, again))
-	r := <-answer
+	node.setHandler(responds(http.StatusOK, again))
+	r := <-replies
 	r.wantHeader(t, "Cache-Status", "fsbroker; fwd=request; stored")
 	if string(r.body) != again {
 		t.Errorf("status %d: %s", r.status, r.body)
@@ -224,7 +211,7 @@ func TestWaitWithNocache(t *testing.T) {
 }
 
 func TestWaitersThatLeave(t *testing.T) {
-	node := newBackend(t, says(http.StatusNoContent, ""))
+	node := newBackend(t, responds(http.StatusNoContent, ""))
 	s := startSite(t, options(node, "poll_interval 100ms"))
 	wait := func() (leave func()) {
 		ctx, cancel := context.WithCancel(t.Context())
@@ -238,69 +225,68 @@ func TestWaitersThatLeave(t *testing.T) {
 			<-ended
 		}
 	}
-	asked := func() int { return len(node.questions()) }
 
 	leaveOne, leaveOther := wait(), wait()
 	wantWaiters(t, 2)
 	leaveOne()
 	wantWaiters(t, 1)
-	before := asked()
-	eventually(t, "polls for the other", func() bool { return asked() > before+2 })
+	before := len(node.requests())
+	eventually(t, "requests for the other", func() bool { return len(node.requests()) > before+2 })
 
-	// With the last one goes the question that is under way, and no more are asked.
+	// When the last caller leaves, the request that is under way is canceled, and there are no more.
 	g := newGate()
-	node.becomes(g.then(nil))
-	within(t, "a question", g.entered)
+	node.setHandler(g.then(nil))
+	within(t, "a request", g.entered)
 	leaveOther()
-	within(t, "the question to be dropped", g.left)
+	within(t, "the request to be canceled", g.left)
 	wantWaiters(t, 0)
-	before = asked()
-	time.Sleep(500 * time.Millisecond)
-	node.wantQuestions(t, before)
+	before = len(node.requests())
+	time.Sleep(500 * time.Millisecond) // five intervals without a request
+	node.wantRequests(t, before)
 }
 
 func TestReloadEndsWait(t *testing.T) {
 	unfinished := reportOf("t1", "IN_PROGRESS")
-	node := newBackend(t, says(http.StatusOK, unfinished))
+	node := newBackend(t, responds(http.StatusOK, unfinished))
 	s := startSite(t, options(node, ""))
-	answers := []<-chan reply{s.goGet(pair + "&wait=60"), s.goGet("/task?appServerID=node-1&taskID=t2&wait=60")}
+	held := []<-chan reply{s.goGet(pair + "&wait=60"), s.goGet("/task?appServerID=node-1&taskID=t2&wait=60")}
 	wantWaiters(t, 2)
 	start := time.Now()
 	s.load(options(node, "max_wait 30s"))
-	for _, answer := range answers {
-		r := <-answer
+	for _, replies := range held {
+		r := <-replies
 		r.wantHeader(t, "Preference-Applied", "wait=60")
 		if string(r.body) != unfinished {
 			t.Errorf("status %d: %s", r.status, r.body)
 		}
 	}
 	if took := time.Since(start); took > 4*time.Second {
-		t.Errorf("the waits went on for %s", took)
+		t.Errorf("the requests were held for another %s", took)
 	}
 
-	// One who comes back goes on waiting with the new configuration.
-	answer := s.goGet(pair + "&wait=60")
+	// A caller that comes back waits with the new configuration.
+	replies := s.goGet(pair + "&wait=60")
 	wantWaiters(t, 1)
-	node.becomes(says(http.StatusOK, reportOf("t1", "SUCCESS")))
-	r := <-answer
+	node.setHandler(responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	r := <-replies
 	r.wantHeader(t, "Preference-Applied", "wait=30")
 	r.wantHeader(t, "Cache-Control", "private, no-cache")
 }
 
-// A process that ends waits for its requests first, for up to 5 seconds here.
+// A process that ends waits for its requests, up to the grace period of 5 s. Those that wait for a report end at once.
 func TestShutdownEndsWait(t *testing.T) {
 	g := newGate()
-	node := newBackend(t, says(http.StatusNoContent, ""))
+	node := newBackend(t, responds(http.StatusNoContent, ""))
 	p := startProcess(t, "", options(node, "poll_interval 100ms"))
-	answer := p.goGet(pair + "&wait=60")
-	eventually(t, "polls", func() bool { return len(node.questions()) > 2 })
-	node.becomes(g.then(nil))
-	within(t, "a question", g.entered) // which is under way when the process is told to end
+	replies := p.goGet(pair + "&wait=60")
+	eventually(t, "more requests", func() bool { return len(node.requests()) > 2 })
+	node.setHandler(g.then(nil))
+	within(t, "a request", g.entered) // it is under way when the process ends
 	start := time.Now()
 	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
 		t.Fatal(err)
 	}
-	r := <-answer
+	r := <-replies
 	r.wantStatus(t, http.StatusNoContent)
 	r.wantHeader(t, "Preference-Applied", "wait=60")
 	if err := p.cmd.Wait(); err != nil {
@@ -311,7 +297,7 @@ func TestShutdownEndsWait(t *testing.T) {
 	}
 }
 
-// pollers counts the goroutines that ask for those who wait.
+// pollers counts the goroutines that poll for callers that wait.
 func pollers(t *testing.T) (n int) {
 	t.Helper()
 	var profile strings.Builder
@@ -328,15 +314,15 @@ func pollers(t *testing.T) (n int) {
 	return n
 }
 
-// However many wait for a task, one poller asks one question in an interval.
+// Any number of callers that wait for one task cause one request in each interval.
 func TestManyWait(t *testing.T) {
 	waiters := 10_000
 	if fsbroker.RaceDetector {
-		waiters = 1_500 // with three goroutines each, client and all; it cannot have more than 8128
+		waiters = 1_500 // each has three goroutines, the client's included, and the limit is 8128
 	}
-	const streams, interval = 250, 500 * time.Millisecond // HTTP/2 has this many requests in one connection
+	const streams, interval = 250, 500 * time.Millisecond // an HTTP/2 connection has this many requests
 	finished := reportOf("t1", "SUCCESS")
-	node := newBackend(t, says(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
 	s := startSite(t, options(node, fmt.Sprintf("poll_interval %s\nmax_wait 5m", interval)))
 
 	start := time.Now()
@@ -348,7 +334,7 @@ func TestManyWait(t *testing.T) {
 		}
 		t.Cleanup(transport.CloseIdleConnections)
 		client := &http.Client{Transport: transport}
-		ask := func(wait string) (int, string, error) {
+		request := func(wait string) (int, string, error) {
 			req, err := http.NewRequestWithContext(t.Context(), http.MethodGet, s.base+pair, nil)
 			if err != nil {
 				return 0, "", err
@@ -363,12 +349,12 @@ func TestManyWait(t *testing.T) {
 			body, err := io.ReadAll(resp.Body)
 			return resp.ProtoMajor, string(body), err
 		}
-		if major, _, err := ask("wait=0"); major != 2 || err != nil { // and has a connection from now on
+		if major, _, err := request("wait=0"); major != 2 || err != nil { // opens the connection
 			t.Fatalf("HTTP/%d: %v", major, err)
 		}
 		for range streams {
 			wg.Go(func() {
-				if _, body, err := ask("wait=300"); err != nil || body != finished {
+				if _, body, err := request("wait=300"); err != nil || body != finished {
 					t.Errorf("%v, %q", err, body)
 				}
 			})
@@ -376,23 +362,23 @@ func TestManyWait(t *testing.T) {
 	}
 	wantWaiters(t, waiters)
 	all := time.Now()
-	before := len(node.questions())
-	time.Sleep(10 * interval)
-	asked, took := len(node.questions())-before, time.Since(all)
-	if most := int(took/interval) + 1; asked < 5 || asked > most {
-		t.Errorf("the node was asked %d questions in %s, want 1 in each %s", asked, took, interval)
+	before := len(node.requests())
+	time.Sleep(10 * interval) // the requests in this time are counted
+	polls, took := len(node.requests())-before, time.Since(all)
+	if most := int(took/interval) + 1; polls < 5 || polls > most {
+		t.Errorf("the node got %d requests in %s, want 1 in each %s", polls, took, interval)
 	}
 	if n := pollers(t); n != 1 {
-		t.Errorf("%d pollers ask for them, want 1", n)
+		t.Errorf("there are %d pollers, want 1", n)
 	}
 
-	node.becomes(says(http.StatusOK, finished))
-	told := time.Now()
+	node.setHandler(responds(http.StatusOK, finished))
+	done := time.Now()
 	wg.Wait()
-	t.Logf("%d callers waited: %s until all did, %d questions in %s while they did, %s until all had the report",
-		waiters, all.Sub(start).Round(time.Millisecond), asked, took.Round(time.Millisecond),
-		time.Since(told).Round(time.Millisecond))
-	if n, most := len(node.questions()), int(time.Since(start)/interval)+2; n > most {
-		t.Errorf("the node was asked %d questions in all, want no more than %d", n, most)
+	t.Logf("%d callers: %s until all waited, %d requests in %s of waiting, %s until all had the report",
+		waiters, all.Sub(start).Round(time.Millisecond), polls, took.Round(time.Millisecond),
+		time.Since(done).Round(time.Millisecond))
+	if n, most := len(node.requests()), int(time.Since(start)/interval)+2; n > most {
+		t.Errorf("the node got %d requests in all, want no more than %d", n, most)
 	}
 }

@@ -1,0 +1,99 @@
+package fsbroker_test
+
+import (
+	"encoding/base64"
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+)
+
+func TestAuthentication(t *testing.T) {
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	s := startSite(t, fmt.Sprintf(`fsbroker_task {
+		secret {env.CALLER_SECRET}
+		secret portal portal-secret-1
+		secret portal {file.%s}
+		node node-1 %s
+	}
+	header X-Client {http.fsbroker.client},{http.auth.user.id}`, writeFile(t, "portal-secret-2\n"), node.URL))
+
+	for name, test := range map[string]struct {
+		query  string
+		header string
+		status int
+	}{
+		"none":                           {"", "", 401},
+		"bearer":                         {"", "Bearer " + callerSecret, 200},
+		"bearer in another case":         {"", "bearer   " + callerSecret, 200},
+		"serect":                         {"&serect=" + callerSecret, "", 200},
+		"secret":                         {"&secret=" + callerSecret, "", 200},
+		"both spellings":                 {"&secret=" + callerSecret + "&serect=" + callerSecret, "", 200},
+		"percent-encoded":                {"&secret=%74he-callers-own-secret", "", 200},
+		"another client's":               {"", "Bearer portal-secret-1", 200},
+		"a rotated one, from a file":     {"&secret=portal-secret-2", "", 200},
+		"basic is somebody else's":       {"&secret=" + callerSecret, "Basic " + base64.StdEncoding.EncodeToString([]byte("a:b")), 200},
+		"wrong bearer":                   {"", "Bearer wrong", 401},
+		"wrong serect":                   {"&serect=wrong", "", 401},
+		"wrong secret":                   {"&secret=wrong", "", 401},
+		"empty":                          {"&secret=", "", 401},
+		"empty bearer":                   {"", "Bearer ", 401},
+		"basic alone":                    {"", "Basic " + base64.StdEncoding.EncodeToString([]byte(callerSecret)), 401},
+		"wrong beside right":             {"&secret=" + callerSecret + "&serect=wrong", "", 401},
+		"wrong beside bearer":            {"&secret=wrong", "Bearer " + callerSecret, 401},
+		"a prefix":                       {"", "Bearer " + callerSecret[:5], 401},
+		"longer":                         {"", "Bearer " + callerSecret + "x", 401},
+		"another case":                   {"", "Bearer " + strings.ToUpper(callerSecret), 401},
+		"repeated":                       {"&secret=" + callerSecret + "&secret=" + callerSecret, "", 400},
+		"wrong, then right":              {"&secret=wrong&secret=" + callerSecret, "", 401},
+		"right, but the rest is not":     {"&all=maybe&secret=" + callerSecret, "", 400},
+		"wrong, and the rest is not":     {"&all=maybe&secret=wrong", "", 401},
+		"right, broken escape elsewhere": {"&x=%zz&secret=" + callerSecret, "", 400},
+		"none, broken escape":            {"&x=%zz", "", 401},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := s.in(t)
+			var header []string
+			if test.header != "" {
+				header = []string{"Authorization: " + test.header}
+			}
+			r := s.do(t.Context(), http.MethodGet, pair+test.query, header...)
+			r.wantStatus(t, test.status)
+			if test.status == 401 {
+				r.wantProblem(t, 401, "unauthorized")
+				r.wantHeader(t, "WWW-Authenticate", "Bearer")
+				r.wantHeader(t, "Cache-Status", "fsbroker; detail=unauthorized")
+			}
+		})
+	}
+
+	// The secret is checked before anything else.
+	s.do(t.Context(), http.MethodPost, "/task").wantProblem(t, 401, "unauthorized")
+	s.do(t.Context(), http.MethodGet, "/task").wantProblem(t, 401, "unauthorized")
+	s.wantNoSecretInLog()
+}
+
+func TestClientNames(t *testing.T) {
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	s := startSite(t, fmt.Sprintf(`fsbroker_task {
+		secret {env.CALLER_SECRET}
+		secret portal portal-secret-1
+		secret portal portal-secret-2
+		node node-1 %s
+	}
+	log_append fsbroker_client {http.fsbroker.client}`, node.URL))
+
+	for secret, name := range map[string]string{callerSecret: "default", "portal-secret-1": "portal", "portal-secret-2": "portal"} {
+		s.do(t.Context(), http.MethodGet, pair, "Authorization: Bearer "+secret, "User-Agent: with "+secret[:7]).wantStatus(t, 200)
+		logged := s.accessLog("with " + secret[:7])
+		if logged["user_id"] != name || logged["fsbroker_client"] != name {
+			t.Errorf("the access log has the clients %v and %v, want %s", logged["user_id"], logged["fsbroker_client"], name)
+		}
+	}
+}
+
+func TestSecretWithBraces(t *testing.T) {
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	s := startSite(t, options(node, `secret braced a\{b\}c`))
+	s.do(t.Context(), http.MethodGet, pair, "Authorization: Bearer a{b}c").wantStatus(t, http.StatusOK)
+}

@@ -1,0 +1,136 @@
+package fsbroker_test
+
+import (
+	"fmt"
+	"net/http"
+	"strings"
+	"testing"
+
+	"github.com/caddyserver/caddy/v2"
+)
+
+func TestMatchers(t *testing.T) {
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	for _, matcher := range []string{"/reports/*", "*", "@reports"} {
+		directives := strings.Replace(options(node, ""), "fsbroker_task", "fsbroker_task "+matcher, 1)
+		s := startSite(t, "@reports path /reports/1\n"+directives)
+		s.get("/reports/1?appServerID=node-1&taskID=t1").wantStatus(t, http.StatusOK)
+	}
+}
+
+func TestOtherPathsPass(t *testing.T) {
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	s := startSite(t, options(node, "")+"\nrespond \"not ours\" 418")
+	for _, path := range []string{"/", "/tasks", "/task/", "/task/x", "/submit", "/x/task"} {
+		s.get(path).wantStatus(t, http.StatusTeapot)
+	}
+	s.get(pair).wantStatus(t, http.StatusOK)
+	s.get("/task").wantProblem(t, http.StatusBadRequest, "missing_parameter")
+}
+
+func TestSitesThatNameNodesAlike(t *testing.T) {
+	one := newBackend(t, responds(http.StatusOK, reportOf("one", "SUCCESS")))
+	other := newBackend(t, responds(http.StatusOK, reportOf("other", "SUCCESS")))
+	s := startSite(t, strings.Replace(options(one, ""), "fsbroker_task", "fsbroker_task /one", 1)+"\n"+
+		strings.Replace(options(other, ""), "fsbroker_task", "fsbroker_task /other", 1)+"\n"+
+		strings.Replace(options(one, ""), "fsbroker_task", "fsbroker_task /same", 1))
+	for range 2 {
+		for _, name := range []string{"one", "other"} {
+			if r := s.get("/" + name + "?appServerID=node-1&taskID=t1"); string(r.body) != reportOf(name, "SUCCESS") {
+				t.Errorf("%s got %s", name, r.body)
+			}
+		}
+	}
+	s.get("/same?appServerID=node-1&taskID=t1").wantHeader(t, "Cache-Status", "fsbroker; hit")
+}
+
+// A site with a small max_report does not fail the requests of a site with a large one.
+func TestSitesWithOtherBounds(t *testing.T) {
+	g := newGate()
+	node := newBackend(t, g.then(responds(http.StatusOK, dense(100<<10))))
+	s := startSite(t, "handle_path /strict/* {\n"+options(node, "max_report 1KiB")+"\n}\n"+options(node, ""))
+	strict := s.goGet("/strict" + pair)
+	within(t, "the first request", g.entered)
+	lax := s.goGet(pair)
+	wantHeld(t, 2)
+	close(g.open)
+	(<-strict).wantProblem(t, http.StatusBadGateway, "node_answer_too_large")
+	(<-lax).wantStatus(t, http.StatusOK)
+}
+
+func TestJSON(t *testing.T) {
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	broker := newBackend(t, responds(http.StatusOK, `{"appServerID":"node-1","taskID":"t1"}`))
+	s := newSite(t)
+	load := func(handler string) error {
+		config := fmt.Sprintf(`{
+			"admin": {"disabled": true, "config": {"persist": false}},
+			"storage": {"module": "file_system", "root": %q},
+			"logging": {"logs": {"default": {"level": "ERROR"}}},
+			"apps": {
+				"tls": {"certificates": {"load_files": [{"certificate": %q, "key": %q}]}},
+				"http": {"servers": {"test": {
+					"listen": [":%d"],
+					"automatic_https": {"disable": true},
+					"tls_connection_policies": [{}],
+					"routes": [{"match": [{"host": ["localhost"], "path": ["/task"]}], "handle": [%s]}, {"match": [{"host": ["localhost"]}]}]
+				}}}
+			}
+		}`, s.dir, s.write("cert.pem", certificate().pem), s.write("key.pem", certificate().key), s.port, handler)
+		return caddy.Load([]byte(config), true)
+	}
+	if err := load(fmt.Sprintf(`{
+		"handler": "fsbroker_task",
+		"secrets": [{"client": "tester", "secret": "{env.CALLER_SECRET}"}],
+		"nodes": [{"app_server_id": "node-1", "address": %q, "secret": "{env.NODE_SECRET}", "secret_param": "secret"}],
+		"broker": {"address": %q, "secret": "{env.BROKER_SECRET}"},
+		"transport": {"protocol": "http", "dial_timeout": "1s"},
+		"timeout": "5s", "poll_interval": "1s", "max_wait": "90s", "max_report": 1000000, "fail_duration": "1s",
+		"cache": {"ttl": "1h", "max_size": 1000000}
+	}`, node.URL, broker.URL)); err != nil {
+		t.Fatal(err)
+	}
+	s.trust()
+	s.get("/task?submitID=s1").wantStatus(t, http.StatusOK)
+	s.get("/task?submitID=s1").wantHeader(t, "Cache-Status", "fsbroker; hit")
+
+	for handler, want := range map[string]string{
+		`{"handler": "fsbroker_task"}`:                                                                                                                                               "no secret is configured",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": ""}]}`:                                                                                                                  "the secret is empty",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "{env.NOT_SET}"}]}`:                                                                                                     "{env.NOT_SET} is empty",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "{no.such}"}]}`:                                                                                                         "unrecognized placeholder {no.such}",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "one {env.NOT_SET}"}]}`:                                                                                                 "braces",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "an{unspeakable}one"}]}`:                                                                                                "braces",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "{unspeakable}"}]}`:                                                                                                     "braces",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "{file./no/such/file}"}]}`:                                                                                              "{file./no/such/file} is empty",
+		`{"handler": "fsbroker_task", "secrets": [{"client": "a b", "secret": "s"}]}`:                                                                                                "client's name wants",
+		`{"handler": "fsbroker_task", "secrets": [{"client": "a", "secret": "s"}, {"client": "b", "secret": "s"}]}`:                                                                  "share one secret",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}]}`:                                                                                                                 "no node is configured",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"address": "a:1"}]}`:                                                                                  "application server ID wants",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "ftp://a"}]}`:                                                        `node "a": the address wants`,
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1", "secret_param": "x"}]}`:                                       "secret_param wants serect or secret",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1", "secret": "{env.NO}"}]}`:                                      "{env.NO} is empty",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "{env.NO}"}]}`:                                                       "{env.NO} is empty",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "broker": {}}`:                                              "broker: the address wants",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "timeout": -1}`:                                             "timeout wants to be more than 0",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "max_wait": -1}`:                                            "max_wait wants to be more than 0",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "health_interval": -1}`:                                     "health_interval wants to be more than 0",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "health_timeout": -1}`:                                      "health_timeout wants to be more than 0",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "cache": {"ttl": -1}}`:                                      "cache.ttl wants to be more than 0",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "transport": {"protocol": "no"}}`:                           "unknown module",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "transport": {"protocol": "fastcgi"}}`:                      "cannot be used: use http",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "transport": {"protocol": "http", "proxy_protocol": "v2"}}`: "proxy_protocol cannot be used",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}, {"app_server_id": "a", "address": "b:1"}]}`:                  `node "a" is configured twice`,
+		`{"handler": "fsbroker_task", "no_such": 1}`:                                                                                                                                 "unknown field",
+	} {
+		err := load(handler)
+		if err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%s: %v, want %s", handler, err, want)
+		}
+		if err != nil && strings.Contains(err.Error(), "unspeakable") {
+			t.Errorf("%s: the error holds a part of a secret: %v", handler, err)
+		}
+	}
+	// A configuration that does not load changes nothing.
+	s.get("/task?submitID=s1").wantHeader(t, "Cache-Status", "fsbroker; hit")
+}

@@ -1,0 +1,93 @@
+package fsbroker_test
+
+import (
+	"fmt"
+	"net/http"
+	"strings"
+	"sync"
+	"testing"
+
+	"github.com/caddyserver/caddy/v2"
+
+	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
+)
+
+func TestReloadKeepsReports(t *testing.T) {
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	s := startSite(t, options(node, ""))
+	s.get(pair).wantStatus(t, http.StatusOK)
+	for i := range 5 {
+		s.load(options(node, fmt.Sprintf("timeout %ds\ncache {\n max_size %dMiB\n }", i+1, i+1)))
+		s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
+	}
+	// A configuration that does not load changes nothing.
+	if err := s.tryLoad(options(node, "broker 127.0.0.1:1 {env.NOT_SET}")); err == nil {
+		t.Error("a broker with an empty secret was accepted")
+	}
+	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
+	node.wantRequests(t, 1)
+	if n := fsbroker.StoreUsers(); n != 1 {
+		t.Errorf("%d handlers hold the store, want the one that runs", n)
+	}
+	// The cache ends with the last handler.
+	if err := caddy.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if n := fsbroker.StoreUsers(); n != 0 {
+		t.Errorf("%d handlers hold the store, though none runs", n)
+	}
+}
+
+func TestReloadWhileRequestsAreInFlight(t *testing.T) {
+	document := reportOf("t1", "SUCCESS")
+	g := newGate()
+	node := newBackend(t, g.then(responds(http.StatusOK, document)))
+	broker := newBackend(t, g.then(responds(http.StatusOK, `{"appServerID":"node-1","taskID":"t2"}`)))
+	s := startSite(t, options(node, brokerOption(broker)))
+
+	var wg sync.WaitGroup
+	request := func(path string) {
+		replies := s.goGet(path)
+		wg.Go(func() {
+			if r := <-replies; r.status != http.StatusOK || string(r.body) != document {
+				t.Errorf("%s: status %d: %s", path, r.status, r.body)
+			}
+		})
+	}
+	request(pair)
+	request("/task?submitID=s1") // its configuration is cleaned up before it requests the node
+	within(t, "the first request", g.entered)
+	within(t, "the second request", g.entered)
+	for i := range 3 {
+		s.load(options(node, brokerOption(broker)+"\npoll_interval 3s"))
+		request(pair)
+		wantHeld(t, 2+i+1)
+	}
+	close(g.open)
+	wg.Wait()
+	node.wantRequests(t, 2)
+	broker.wantRequests(t, 1)
+}
+
+func TestStopWhileRequestsAreInFlight(t *testing.T) {
+	g := newGate()
+	node := newBackend(t, g.then(nil))
+	s := startSite(t, options(node, "timeout 60s"))
+	// A short grace period ends while the request is under way.
+	if err := s.loadCaddyfile(strings.Replace(s.caddyfile(options(node, "timeout 60s")), "grace_period 5s", "grace_period 200ms", 1)); err != nil {
+		t.Fatal(err)
+	}
+	ended := make(chan error, 1)
+	go func() {
+		_, err := s.try(t.Context(), http.MethodGet, pair, "Authorization: Bearer "+callerSecret)
+		ended <- err
+	}()
+	within(t, "the request", g.entered)
+	if err := caddy.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	s.client.CloseIdleConnections()
+	node.CloseClientConnections()
+	within(t, "the request to be canceled", g.left)
+	<-ended
+}
