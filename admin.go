@@ -15,14 +15,17 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
 func init() {
 	caddy.RegisterModule(adminAPI{})
 }
 
-// adminAPI is a module that provides endpoints of Caddy's admin API: /fsbroker/nodes tells how the nodes and the brokers
-// of all fsbroker_task handlers are, and /fsbroker/cache how full the cache is. A DELETE of the latter purges it.
+// adminAPI is a module that provides endpoints of Caddy's admin API. `GET /fsbroker/nodes` returns the state of the nodes
+// and brokers of all fsbroker_task handlers. `GET /fsbroker/cache` returns how full the cache is, and `DELETE` purges it.
 type adminAPI struct{}
 
 // CaddyModule returns the Caddy module information.
@@ -41,7 +44,7 @@ func (adminAPI) Routes() []caddy.AdminRoute {
 	}
 }
 
-// adminMethod gives what is answered, as JSON.
+// adminMethod returns a value that is sent as JSON.
 type adminMethod func(r *http.Request) (any, error)
 
 func adminRoute(pattern string, methods map[string]adminMethod) caddy.AdminRoute {
@@ -58,7 +61,7 @@ func adminRoute(pattern string, methods map[string]adminMethod) caddy.AdminRoute
 		}
 		w.Header().Set("Content-Type", "application/json")
 		if err := json.NewEncoder(w).Encode(value); err != nil {
-			return adminError(http.StatusInternalServerError, fmt.Errorf("writing the answer: %w", err))
+			return adminError(http.StatusInternalServerError, fmt.Errorf("writing the response: %w", err))
 		}
 		return nil
 	})}
@@ -66,115 +69,116 @@ func adminRoute(pattern string, methods map[string]adminMethod) caddy.AdminRoute
 
 func adminError(status int, err error) error { return caddy.APIError{HTTPStatus: status, Err: err} }
 
-// nodeStatus is how a node or a broker is.
-type nodeStatus struct {
+// nodeState is the state of a node or a broker.
+type nodeState struct {
 	Role        string      `json:"role"`
 	Node        string      `json:"node,omitempty"`
 	Address     string      `json:"address"`
 	State       string      `json:"state"`
-	LastProblem *lapse      `json:"last_problem,omitempty"`
-	Questions   int64       `json:"questions"` // in flight
+	LastProblem *failure    `json:"last_problem,omitempty"`
+	Questions   int64       `json:"questions"` // requests under way
 	SystemInfo  *systemInfo `json:"system_info,omitempty"`
 
-	// SystemInfoProblem is the code of why there is no SystemInfo. A broker has none anyway.
+	// SystemInfoProblem is the code of the problem that took the place of SystemInfo. A broker has neither.
 	SystemInfoProblem string `json:"system_info_problem,omitempty"`
 }
 
-// showNodes tells how the nodes and the brokers are, and asks the nodes themselves.
+// showNodes returns the state of the nodes and brokers. It asks the nodes for their system information.
 func showNodes(r *http.Request) (any, error) {
-	all := live.peers()
-	statuses := make([]nodeStatus, 0, len(all))
+	all := live.upstreams()
+	states := make([]nodeState, 0, len(all))
 	for id := range all {
-		statuses = append(statuses, nodeStatus{Role: id.role, Node: id.name, Address: id.host})
+		states = append(states, nodeState{Role: id.role, Node: id.name, Address: id.host})
 	}
-	slices.SortFunc(statuses, func(a, b nodeStatus) int {
+	slices.SortFunc(states, func(a, b nodeState) int {
 		return cmp.Or(-cmp.Compare(a.Role, b.Role), cmp.Compare(a.Node, b.Node), cmp.Compare(a.Address, b.Address))
 	})
-	var asking sync.WaitGroup
-	for i := range statuses {
-		s := &statuses[i]
-		asking.Go(func() { s.fill(r.Context(), all[peerID{s.Role, s.Node, s.Address}]) })
+	var fetches sync.WaitGroup
+	for i := range states {
+		s := &states[i]
+		fetches.Go(func() { s.fill(r.Context(), all[upstreamID{s.Role, s.Node, s.Address}]) })
 	}
-	asking.Wait()
-	return statuses, nil
+	fetches.Wait()
+	return states, nil
 }
 
-// fill asks one of those that several handlers have of one node, and puts together what they know of it.
-func (s *nodeStatus) fill(ctx context.Context, peers []livePeer) {
+// fill combines what several resolvers know of one node. It asks the node through the first of them.
+func (s *nodeState) fill(ctx context.Context, upstreams []liveUpstream) {
 	if s.Role == roleNode {
-		x, info, err := peers[0].handler.askSystemInfo(ctx, peers[0].peer)
+		first := upstreams[0]
+		r, info, err := first.resolver.fetchSystemInfo(ctx, first.upstream)
 		switch {
-		case err != nil: // who asked has left
+		case err != nil: // the caller has left
 			return
-		case x.trouble != nil:
-			s.SystemInfoProblem = x.trouble.code
+		case r.problem != nil:
+			s.SystemInfoProblem = r.problem.code()
 		default:
 			s.SystemInfo = &info
 		}
-		peers[0].note(byAdmin, x)
+		first.health.record(sourceAdmin, r)
 	}
-	worst := healthy
-	for _, p := range peers {
-		worst = max(worst, p.condition(time.Now()))
-		s.Questions += p.asking.Load()
-		if last := p.last.Load(); last != nil && (s.LastProblem == nil || last.At.After(s.LastProblem.At)) {
+	worst := statusHealthy
+	for _, u := range upstreams {
+		worst = max(worst, u.health.status(time.Now()))
+		s.Questions += u.inFlight.Load()
+		if last := u.health.last.Load(); last != nil && (s.LastProblem == nil || last.At.After(s.LastProblem.At)) {
 			s.LastProblem = last
 		}
 	}
 	s.State = worst.String()
 }
 
-// cacheStatus is how full the cache is, and the queue to the storage.
-type cacheStatus struct {
-	memoryFigures
-	Storage *storageFigures `json:"storage,omitempty"` // where there is one
+// cacheState is how full the cache is, and the queue to the storage.
+type cacheState struct {
+	memoryStats
+	Storage *archive.Stats `json:"storage,omitempty"` // if there is one
 }
 
 func showCache(*http.Request) (any, error) {
-	memory, storage := live.cacheFigures()
-	status := cacheStatus{memoryFigures: memory}
+	s := live.stats()
+	state := cacheState{memoryStats: s.memory}
 	if len(live.archives()) > 0 {
-		status.Storage = &storage
+		state.Storage = &s.storage
 	}
-	return status, nil
+	return state, nil
 }
 
-// purged counts what went from where. A report may have been in several places.
+// purged counts what was removed from each tier. A report may have been in several.
 type purged struct {
 	Memory  int `json:"memory"`
 	Queue   int `json:"queue"`
 	Storage int `json:"storage"`
 }
 
-// purgeCache purges everything, or the reports of one task. A query that is not understood must not purge everything.
+// purgeCache purges everything, or the reports of one task. A malformed query must not purge everything.
 func purgeCache(r *http.Request) (any, error) {
 	query, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
-		return nil, adminError(http.StatusBadRequest, errors.New("the query is not well-formed"))
+		return nil, adminError(http.StatusBadRequest, errors.New("the query is malformed"))
 	}
 	if len(query) == 0 {
 		return purge(r.Context(), nil)
 	}
 	appServerID, taskID := query["appServerID"], query["taskID"]
-	if len(query) != 2 || len(appServerID) != 1 || len(taskID) != 1 || !validID(appServerID[0]) || !validID(taskID[0]) {
+	if len(query) != 2 || len(appServerID) != 1 || len(taskID) != 1 || !task.ValidID(appServerID[0]) || !task.ValidID(taskID[0]) {
 		return nil, adminError(http.StatusBadRequest,
 			errors.New("give appServerID and taskID together, once each, to purge the reports of a task, or nothing to purge everything"))
 	}
 	keys := live.reportKeys(appServerID[0], taskID[0])
 	if len(keys) == 0 {
-		return nil, adminError(http.StatusNotFound, errors.New("no node goes by this appServerID: check it"))
+		return nil, adminError(http.StatusNotFound, errors.New("no node has this appServerID: check it"))
 	}
 	return purge(r.Context(), keys)
 }
 
-// purge takes what is kept under keys, or everything for nil, out of memory and all storages. Memory is purged before and
-// after the storages: a hit may save what a storage had no room for, and a miss may recall what is still stored.
-func purge(ctx context.Context, keys []key) (purged, error) {
+// purge removes what is kept under keys, or everything if keys is nil, from memory and all storages. Memory is purged
+// before and after the storages: a hit may save what the queue had no room for, and a miss may load what is still stored.
+func purge(ctx context.Context, keys []task.Key) (purged, error) {
 	var sum purged
 	sum.Memory += live.purgeMemory(keys)
 	var failed error
 	for _, a := range live.archives() {
-		queued, stored, err := a.purge(ctx, keys)
+		queued, stored, err := a.Purge(ctx, keys)
 		sum.Queue += queued
 		sum.Storage += stored
 		failed = errors.Join(failed, err)
@@ -182,7 +186,7 @@ func purge(ctx context.Context, keys []key) (purged, error) {
 	sum.Memory += live.purgeMemory(keys)
 	if failed != nil {
 		return sum, adminError(http.StatusBadGateway,
-			fmt.Errorf("memory is purged, but the storage is not, at least not all of it: try again: %w", failed))
+			fmt.Errorf("memory is purged, but the storage is not, or only in part: try again: %w", failed))
 	}
 	return sum, nil
 }

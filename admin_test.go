@@ -113,8 +113,8 @@ func TestAdminErrors(t *testing.T) {
 		"DELETE /fsbroker/cache?task=t1":                             "400 " + halfAPair,
 		"DELETE /fsbroker/cache?appServerID=node-1&taskID=t1&all":    "400 " + halfAPair,
 		"DELETE /fsbroker/cache?appServerID=a&taskID=t1&taskID=t2":   "400 " + halfAPair,
-		"DELETE /fsbroker/cache?appServerID=node-1&taskID=%zz":       `400 {"error":"the query is not well-formed"}`,
-		"DELETE /fsbroker/cache?appServerID=node-2&taskID=t1":        `404 {"error":"no node goes by this appServerID: check it"}`,
+		"DELETE /fsbroker/cache?appServerID=node-1&taskID=%zz":       `400 {"error":"the query is malformed"}`,
+		"DELETE /fsbroker/cache?appServerID=node-2&taskID=t1":        `404 {"error":"no node has this appServerID: check it"}`,
 		"DELETE /fsbroker/cache?appServerID=node-1&taskID=not-there": `200 {"memory":0,"queue":0,"storage":0}`,
 	} {
 		method, path, _ := strings.Cut(request, " ")

@@ -16,16 +16,18 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
-// benchHandler is a handler with nodes, and kept reports of a size on the first of them, as tasks t0, t1, ….
+// benchHandler returns a handler with nodes, and with kept reports of a size of the first node, as tasks t0, t1, ….
 func benchHandler(b *testing.B, nodes, reports, size int) *Handler {
 	b.Helper()
 	h := &Handler{
 		Secrets: []Secret{{Client: "bench", Secret: "bench-secret"}},
 		Broker:  &Endpoint{Address: "127.0.0.1:1"},
 		Cache:   &Cache{MaxSize: 16 << 30},
-		logger:  zap.NewNop(), transport: new(reverseproxy.HTTPTransport),
+		logger:  zap.NewNop(), transport: &reverseproxy.HTTPTransport{Transport: new(http.Transport)},
 	}
 	for i := range nodes {
 		h.Nodes = append(h.Nodes, Node{AppServerID: fmt.Sprintf("node-%d", i), Endpoint: Endpoint{Address: fmt.Sprintf("10.0.0.1:%d", i+1)}})
@@ -36,39 +38,35 @@ func benchHandler(b *testing.B, nodes, reports, size int) *Handler {
 	if h.clients, err = newClients(repl, h.Secrets); err != nil {
 		b.Fatal(err)
 	}
-	if err := h.provisionPeers(repl); err != nil {
-		b.Fatal(err)
-	}
-	if h.store, err = joinStore(h); err != nil {
+	if err := h.provisionResolver(repl); err != nil {
 		b.Fatal(err)
 	}
 	b.Cleanup(func() { _ = h.Cleanup() })
 
-	r, err := readReport(bytes.NewReader(benchDocument(size)))
+	r, err := task.ReadReport(bytes.NewReader(benchDocument(size)))
 	if err != nil {
 		b.Fatal(err)
 	}
+	rs := h.resolver
 	for i := range reports {
-		one := &report{at: r.at, finished: true, hash: r.hash, plainSize: r.plainSize}
-		one.gzipped.Store(r.gzipped.Load())
-		h.store.put(reportKey(h.nodes["node-0"].address, fmt.Sprintf("t%d", i), false), one, time.Hour)
+		rs.shared.put(task.ReportKey(rs.nodes["node-0"].address, fmt.Sprintf("t%d", i), false), task.NewReport(r.Document()), time.Hour)
 	}
-	h.store.put(submissionKey(h.broker.address, "s0"), &submission{appServerID: "node-0", taskID: "t0"}, time.Hour)
+	rs.shared.put(task.SubmissionKey(rs.broker.address, "s0"), task.NewSubmission(time.Now(), "node-0", "t0"), time.Hour)
 	return h
 }
 
-// benchDocument is a report of about a size, which shrinks about as much as real ones do.
+// benchDocument returns a report of about a size, which compression shrinks about as much as a real one.
 func benchDocument(size int) []byte {
 	var doc strings.Builder
 	doc.WriteString(`{"result":{"taskReference":{"state":"SUCCESS"},"resources":[`)
 	for i := 0; doc.Len() < size; i++ {
-		fmt.Fprintf(&doc, `{"resource":"%x","type":"FILE_HASH_SHA256","verdict":"INFORMATIONAL","threatLevel":0.1},`, newKey(fmt.Sprint(i)))
+		fmt.Fprintf(&doc, `{"resource":"%x","type":"FILE_HASH_SHA256","verdict":"INFORMATIONAL","threatLevel":0.1},`, task.NewKey(fmt.Sprint(i)))
 	}
 	doc.WriteString(`{}]}}`)
 	return []byte(doc.String())
 }
 
-// discard is a response that goes nowhere, and costs nothing.
+// discard is a response that is dropped at no cost.
 type discard struct{ header http.Header }
 
 func (d *discard) Header() http.Header         { return d.header }
@@ -135,7 +133,7 @@ func BenchmarkHitByNodes(b *testing.B) {
 	}
 }
 
-// BenchmarkMiss asks a node over HTTP every time. BenchmarkPlainGet is what there is to compare it with.
+// BenchmarkMiss fetches from a node over HTTP. Its sub-benchmarks "copied" only read the same answer, for comparison.
 func BenchmarkMiss(b *testing.B) {
 	for _, size := range []int{15 << 10, 41 << 10, 220 << 10, 2 << 20, 50 << 20} {
 		document := benchDocument(size)
@@ -147,13 +145,13 @@ func BenchmarkMiss(b *testing.B) {
 		b.Run(fmt.Sprint(size), func(b *testing.B) {
 			h := benchHandler(b, 1, 0, size)
 			transport := &http.Transport{DisableCompression: true}
-			p := h.nodes["node-0"]
-			p.transport = transport
+			u := h.resolver.nodes["node-0"]
+			u.transport = transport
 			base, err := parseAddress(node.URL, "http")
 			if err != nil {
 				b.Fatal(err)
 			}
-			p.base = base
+			u.base = base
 			b.SetBytes(int64(len(document)))
 			b.ReportAllocs()
 			r := benchRequest("appServerID=node-0&taskID=t0&nocache")
@@ -186,24 +184,9 @@ func BenchmarkMiss(b *testing.B) {
 	}
 }
 
-func BenchmarkJudge(b *testing.B) {
-	for _, size := range []int{15 << 10, 2 << 20} {
-		document := benchDocument(size)
-		b.Run(fmt.Sprint(size), func(b *testing.B) {
-			b.SetBytes(int64(len(document)))
-			b.ReportAllocs()
-			for b.Loop() {
-				if finished, err := judge(bytes.NewReader(document)); !finished || err != nil {
-					b.Fatal(finished, err)
-				}
-			}
-		})
-	}
-}
-
-// BenchmarkRecord is what it costs a request that placeholders of it can be had, and that the access log tells of it: on
-// top of the replacer and the fields that Caddy makes for every request.
-func BenchmarkRecord(b *testing.B) {
+// BenchmarkRequestInfo measures what placeholders and the fields of the access log cost a request, on top of the replacer
+// and the fields that Caddy makes for every request.
+func BenchmarkRequestInfo(b *testing.B) {
 	request := func(logs *caddyhttp.ServerLogConfig) *http.Request {
 		r := httptest.NewRequest(http.MethodGet, "/task", nil)
 		return r.WithContext(context.WithValue(r.Context(), caddyhttp.ServerCtxKey, &caddyhttp.Server{Logs: logs}))
@@ -211,20 +194,20 @@ func BenchmarkRecord(b *testing.B) {
 	for _, test := range []struct {
 		name   string
 		r      *http.Request
-		record func(*http.Request) *record
+		attach func(*http.Request) *requestInfo
 	}{
-		{"none", request(nil), func(*http.Request) *record { return nil }},
-		{"placeholders", request(nil), newRecord},
-		{"access-log", request(new(caddyhttp.ServerLogConfig)), newRecord},
+		{"none", request(nil), func(*http.Request) *requestInfo { return nil }},
+		{"placeholders", request(nil), newRequestInfo},
+		{"access-log", request(new(caddyhttp.ServerLogConfig)), newRequestInfo},
 	} {
 		b.Run(test.name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
 				repl := caddy.NewReplacer()
-				repl.Map(func(string) (any, bool) { return nil, false }) // as Caddy's own, which has room for more after it
+				repl.Map(func(string) (any, bool) { return nil, false }) // as Caddy's own, which leaves room for more
 				ctx := context.WithValue(test.r.Context(), caddy.ReplacerCtxKey, repl)
 				ctx = context.WithValue(ctx, caddyhttp.ExtraLogFieldsCtxKey, new(caddyhttp.ExtraLogFields))
-				test.record(test.r.WithContext(ctx))
+				test.attach(test.r.WithContext(ctx))
 			}
 		})
 	}

@@ -8,51 +8,53 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
-// plainReport is a finished report of size bytes that does not shrink.
-func plainReport(size int) *report {
-	r := &report{hash: "0123456789abcdef0123456789abcdef", finished: true, plainSize: size}
-	r.plain.Store(r.plainForm(slices.Grow([]byte(nil), size)[:size]))
-	return r
+// inflatedReport returns a finished report of size bytes that is not compressed.
+func inflatedReport(size int) *task.Report {
+	return task.NewReport(task.Document{
+		Hash: "0123456789abcdef0123456789abcdef", Length: size, Body: slices.Grow([]byte(nil), size)[:size],
+	})
 }
 
-// gzippedReport is one of about size bytes that does.
-func gzippedReport(t testing.TB, size int) *report {
+// gzippedReport returns a finished report of about size bytes that is compressed.
+func gzippedReport(t testing.TB, size int) *task.Report {
 	t.Helper()
-	r, err := readReport(strings.NewReader(`{"result":{"text":"` + strings.Repeat("x", size) + `"}}`))
+	r, err := task.ReadReport(strings.NewReader(`{"result":{"text":"` + strings.Repeat("x", size) + `"}}`))
 	if err != nil {
 		t.Fatal(err)
 	}
 	return r
 }
 
-func numbered(i int) key { return newKey("test", fmt.Sprint(i)) }
+func numbered(i int) task.Key { return task.NewKey("test", fmt.Sprint(i)) }
 
 func TestCacheBound(t *testing.T) {
 	const limit = 1 << 20
-	c := newCache(limit)
+	c := newMemory(limit)
 	defer c.close()
 	for i := range 1000 {
-		c.put(numbered(i), plainReport(10<<10), time.Hour)
+		c.put(numbered(i), inflatedReport(10<<10), time.Hour)
 		if c.used > limit {
 			t.Fatalf("%d bytes are used, more than %d", c.used, limit)
 		}
 	}
-	if n := c.kept.ItemCount(); n < 80 || n != c.second.order.Len() {
-		t.Errorf("%d are kept, %d in order", n, c.second.order.Len())
+	if n := c.kept.ItemCount(); n < 80 || n != c.entries.order.Len() {
+		t.Errorf("%d are kept, %d are in the eviction order", n, c.entries.order.Len())
 	}
 	if _, ok := c.get(numbered(999)); !ok {
-		t.Error("the last is not kept")
+		t.Error("the newest is not kept")
 	}
 
-	// What is larger than all there is takes nobody's place, but it takes back what was under its name.
-	c.put(numbered(999), plainReport(limit), time.Hour)
+	// A value that is larger than the cache evicts nothing, but replaces the one under its key.
+	c.put(numbered(999), inflatedReport(limit), time.Hour)
 	if _, ok := c.get(numbered(999)); ok {
-		t.Error("something larger than the cache is kept")
+		t.Error("a value that is larger than the cache is kept")
 	}
 	if _, ok := c.get(numbered(998)); !ok {
-		t.Error("others had to go for what is not kept")
+		t.Error("others were evicted for a value that is not kept")
 	}
 
 	c.setLimit(100 << 10)
@@ -61,33 +63,33 @@ func TestCacheBound(t *testing.T) {
 	}
 }
 
-func TestCacheKeepsWhatIsAskedForOften(t *testing.T) {
-	c := newCache(100 * (1000 + entryOverhead))
+func TestCacheKeepsWhatIsRequestedOften(t *testing.T) {
+	c := newMemory(100 * (1000 + entryOverhead))
 	defer c.close()
 	for i := range 10_000 {
-		c.put(numbered(i), plainReport(1000), time.Hour)
+		c.put(numbered(i), inflatedReport(1000), time.Hour)
 		for popular := range 10 {
 			c.get(numbered(popular))
 		}
 	}
 	for popular := range 10 {
 		if _, ok := c.get(numbered(popular)); !ok {
-			t.Errorf("%d is gone, though it is asked for all the time", popular)
+			t.Errorf("%d is gone, although it is requested all the time", popular)
 		}
 	}
 }
 
 func TestCacheReplacesAndExpires(t *testing.T) {
-	c := newCache(1 << 20)
+	c := newMemory(1 << 20)
 	defer c.close()
-	first, second := plainReport(10), plainReport(10)
+	first, second := inflatedReport(10), inflatedReport(10)
 	c.put(numbered(1), first, time.Hour)
 	c.put(numbered(1), second, 50*time.Millisecond)
 	if e, ok := c.get(numbered(1)); !ok || e.report() != second {
-		t.Error("the second has not taken the first one's place")
+		t.Error("the second has not replaced the first")
 	}
-	if c.used != int64(second.size())+entryOverhead {
-		t.Errorf("%d bytes are used by one", c.used)
+	if c.used != int64(second.Size())+entryOverhead {
+		t.Errorf("one value uses %d bytes", c.used)
 	}
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
 		c.mu.Lock()
@@ -102,10 +104,10 @@ func TestCacheReplacesAndExpires(t *testing.T) {
 	}
 }
 
-func TestCacheLetsPlainFormsGoFirst(t *testing.T) {
+func TestCacheEvictsInflatedCopiesFirst(t *testing.T) {
 	const n, size = 50, 10 << 10
-	s := &store{cache: newCache(1 << 20)}
-	defer s.cache.close()
+	s := newMemory(1 << 20)
+	defer s.close()
 	entries := make([]*entry, n)
 	for i := range n {
 		r := gzippedReport(t, size)
@@ -114,35 +116,35 @@ func TestCacheLetsPlainFormsGoFirst(t *testing.T) {
 	used := s.used
 	for range 3 {
 		for i, e := range entries {
-			plain, err := s.plain(e)
-			if err != nil || len(plain.body) < size {
-				t.Fatalf("%d: %d bytes, error %v", i, len(plain.body), err)
+			inflated, err := s.inflate(e)
+			if err != nil || len(inflated.Body) < size {
+				t.Fatalf("%d: %d bytes, error %v", i, len(inflated.Body), err)
 			}
 		}
 	}
 	if s.used <= used || s.used > 1<<20 {
-		t.Errorf("%d bytes are used, before the plain forms it was %d", s.used, used)
+		t.Errorf("%d bytes are used, before they were inflated it was %d", s.used, used)
 	}
 	s.setLimit(used)
-	if s.used != used || s.first.order.Len() != 0 || s.second.order.Len() != n {
-		t.Errorf("%d bytes are used, want %d; %d plain forms and %d entries are left", s.used, used, s.first.order.Len(), s.second.order.Len())
+	if s.used != used || s.inflated.order.Len() != 0 || s.entries.order.Len() != n {
+		t.Errorf("%d bytes are used, want %d; %d inflated copies and %d entries are left", s.used, used, s.inflated.order.Len(), s.entries.order.Len())
 	}
 	for _, e := range entries {
-		if e.report().plain.Load() != nil {
-			t.Error("a plain form is still there")
+		if _, made, err := e.report().Inflate(); !made || err != nil {
+			t.Errorf("an inflated copy is still there, error %v", err)
 		}
 	}
 }
 
 func TestCacheConcurrently(t *testing.T) {
-	s := &store{cache: newCache(200 << 10)}
+	s := newMemory(200 << 10)
 	var wg sync.WaitGroup
 	for worker := range 8 {
 		wg.Go(func() {
 			for i := range 500 {
 				k := numbered((i * (worker + 1)) % 100)
 				if e, ok := s.get(k); ok {
-					if _, err := s.plain(e); err != nil {
+					if _, err := s.inflate(e); err != nil {
 						t.Error(err)
 					}
 					continue
@@ -153,27 +155,27 @@ func TestCacheConcurrently(t *testing.T) {
 		})
 	}
 	wg.Wait()
-	s.cache.close()
-	if s.used != 0 || s.kept.ItemCount() != 0 || s.first.order.Len() != 0 || s.second.order.Len() != 0 {
+	s.close()
+	if s.used != 0 || s.kept.ItemCount() != 0 || s.inflated.order.Len() != 0 || s.entries.order.Len() != 0 {
 		t.Errorf("a closed cache uses %d bytes for %d items", s.used, s.kept.ItemCount())
 	}
-	s.put(numbered(1), plainReport(10), time.Hour)
+	s.put(numbered(1), inflatedReport(10), time.Hour)
 	if s.kept.ItemCount() != 0 {
-		t.Error("a closed cache keeps something")
+		t.Error("a closed cache keeps a value")
 	}
 }
 
 func TestCacheBoundsHeap(t *testing.T) {
 	if raceDetector {
-		t.Skip("the race detector makes every allocation larger")
+		t.Skip("the race detector makes allocations larger")
 	}
 	for _, size := range []int{0, 1 << 10, 15 << 10, 220 << 10} {
 		t.Run(fmt.Sprint(size), func(t *testing.T) {
 			const limit = 32 << 20
 			before := heap()
-			c := newCache(limit)
+			c := newMemory(limit)
 			for i := range 10 * limit / (size + entryOverhead) {
-				c.put(numbered(i), plainReport(size), time.Hour)
+				c.put(numbered(i), inflatedReport(size), time.Hour)
 			}
 			taken := heap() - before
 			t.Logf("%d entries take %.1f MiB of heap, %d bytes each beside the document", c.kept.ItemCount(), float64(taken)/(1<<20), taken/int64(c.kept.ItemCount())-int64(size))

@@ -14,6 +14,8 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
 func init() {
@@ -82,10 +84,10 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		}
 	}
 	if len(h.Secrets) == 0 {
-		return d.Err("fsbroker_task wants at least one secret, or nobody could be let in")
+		return d.Err("fsbroker_task requires at least one secret to let a client in")
 	}
 	if len(h.Nodes) == 0 {
-		return d.Err("fsbroker_task wants at least one node")
+		return d.Err("fsbroker_task requires at least one node")
 	}
 	return nil
 }
@@ -117,7 +119,7 @@ func (h *Handler) unmarshalOption(d *caddyfile.Dispenser) error {
 	case "cache":
 		return h.unmarshalCache(d)
 	default:
-		return d.Errf("unknown option %s: fsbroker_task wants secret, node, broker, transport, timeout, poll_interval, max_wait, max_report, fail_duration, health_interval, health_timeout or cache", option)
+		return d.Errf("unknown option %s: the options of fsbroker_task are secret, node, broker, transport, timeout, poll_interval, max_wait, max_report, fail_duration, health_interval, health_timeout and cache", option)
 	}
 }
 
@@ -126,7 +128,7 @@ func (h *Handler) unmarshalOption(d *caddyfile.Dispenser) error {
 func arguments(d *caddyfile.Dispenser, least, most int, syntax string) ([]string, error) {
 	args := d.RemainingArgs()
 	if len(args) < least || len(args) > most {
-		return nil, d.Errf("wrong number of arguments: it wants %s", syntax)
+		return nil, d.Errf("wrong number of arguments: expected %s", syntax)
 	}
 	return args, nil
 }
@@ -145,7 +147,7 @@ func (h *Handler) unmarshalSecret(d *caddyfile.Dispenser) error {
 	case len(args) == 2:
 		s.Client = args[0]
 	case !strings.Contains(s.Secret, "{"): // an unset {$NAME} has left the client's name alone
-		return d.Err("a secret that is no placeholder wants a client's name before it: secret <client name> <secret>; if there is one, the secret after it came to nothing")
+		return d.Err("a secret that is not a placeholder must follow a client's name: secret <client name> <secret>; if there is a name, the secret after it is empty")
 	}
 	h.Secrets = append(h.Secrets, s)
 	return noBlock(d, "secret")
@@ -157,8 +159,8 @@ func (h *Handler) unmarshalNode(d *caddyfile.Dispenser) error {
 		return err
 	}
 	n := Node{AppServerID: args[0]}
-	if !validID(n.AppServerID) {
-		return d.Errf("the application server ID wants 1 to %d bytes without control characters", maxIDLength)
+	if !task.ValidID(n.AppServerID) {
+		return d.Errf("the application server ID must be 1 to %d bytes without control characters", task.MaxIDLength)
 	}
 	for _, other := range h.Nodes {
 		if other.AppServerID == n.AppServerID {
@@ -216,7 +218,7 @@ func (e *Endpoint) unmarshal(d *caddyfile.Dispenser, args []string) error {
 				return d.WrapErr(err)
 			}
 		default:
-			return d.Errf("unknown option %s: it wants secret or secret_param", option)
+			return d.Errf("unknown option %s: the options are secret and secret_param", option)
 		}
 	}
 	return nil
@@ -227,7 +229,7 @@ func (h *Handler) unmarshalTransport(d *caddyfile.Dispenser) error {
 		return d.Err("transport is given more than once")
 	}
 	if !d.NextArg() || d.Val() != "http" {
-		return d.Err("transport wants to be http, and perhaps a block as in reverse_proxy")
+		return d.Err("transport must be http, optionally with a block as in reverse_proxy")
 	}
 	transport := new(reverseproxy.HTTPTransport)
 	if err := transport.UnmarshalCaddyfile(d.NewFromNextSegment()); err != nil {
@@ -257,7 +259,7 @@ func (h *Handler) unmarshalCache(d *caddyfile.Dispenser) error {
 		case "retention":
 			err = unmarshalDuration(d, &h.Cache.Retention)
 		default:
-			err = d.Errf("unknown option %s: cache wants ttl, max_size, storage or retention", option)
+			err = d.Errf("unknown option %s: the options of cache are ttl, max_size, storage and retention", option)
 		}
 		if err != nil {
 			return err
@@ -319,7 +321,7 @@ func unmarshalOnce[T ~int64](d *caddyfile.Dispenser, option *T, wanted string, p
 	}
 	value, err := parse(args[0])
 	if err != nil || value <= 0 {
-		return d.Errf("%s wants %s, not %s", name, wanted, args[0])
+		return d.Errf("%s must be %s, not %s", name, wanted, args[0])
 	}
 	*option = value
 	return noBlock(d, name)

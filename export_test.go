@@ -4,57 +4,66 @@ import (
 	"encoding/hex"
 	"testing"
 	"time"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
-// StoreUsers tells how many handlers use the store that all share.
+// StoreUsers returns the number of handlers that use what a process shares.
 func StoreUsers() int {
-	n, _ := stores.References(storeKey)
+	n, _ := pool.References(poolKey)
 	return n
 }
 
-// Waiters tells how many callers wait for reports to be finished.
+// Waiters returns the number of callers that wait for a report to be finished.
 func Waiters() (n int) {
-	stores.Range(func(_, s any) bool {
-		n = int(s.(*store).waiters.Load())
+	pool.Range(func(_, s any) bool {
+		n = int(s.(*shared).waiters.Load())
 		return true
 	})
 	return n
 }
 
-// RaceDetector is on.
+// RaceDetector reports whether the race detector is on.
 const RaceDetector = raceDetector
 
-// SetRetries changes how long a write that failed waits, until the test ends.
-func SetRetries(t *testing.T, first, last time.Duration) {
-	wasFirst, wasLast := firstRetry, lastRetry
-	firstRetry, lastRetry = first, last
-	t.Cleanup(func() { firstRetry, lastRetry = wasFirst, wasLast })
-}
-
-// decodeNamed decodes a stored value, by the hexadecimal name it is stored under.
-func decodeNamed(name string, value []byte) (k key, v keepable, err error) {
-	if _, err := hex.Decode(k[:], []byte(name)); err != nil {
-		return k, nil, err
+// ProblemCodes returns the codes of all problems.
+func ProblemCodes() (codes []string) {
+	for kind, k := range problemKinds {
+		if !k.upstream {
+			codes = append(codes, k.code)
+			continue
+		}
+		for _, role := range []string{roleNode, roleBroker} {
+			codes = append(codes, (&problem{kind: problemKind(kind), role: role}).code())
+		}
 	}
-	v, err = decodeStored(k, value)
-	return k, v, err
+	return codes
 }
 
-// CheckStored says what is wrong with a stored value, by its name.
+// CheckStored checks a stored value, given its hexadecimal name.
 func CheckStored(name string, value []byte) error {
-	_, _, err := decodeNamed(name, value)
+	_, _, err := decodeStored(name, value)
 	return err
 }
 
-// StoredLater is a stored report as it would be had it come that much later.
+func decodeStored(name string, value []byte) (k task.Key, v task.Value, err error) {
+	if _, err := hex.Decode(k[:], []byte(name)); err != nil {
+		return k, nil, err
+	}
+	v, err = archive.Decode(k, value)
+	return k, v, err
+}
+
+// StoredLater returns a stored report as it would be if the node had answered later.
 func StoredLater(t *testing.T, name string, value []byte, later time.Duration) []byte {
-	k, v, err := decodeNamed(name, value)
+	k, v, err := decodeStored(name, value)
 	if err != nil {
 		t.Fatal(err)
 	}
-	r := v.(*report)
-	r.at = r.at.Add(later)
-	if value, err = encodeStored(k, r); err != nil {
+	d := v.(*task.Report).Document()
+	d.At = d.At.Add(later)
+	if value, err = archive.Encode(k, task.NewReport(d)); err != nil {
 		t.Fatal(err)
 	}
 	return value

@@ -1,8 +1,8 @@
 // Package fsbroker is a plugin for the Caddy web server. Its HTTP handler, fsbroker_task, serves the fsBroker Task API
-// (GET /task): the report of a file-analysis task, fetched from the processor node that holds it and kept in memory,
-// and in a storage where that is wanted.
+// (GET /task): the report of a file-analysis task. The report is fetched from the processor node that holds it, and kept
+// in memory and, if configured, in a storage.
 //
-// The Task API is the one of OPSWAT Filescan's fsBroker, documented at https://www.opswat.com/docs/filescan.
+// The Task API is that of OPSWAT Filescan's fsBroker, documented at https://www.opswat.com/docs/filescan.
 package fsbroker
 
 import (
@@ -10,7 +10,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"iter"
 	"net/http"
 	"sync/atomic"
 	"time"
@@ -21,70 +20,74 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
 func init() {
 	caddy.RegisterModule(new(Handler))
 }
 
-// Handler serves the fsBroker Task API, `GET /task`: it checks the caller's secret, and answers with the report of a
-// file-analysis task: the one that it keeps, or else the one that the processor node has which holds it.
+// Handler serves the fsBroker Task API, `GET /task`. It checks the caller's secret and responds with the report of a
+// file-analysis task: the one that it keeps, or the one that the task's processor node has.
 //
-// Callers name the report by the submission (`submitID`), for which a broker has to be configured, or by the node and
-// its task (`appServerID` and `taskID`), choose the complete one with `all=true`, get past what is kept with
-// `nocache=true`, and have the answer wait for the report to be finished with `Prefer: wait=<seconds>`, or the query
-// parameter `wait`. They authenticate with `Authorization: Bearer <secret>`, or with the query parameter `secret` or
+// A caller identifies the report by the submission (`submitID`), which requires a broker, or by the node and its task
+// (`appServerID` and `taskID`). With `all=true` it asks for the complete report, and with `nocache=true` it asks the node
+// whatever is kept. With `Prefer: wait=<seconds>`, or the query parameter `wait`, the response is held until the report is
+// finished. The caller authenticates with `Authorization: Bearer <secret>`, or with the query parameter `secret` or
 // `serect`, which ends up in logs.
 //
-// A finished report is kept for the cache's TTL, whatever the node does with it meanwhile. One that is not finished is
-// kept for the poll interval, so that any number of callers who poll or wait costs the node one question. Errors are
-// never kept, and are answered as problem documents (RFC 9457) with a stable code.
+// A finished report is kept for the cache's TTL, whatever the node does with it meanwhile. An unfinished report is kept
+// for the poll interval, so any number of callers that poll or wait cost the node one request. Errors are never kept. They
+// are problem documents (RFC 9457) with a stable code.
 //
-// The placeholder `{http.fsbroker.client}` holds the name of the client whose secret was presented, as does
-// `{http.auth.user.id}`, which Caddy's access log shows as `user_id`, unless another handler has set it before. When
-// the answer is written, `{http.fsbroker.cache}` says what the cache did for it (`hit`, `storage`, `miss`, `bypass`,
-// `collapsed`, `error` or `none`), and `{http.fsbroker.node}` names the node whose report it is. The access log has all
-// three as `fsbroker_client`, `fsbroker_cache` and `fsbroker_node`.
+// The placeholder `{http.fsbroker.client}` is the name of the client whose secret was presented. So is
+// `{http.auth.user.id}`, which Caddy's access log shows as `user_id`, unless another handler has set it before. When the
+// response is written, `{http.fsbroker.cache}` is what the cache did for the request (`hit`, `storage`, `miss`, `bypass`,
+// `collapsed`, `error` or `none`), and `{http.fsbroker.node}` is the node whose report it is. The access log has all three
+// as `fsbroker_client`, `fsbroker_cache` and `fsbroker_node`.
 //
-// The handler answers every request that reaches it: put a path matcher in front of it, as the Caddyfile directive does
-// by itself.
+// The handler responds to every request that reaches it: put a path matcher in front of it, as the Caddyfile directive
+// does by default.
 type Handler struct {
-	// The secrets of the callers. At least one is needed.
+	// The secrets of the callers. At least one is required.
 	Secrets []Secret `json:"secrets,omitempty"`
 
-	// The processor nodes whose reports are served. At least one is needed.
+	// The processor nodes whose reports are served. At least one is required.
 	Nodes []Node `json:"nodes,omitempty"`
 
-	// The broker, which knows where a submission went. Without one, `submitID` is refused.
+	// The broker, which knows the node and task of a submission. Without it, `submitID` is rejected.
 	Broker *Endpoint `json:"broker,omitempty"`
 
 	// How the nodes and the broker are connected to: the `http` transport of `reverse_proxy`, without its
 	// `proxy_protocol`. Default: `http` with its defaults
 	TransportRaw json.RawMessage `json:"transport,omitempty" caddy:"namespace=http.reverse_proxy.transport inline_key=protocol"`
 
-	// How long one question to a node or the broker may take, the body of its answer included. Default: `30s`
+	// The maximum duration of a request to a node or the broker, including the body of its answer. Default: `30s`
 	Timeout caddy.Duration `json:"timeout,omitempty"`
 
-	// How long a report that is not finished is kept, and the answer that a submission is still queued. Where callers
-	// wait for a report, it is asked for this often. Default: `2s`
+	// How long an unfinished report is kept, and the answer that a submission is queued. While callers wait for a report,
+	// it is fetched at this interval. Default: `2s`
 	PollInterval caddy.Duration `json:"poll_interval,omitempty"`
 
-	// How long a caller may have an answer wait for its report to be finished. Default: `60s`
+	// The maximum time for which a caller can have the response held until the report is finished. Default: `60s`
 	MaxWait caddy.Duration `json:"max_wait,omitempty"`
 
-	// How many bytes an answer of a node or the broker may have, inflated. Default: 67108864 (64 MiB)
+	// The maximum size of an answer of a node or the broker, inflated, in bytes. Default: 67108864 (64 MiB)
 	MaxReport int64 `json:"max_report,omitempty"`
 
-	// How long a node or the broker is not asked again when it could not be connected to. Default: `10s`
+	// How long a node or the broker is not asked again after it could not be connected to. Default: `10s`
 	FailDuration caddy.Duration `json:"fail_duration,omitempty"`
 
-	// How often each node is asked for its `/system-info`, to see that it is well. One that cannot be connected to is
-	// treated as one that failed to be asked for a report; one that answers with anything but a JSON object is logged,
-	// and is still asked for reports. The events `fsbroker_node_unhealthy` and `fsbroker_node_healthy` tell of changes,
-	// with `role`, `node`, `address` and `reason`, whether a check or a question has found them. Default: not at all
+	// The interval at which each node is asked for its `/system-info`, to check its health. A node that cannot be
+	// connected to is treated as if a request for a report had failed. A node that answers with anything but a JSON object
+	// is logged, and is still asked for reports. The events `fsbroker_node_unhealthy` and `fsbroker_node_healthy` are
+	// emitted when the state changes, with `role`, `node`, `address` and `reason`, whether a check or a request has found
+	// it. Default: no checks
 	HealthInterval caddy.Duration `json:"health_interval,omitempty"`
 
-	// How long a node may take to answer that. Default: `5s`
+	// The maximum duration of a health check. Default: `5s`
 	HealthTimeout caddy.Duration `json:"health_timeout,omitempty"`
 
 	// What is kept, and for how long.
@@ -92,20 +95,18 @@ type Handler struct {
 
 	ctx       caddy.Context
 	events    *caddyevents.App
-	started   atomic.Bool        // as is the configuration; there are no events before
-	checks    context.Context    // ends with the handler
-	endChecks context.CancelFunc // nil before there can be any
+	started   atomic.Bool        // the configuration runs; no events are emitted before
+	checks    context.Context    // of the health checks; ends with the handler
+	endChecks context.CancelFunc // nil until checks can begin
 	logger    *zap.Logger
 	transport *reverseproxy.HTTPTransport
 	clients   clients
-	nodes     map[string]*peer
-	broker    *peer
-	store     *store
-	watches   *watches
-	archive   *archive     // nil without a storage
-	archiveID string       // under which it is pooled
-	archived  *archiveUser // what this handler lets it use
-	retired   atomic.Bool  // cleaned up; requests that came before may still be under way
+	member    *member
+	resolver  *resolver
+	pollers   *pollers
+	responder responder
+	archiveID string // in the pool of archives
+	backend   *archive.Backend
 }
 
 const (
@@ -128,6 +129,7 @@ func (*Handler) CaddyModule() caddy.ModuleInfo {
 
 // Provision sets up the handler.
 func (h *Handler) Provision(ctx caddy.Context) error {
+	h.ctx = ctx
 	h.logger = ctx.Logger()
 	h.setDefaults()
 	if err := h.provisionTransport(ctx); err != nil {
@@ -138,25 +140,21 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if h.clients, err = newClients(repl, h.Secrets); err != nil {
 		return err
 	}
-	if err := h.provisionPeers(repl); err != nil {
-		return err
-	}
-	if h.store, err = joinStore(h); err != nil {
+	if err := h.provisionResolver(repl); err != nil {
 		return err
 	}
 	if err := h.provisionArchive(ctx); err != nil {
 		return err
 	}
-	if err := registerMetrics(ctx.GetMetricsRegistry()); err != nil {
+	if err := registerMetrics(ctx.GetMetricsRegistry(), live.stats); err != nil {
 		return err
 	}
-	h.watches = newWatches()
-	// Cleanup comes only after the grace period, which those who wait would use up.
+	// Cleanup comes only after the grace period, which waiting callers would use up.
 	if server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
-		server.RegisterOnShutdown(h.watches.stop)
+		server.RegisterOnShutdown(h.pollers.stop)
 	}
-	live.add(h)
-	return h.provisionHealth(ctx)
+	live.add(h.resolver)
+	return h.provisionEvents(ctx)
 }
 
 func (h *Handler) setDefaults() {
@@ -192,17 +190,78 @@ func (h *Handler) provisionTransport(ctx caddy.Context) error {
 		return fmt.Errorf("loading the transport: %w", err)
 	}
 	transport, ok := mod.(*reverseproxy.HTTPTransport)
-	if !ok { // others rely on a caller's request, which a question is not
-		return fmt.Errorf("the transport %T cannot be used: use http", mod)
+	if !ok { // other transports need the request of a caller
+		return fmt.Errorf("the transport %T is not supported: use http", mod)
 	}
 	if transport.ProxyProtocolEnabled() {
-		return errors.New("the transport's proxy_protocol cannot be used: a question to a node has no one client whose address could be sent")
+		return errors.New("the transport's proxy_protocol is not supported: a request to a node has no single client whose address could be sent")
 	}
 	h.transport = transport
 	return nil
 }
 
-// provisionArchive opens the archive, where a storage is configured for it.
+// provisionResolver joins what the process shares, and builds the resolver, and what responds with its results.
+func (h *Handler) provisionResolver(repl *caddy.Replacer) error {
+	nodes, broker, err := h.newUpstreams(repl)
+	if err != nil {
+		return err
+	}
+	if h.member, err = joinShared(h.Cache.MaxSize); err != nil {
+		return err
+	}
+	h.resolver = &resolver{
+		resolverOptions: resolverOptions{
+			ttl:                  time.Duration(h.Cache.TTL),
+			pollInterval:         time.Duration(h.PollInterval),
+			failDuration:         time.Duration(h.FailDuration),
+			healthTimeout:        time.Duration(h.HealthTimeout),
+			closeIdleConnections: h.transport.Transport.CloseIdleConnections,
+		},
+		nodes: nodes, broker: broker, shared: h.member.shared,
+	}
+	h.pollers = newPollers(h.resolver.resolve, time.Duration(h.PollInterval))
+	h.responder = responder{memory: h.member.memory, retryAfter: time.Duration(h.PollInterval), logger: h.logger}
+	return nil
+}
+
+// newUpstreams returns the nodes by their application server IDs, and the broker if there is one.
+func (h *Handler) newUpstreams(repl *caddy.Replacer) (nodes map[string]*upstream, broker *upstream, err error) {
+	if len(h.Nodes) == 0 {
+		return nil, nil, errors.New("no node is configured: at least one is required, with its application server ID and its address")
+	}
+	options := endpointOptions{
+		upstreamOptions: upstreamOptions{
+			transport: h.transport, timeout: time.Duration(h.Timeout), maxAnswer: h.MaxReport, logger: h.logger,
+		},
+		defaultScheme: "http",
+		failDuration:  time.Duration(h.FailDuration),
+		notify:        h.emit,
+	}
+	if h.transport.TLSEnabled() {
+		options.defaultScheme = "https"
+	}
+	nodes = make(map[string]*upstream, len(h.Nodes))
+	for i, n := range h.Nodes {
+		if !task.ValidID(n.AppServerID) {
+			return nil, nil, fmt.Errorf("node %d: the application server ID must be 1 to %d bytes without control characters", i+1, task.MaxIDLength)
+		}
+		if _, exists := nodes[n.AppServerID]; exists {
+			return nil, nil, fmt.Errorf("node %q is configured twice", n.AppServerID)
+		}
+		if nodes[n.AppServerID], err = n.newUpstream(repl, roleNode, n.AppServerID, options); err != nil {
+			return nil, nil, fmt.Errorf("node %q: %w", n.AppServerID, err)
+		}
+	}
+	if h.Broker == nil {
+		return nodes, nil, nil
+	}
+	if broker, err = h.Broker.newUpstream(repl, roleBroker, "", options); err != nil {
+		return nil, nil, fmt.Errorf("broker: %w", err)
+	}
+	return nodes, broker, nil
+}
+
+// provisionArchive opens the archive if a storage is configured for it.
 func (h *Handler) provisionArchive(ctx caddy.Context) error {
 	if h.Cache.StorageRaw == nil {
 		return nil
@@ -212,7 +271,7 @@ func (h *Handler) provisionArchive(ctx caddy.Context) error {
 		Name string `json:"module"`
 	}
 	if err := json.Unmarshal(h.Cache.StorageRaw, &module); err != nil {
-		return fmt.Errorf("cache.storage wants to be an object: %w", err)
+		return fmt.Errorf("cache.storage must be an object: %w", err)
 	}
 	if module.Name != "" {
 		mod, err := ctx.LoadModule(h.Cache, "StorageRaw")
@@ -223,62 +282,61 @@ func (h *Handler) provisionArchive(ctx caddy.Context) error {
 			return fmt.Errorf("opening the storage: %w", err)
 		}
 	}
-	user := &archiveUser{storage: storage, logger: h.logger, retention: time.Duration(h.Cache.Retention)}
-	a, err := openArchive(id, user)
+	backend := &archive.Backend{Storage: storage, Logger: h.logger, Retention: time.Duration(h.Cache.Retention)}
+	a, err := openArchive(id, backend)
 	if err != nil {
 		return err
 	}
-	h.archive, h.archiveID, h.archived = a, id, user
-	// The server runs this within its grace period, while modules are still there to be used.
+	h.resolver.archive, h.archiveID, h.backend = a, id, backend
+	// The server calls this within its grace period, while modules can still be used.
 	if server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
-		server.RegisterOnStop(func(ctx context.Context) error { return a.drain(ctx, user) })
+		server.RegisterOnStop(func(ctx context.Context) error { return a.Drain(ctx, backend) })
 	}
 	return nil
 }
 
-// peers are the nodes, and the broker if there is one.
-func (h *Handler) peers() iter.Seq[*peer] {
-	return func(yield func(*peer) bool) {
-		for _, node := range h.nodes {
-			if !yield(node) {
-				return
-			}
-		}
-		if h.broker != nil {
-			yield(h.broker)
-		}
+// provisionEvents prepares health checks and events, which begin when all apps have started: before, no event handler
+// could receive an event.
+func (h *Handler) provisionEvents(ctx caddy.Context) error {
+	app, err := ctx.App("events")
+	if err != nil {
+		return fmt.Errorf("getting the events app: %w", err)
 	}
-}
-
-func (h *Handler) provisionPeers(repl *caddy.Replacer) error {
-	if len(h.Nodes) == 0 {
-		return errors.New("no node is configured: name at least one, with its application server ID and its address")
-	}
-	h.nodes = make(map[string]*peer, len(h.Nodes))
-	for i, n := range h.Nodes {
-		if !validID(n.AppServerID) {
-			return fmt.Errorf("node %d: the application server ID wants 1 to %d bytes without control characters", i+1, maxIDLength)
-		}
-		if _, exists := h.nodes[n.AppServerID]; exists {
-			return fmt.Errorf("node %q is configured twice", n.AppServerID)
-		}
-		node, err := h.newPeer(repl, roleNode, n.AppServerID, n.Endpoint)
-		if err != nil {
-			return fmt.Errorf("node %q: %w", n.AppServerID, err)
-		}
-		h.nodes[n.AppServerID] = node
-	}
-	if h.Broker == nil {
-		return nil
-	}
-	var err error
-	if h.broker, err = h.newPeer(repl, roleBroker, "", *h.Broker); err != nil {
-		return fmt.Errorf("broker: %w", err)
+	h.events = app.(*caddyevents.App)
+	h.checks, h.endChecks = context.WithCancel(context.Background())
+	if err := h.events.On("started", starter{h}); err != nil {
+		return fmt.Errorf("subscribing to the start: %w", err)
 	}
 	return nil
 }
 
-// Validate checks the numbers: those of a Caddyfile have been, those of JSON have not.
+// starter handles the event that the configuration of a handler has started.
+type starter struct{ handler *Handler }
+
+// Handle implements caddyevents.Handler.
+func (s starter) Handle(context.Context, caddy.Event) error {
+	h := s.handler
+	h.started.Store(true)
+	if h.HealthInterval > 0 {
+		for _, node := range h.resolver.nodes {
+			// Cleanup does not wait for the checks: an event handler may be waiting for a new configuration.
+			go func() {
+				defer h.resolver.closeIdleConnections()
+				checkRegularly(h.checks, time.Duration(h.HealthInterval), func(ctx context.Context) { h.resolver.check(ctx, node) })
+			}()
+		}
+	}
+	return nil
+}
+
+// emit emits an event about an upstream. The reason is the code of the failure that began or ended.
+func (h *Handler) emit(u *upstream, event, reason string) {
+	if h.started.Load() && !h.resolver.retired.Load() {
+		h.events.Emit(h.ctx, event, map[string]any{"role": u.role, "node": u.name, "address": u.base.Host, "reason": reason})
+	}
+}
+
+// Validate checks the numbers, which a JSON configuration may have wrong.
 func (h *Handler) Validate() error {
 	for name, value := range map[string]int64{
 		"timeout":         int64(h.Timeout),
@@ -293,283 +351,106 @@ func (h *Handler) Validate() error {
 		"cache.retention": int64(h.Cache.Retention),
 	} {
 		if value < 0 {
-			return fmt.Errorf("%s wants to be more than 0 (or left out, for its default)", name)
+			return fmt.Errorf("%s must be more than 0 (or left out, for its default)", name)
 		}
 	}
-	if h.Cache.Retention > 0 && h.archive == nil {
+	if h.Cache.Retention > 0 && h.backend == nil {
 		return errRetention
 	}
 	return nil
 }
 
-var errRetention = errors.New("retention is for what is stored: configure a storage beside it")
+var errRetention = errors.New("retention needs a storage: configure storage as well")
 
-// Cleanup lets go of the store. Requests that came before may still be under way, and are answered.
+// Cleanup releases what the handler shares with others. Requests under way are still answered.
 func (h *Handler) Cleanup() error {
-	h.retired.Store(true)
-	live.remove(h)
-	if h.watches != nil {
-		h.watches.stop()
-	}
 	if h.endChecks != nil {
 		h.endChecks()
 	}
 	var err error
-	if h.archive != nil {
-		err = h.archive.leave(h.archiveID, h.archived)
+	if h.resolver != nil {
+		h.resolver.retired.Store(true)
+		h.pollers.stop()
+		live.remove(h.resolver)
 	}
-	if h.store != nil {
-		err = errors.Join(err, h.store.leave(h))
+	if h.backend != nil {
+		err = closeArchive(h.archiveID, h.resolver.archive, h.backend)
+	}
+	if h.member != nil {
+		err = errors.Join(err, h.member.leave())
 	}
 	return err
 }
 
-// ServeHTTP answers with a report: the request is authenticated, the question read, its task found, the report got,
-// waited for where it is not finished, and written.
+// ServeHTTP responds with a report. It authenticates the request, parses the query, resolves it, waits for an unfinished
+// report if the caller asks for that, and writes the response.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
-	rec := newRecord(r)
-	q := readQuestion(r.URL.RawQuery)
-	if p := h.admit(r, q, rec); p != nil {
-		h.answer(w, r, rec, finding{}, p)
+	info := newRequestInfo(r)
+	q := parseQuery(r.URL.RawQuery)
+	if p := h.admit(r, q, info); p != nil {
+		h.respond(w, r, info, result{}, p)
 		return nil
 	}
-	found, err := h.find(r.Context(), q)
-	if err == nil && !found.entry.report().finished {
-		found, err = h.wait(w, r, q, found)
+	res, err := h.resolver.resolve(r.Context(), q)
+	if err == nil && !res.entry.report().Finished() {
+		res, err = h.wait(w, r, q, res)
 	}
-	h.answer(w, r, rec, found, err)
+	h.respond(w, r, info, res, err)
 	return nil
 }
 
-// answer writes the report that was found, or why there is none, and counts the request.
-func (h *Handler) answer(w http.ResponseWriter, r *http.Request, rec *record, found finding, err error) {
+// admit authenticates the request and returns the problem that keeps it from being resolved, if there is one.
+func (h *Handler) admit(r *http.Request, q query, info *requestInfo) *problem {
+	info.client = h.clients.authenticate(r.Header, q)
+	if info.client == nil {
+		return &problem{kind: problemUnauthorized, detail: "send a valid secret: Authorization: Bearer <secret>"}
+	}
+	if q.serect != "" || q.secret != "" {
+		info.client.warnOfQuery(h.logger)
+	}
+	if r.Method != http.MethodGet && r.Method != http.MethodHead {
+		return &problem{kind: problemMethodNotAllowed, detail: "a report can only be read: use GET or HEAD"}
+	}
+	return q.problem
+}
+
+// wait waits for an unfinished report for as long as the caller asks for, up to MaxWait.
+func (h *Handler) wait(w http.ResponseWriter, r *http.Request, q query, res result) (result, error) {
+	seconds := q.wait
+	if !q.hasWait {
+		seconds = preferredWait(r.Header)
+	}
+	maxWait := min(time.Duration(seconds)*time.Second, time.Duration(h.MaxWait))
+	if maxWait == 0 {
+		return res, nil
+	}
+	w.Header().Set("Preference-Applied", "wait="+wholeSeconds(maxWait))
+	h.member.waiters.Add(1)
+	defer h.member.waiters.Add(-1)
+	return h.pollers.wait(r.Context(), q, res, maxWait)
+}
+
+// statusClientClosedRequest is what nginx and Caddy log if the client has left before the response.
+const statusClientClosedRequest = 499
+
+// respond writes the response for a result, or for the error that took its place, and counts the request.
+func (h *Handler) respond(w http.ResponseWriter, r *http.Request, info *requestInfo, res result, err error) {
 	p, _ := errors.AsType[*problem](err)
-	rec.cache, rec.node = found.outcome(p), found.node
+	info.cache, info.node = res.outcome(p), res.node
 	var status int
 	switch {
 	case err == nil:
-		status = h.write(w, r, found)
+		status = h.responder.write(w, r, res)
 	case p != nil:
-		status = p.write(w, r, found.cacheStatus(p))
+		status = writeProblem(w, r, p, cacheStatus(res, p))
 	default: // the caller has left; this is for the access log
 		status = statusClientClosedRequest
 		w.WriteHeader(status)
 	}
-	countRequest(rec, status)
-}
-
-// admit finds out who asks, and says what keeps a request from being looked into: first of all, that it has no right
-// secret.
-func (h *Handler) admit(r *http.Request, q question, rec *record) *problem {
-	c := h.clients.authenticate(r.Header, q)
-	if c == nil {
-		return &problem{
-			status: http.StatusUnauthorized, code: "unauthorized",
-			detail: "send a valid secret: Authorization: Bearer <secret>",
-		}
+	if info.cache == outcomeHit && info.client.hits.count(status) {
+		return
 	}
-	rec.client = c
-	if q.serect != "" || q.secret != "" {
-		h.recommendBearer(c)
-	}
-	if r.Method != http.MethodGet && r.Method != http.MethodHead {
-		return &problem{
-			status: http.StatusMethodNotAllowed, code: "method_not_allowed",
-			detail: "a report can only be read: use GET or HEAD",
-		}
-	}
-	return q.bad
-}
-
-// statusClientClosedRequest is what nginx and Caddy log for a client that did not wait.
-const statusClientClosedRequest = 499
-
-// finding is a report, and how it was come by.
-type finding struct {
-	fetched
-	hit     bool // it was kept
-	joined  bool // it came with the question of another caller
-	nocache bool
-	node    *peer // whose it is
-}
-
-// fetched is a node's answer as it is handed to all who wait for it.
-type fetched struct {
-	entry    *entry // what is kept of it
-	recalled bool   // it was stored
-}
-
-// find looks up the report that q asks for.
-func (h *Handler) find(ctx context.Context, q question) (finding, error) {
-	if q.submitID != "" {
-		found, err := h.findSubmission(ctx, q)
-		if err != nil {
-			return found, err
-		}
-		sub := found.entry.submission()
-		if sub.queued {
-			found.entry = &entry{value: nothingYet(sub.at), number: found.entry.number}
-			return found, nil
-		}
-		q.appServerID, q.taskID = sub.appServerID, sub.taskID
-	}
-	node, ok := h.nodes[q.appServerID]
-	if !ok {
-		return finding{}, unknownNode(q)
-	}
-	found, err := h.lookUp(ctx, node, reportKey(node.address, q.taskID, q.all), q, (*Handler).fetchReport)
-	found.node = node
-	return found, err
-}
-
-// findSubmission looks up which task a submission became.
-func (h *Handler) findSubmission(ctx context.Context, q question) (finding, error) {
-	if h.broker == nil {
-		return finding{}, &problem{
-			status: http.StatusBadRequest, code: "no_broker",
-			detail: "submitID cannot be looked up here, since no broker is configured: give appServerID and taskID",
-		}
-	}
-	return h.lookUp(ctx, h.broker, submissionKey(h.broker.address, q.submitID), q, (*Handler).fetchSubmission)
-}
-
-// fetcher asks a peer for what q wants, and keeps the answer under k. A fresh one does not take what is only stored, if
-// it may have changed.
-type fetcher func(h *Handler, ctx context.Context, p *peer, k key, q question, fresh bool) (fetched, error)
-
-// lookUp gives what is kept under k, if that will do, or else what p answers.
-func (h *Handler) lookUp(ctx context.Context, p *peer, k key, q question, fetch fetcher) (finding, error) {
-	if e, ok := h.store.get(k); ok && e.value.answers(q.nocache) {
-		if h.archive != nil && e.unsaved.Load() {
-			h.save(e)
-		}
-		return finding{fetched: fetched{entry: e}, hit: true}, nil
-	}
-	return h.ask(ctx, p, k, q, fetch)
-}
-
-// ask has p asked for what is wanted, together with all others who want the same.
-func (h *Handler) ask(ctx context.Context, p *peer, k key, q question, fetch fetcher) (finding, error) {
-	got, joined, err := h.store.flights.do(ctx, flightKey{k, p.identity}, q.nocache,
-		func(ctx context.Context, fresh bool) (fetched, error) {
-			// It may have come while this question waited for its turn.
-			if e, ok := h.store.get(k); ok && e.value.answers(fresh) {
-				return fetched{entry: e}, nil
-			}
-			return fetch(h, ctx, p, k, q, fresh)
-		})
-	if q.nocache {
-		err = h.mentionKept(err, k)
-	}
-	if h.retired.Load() { // the transport has been cleaned up before
-		h.transport.Transport.CloseIdleConnections()
-	}
-	return finding{fetched: got, hit: got.recalled, joined: joined, nocache: q.nocache}, err
-}
-
-// fetchReport is the fetcher of reports. One that is not finished does not replace one that is.
-func (h *Handler) fetchReport(ctx context.Context, node *peer, k key, q question, fresh bool) (fetched, error) {
-	var unreadable error
-	if _, ok := h.store.get(k); !ok {
-		e, err := h.recall(ctx, k)
-		if e != nil && !fresh {
-			return fetched{entry: e, recalled: true}, nil
-		}
-		unreadable = err
-	}
-	room := h.store.lease()
-	defer room.release()
-	r, err := node.askTask(ctx, q.taskID, q.all, room)
-	if err != nil {
-		return fetched{}, h.doubt(err, unreadable)
-	}
-	var got fetched
-	switch kept, ok := h.store.get(k); {
-	case r.finished:
-		got.entry = h.store.put(k, r, time.Duration(h.Cache.TTL))
-		h.save(got.entry)
-	case ok && kept.report().finished:
-		got.entry = &entry{value: r}
-	default:
-		got.entry = h.store.put(k, r, time.Duration(h.PollInterval))
-	}
-	return got, nil
-}
-
-// fetchSubmission is the fetcher of submissions. What one became never changes.
-func (h *Handler) fetchSubmission(ctx context.Context, broker *peer, k key, q question, _ bool) (fetched, error) {
-	e, unreadable := h.recall(ctx, k)
-	if e != nil {
-		return fetched{entry: e}, nil
-	}
-	room := h.store.lease()
-	defer room.release()
-	sub, err := broker.askSubmission(ctx, q.submitID, room)
-	if err != nil {
-		return fetched{}, h.doubt(err, unreadable)
-	}
-	if sub.queued {
-		return fetched{entry: h.store.put(k, sub, time.Duration(h.PollInterval))}, nil
-	}
-	e = h.store.put(k, sub, time.Duration(h.Cache.TTL))
-	h.save(e)
-	return fetched{entry: e}, nil
-}
-
-// doubt keeps a caller from believing that something is unknown, or that only the peer fails, while what is wanted may
-// well be in a storage that cannot be read.
-func (h *Handler) doubt(err, unreadable error) error {
-	p, ok := errors.AsType[*problem](err)
-	switch {
-	case !ok || unreadable == nil || p == errSubmissionFailed:
-		return err
-	case p.status != http.StatusNotFound:
-		return p.adding("the storage that may have it cannot be read either")
-	}
-	return &problem{
-		status: http.StatusServiceUnavailable, code: "storage_unavailable", asked: true,
-		retryAfter: time.Duration(h.FailDuration),
-		detail:     "it is not known any more where it came from, and the storage that may have it cannot be read: ask again after Retry-After",
-	}
-}
-
-// recall gives what is stored under k, which memory keeps from then on, and nil where there is nothing.
-func (h *Handler) recall(ctx context.Context, k key) (*entry, error) {
-	if h.archive == nil {
-		return nil, nil
-	}
-	value, left, err := h.archive.load(ctx, k, time.Duration(h.FailDuration))
-	if err != nil || value == nil {
-		return nil, err
-	}
-	return h.store.put(k, value, min(time.Duration(h.Cache.TTL), left)), nil
-}
-
-// save has an entry stored. Where there is no storage yet, or no room to wait for it, that is tried again when the entry
-// is asked for.
-func (h *Handler) save(e *entry) {
-	e.unsaved.Store(h.archive == nil || !h.archive.save(e.key, e.value))
-}
-
-// unknownNode says which of the two has to be corrected: the question or the configuration.
-func unknownNode(q question) *problem {
-	p := &problem{status: http.StatusNotFound, code: "unknown_node", detail: "no node goes by this appServerID: check it"}
-	if q.submitID != "" {
-		p.detail = "the submission went to a node that is not configured here: the operator has to add it"
-	}
-	return p
-}
-
-// mentionKept tells a caller who wanted no kept report that there is one, when there is no other.
-func (h *Handler) mentionKept(err error, k key) error {
-	p, ok := errors.AsType[*problem](err)
-	if !ok {
-		return err
-	}
-	if e, ok := h.store.get(k); !ok || !e.value.isReport() {
-		return err
-	}
-	return p.adding("a report is kept here: ask without nocache to get it")
+	countRequest(status, info.cache, info.clientName())
 }
 
 // Interface guards
@@ -579,4 +460,5 @@ var (
 	_ caddy.Validator             = (*Handler)(nil)
 	_ caddy.CleanerUpper          = (*Handler)(nil)
 	_ caddyhttp.MiddlewareHandler = (*Handler)(nil)
+	_ caddyevents.Handler         = starter{}
 )

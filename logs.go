@@ -10,78 +10,73 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 )
 
-// record is what placeholders and the access log tell of a request. It is made when the request comes, and complete
-// before the answer is written, whose header fields may have the placeholders.
-type record struct {
-	client *client // nil without a right secret
+// requestInfo is what placeholders and the access log show of a request. It is attached when the request comes in, and
+// complete before the response is written: header fields of the response may contain the placeholders.
+type requestInfo struct {
+	client *client // nil without a valid secret
 	cache  outcome
-	node   *peer // whose report it is; nil where it is not known
+	node   *upstream // whose report it is; nil if that is not known
 }
 
-// newRecord lets placeholders and the access log see the record of r. They look into it when they want to know: setting
-// what most requests never need would cost a hit as much as all the rest of it, and so would a field for a log that
-// nobody keeps (BenchmarkRecord).
-func newRecord(r *http.Request) *record {
-	rec := new(record)
+// newRequestInfo attaches a requestInfo to r. Placeholders and the access log read it only when they are used: setting
+// every value in advance would cost a hit as much as all the rest of it (BenchmarkRequestInfo).
+func newRequestInfo(r *http.Request) *requestInfo {
+	info := new(requestInfo)
 	ctx := r.Context()
 	if repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
-		repl.Map(rec.placeholder)
+		repl.Map(info.placeholder)
 	}
 	if server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok && server.Logs != nil {
 		if extra, ok := ctx.Value(caddyhttp.ExtraLogFieldsCtxKey).(*caddyhttp.ExtraLogFields); ok {
-			extra.Add(zap.Inline(rec))
+			extra.Add(zap.Inline(info))
 		}
 	}
-	return rec
+	return info
 }
 
-// placeholder is a caddy.ReplacerFunc. What is not known is empty, since some directives would show a placeholder that
-// has no value as it is written.
-func (rec *record) placeholder(name string) (any, bool) {
+// placeholder is a caddy.ReplacerFunc. An unknown value is empty: some directives show a placeholder without a value as
+// it is written.
+func (i *requestInfo) placeholder(name string) (any, bool) {
 	switch name {
 	case "http.fsbroker.client":
-		return rec.clientName(), true
+		return i.clientName(), true
 	case "http.auth.user.id":
-		return rec.clientName(), rec.client != nil
+		return i.clientName(), i.client != nil
 	case "http.fsbroker.cache":
-		return rec.cache.String(), true
+		return i.cache.String(), true
 	case "http.fsbroker.node":
-		return rec.nodeName(), true
+		return i.nodeName(), true
 	}
 	return nil, false
 }
 
-func (rec *record) clientName() string {
-	if rec.client == nil {
+// clientName returns the name of the client. It is empty without a valid secret.
+func (i *requestInfo) clientName() string {
+	if i.client == nil {
 		return ""
 	}
-	return rec.client.name
+	return i.client.name
 }
 
-func (rec *record) nodeName() string {
-	if rec.node == nil {
+// nodeName returns the application server ID of the node. It is empty if the node is not known.
+func (i *requestInfo) nodeName() string {
+	if i.node == nil {
 		return ""
 	}
-	return rec.node.name
+	return i.node.name
 }
 
 // MarshalLogObject implements zapcore.ObjectMarshaler.
-func (rec *record) MarshalLogObject(enc zapcore.ObjectEncoder) error {
-	if name := rec.clientName(); name != "" {
+func (i *requestInfo) MarshalLogObject(enc zapcore.ObjectEncoder) error {
+	if name := i.clientName(); name != "" {
 		enc.AddString("fsbroker_client", name)
 	}
-	enc.AddString("fsbroker_cache", rec.cache.String())
-	if name := rec.nodeName(); name != "" {
+	enc.AddString("fsbroker_cache", i.cache.String())
+	if name := i.nodeName(); name != "" {
 		enc.AddString("fsbroker_node", name)
 	}
 	return nil
 }
 
-// recommendBearer warns of a client that sends its secret in a query, once for each configuration.
-func (h *Handler) recommendBearer(c *client) {
-	if c.warned.Load() || c.warned.Swap(true) {
-		return
-	}
-	h.logger.Warn("a client sends its secret in the query, which ends up in logs: have it send Authorization: Bearer <secret> instead",
-		zap.String("client", c.name))
-}
+// Interface guard
+var _ zapcore.ObjectMarshaler = (*requestInfo)(nil)

@@ -5,87 +5,55 @@ import (
 	"fmt"
 	"net/http"
 	"strconv"
-	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
 )
 
-// outcome says what a request had of what is kept. It is a label of metrics, and a field of logs.
+// outcome is what the cache did for a request. It is a label of metrics and a field of logs.
 type outcome int
 
 const (
-	outcomeNone      outcome = iota // nothing was looked up, or nobody waited for what was
-	outcomeHit                      // it was in memory
-	outcomeStorage                  // it was in the storage
-	outcomeMiss                     // it was not kept, and was asked for
-	outcomeBypass                   // it was asked for, since the caller wanted nothing that is only kept
-	outcomeCollapsed                // it came with the question of another caller
-	outcomeError                    // it was asked for, to no avail
+	outcomeNone      outcome = iota // not looked up, or the caller has left
+	outcomeHit                      // from memory
+	outcomeStorage                  // from the storage
+	outcomeMiss                     // fetched, because it was not kept
+	outcomeBypass                   // fetched, because of nocache
+	outcomeCollapsed                // from the fetch of another caller
+	outcomeError                    // fetching it failed
 )
 
 var outcomeNames = [...]string{"none", "hit", "storage", "miss", "bypass", "collapsed", "error"}
 
 func (o outcome) String() string { return outcomeNames[o] }
 
-// outcome is what there was of f, or of the problem there was instead.
-func (f *finding) outcome(p *problem) outcome {
-	switch {
-	case p != nil && p.asked:
-		return outcomeError
-	case p != nil || f.entry == nil:
-		return outcomeNone
-	case f.recalled:
-		return outcomeStorage
-	case f.hit:
-		return outcomeHit
-	case f.joined:
-		return outcomeCollapsed
-	case f.nocache:
-		return outcomeBypass
-	}
-	return outcomeMiss
-}
-
-// The metrics that are counted as things happen. Each configuration has a registry of its own: these live on, and are
-// registered again. No label may have a value that a caller can make up.
+// The counters. Each configuration has a registry of its own: the counters outlive it and are registered again. A label
+// must not have a value that a caller can choose.
 var (
 	requestsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "caddy_fsbroker_requests_total",
-		Help: "Requests, by the status code and the name of the client, and by what the cache did for them: hit, storage, miss, bypass, collapsed, error or none.",
+		Help: "Requests, by status code, client, and what the cache did for them: hit, storage, miss, bypass, collapsed, error or none.",
 	}, []string{"code", "cache", "client"})
 
 	questionsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "caddy_fsbroker_questions_total",
-		Help: "Questions to nodes and the broker, by how they ended: answered, nothing_yet, unknown, abandoned by all callers, or what was wrong.",
+		Help: "Requests to nodes and the broker, by outcome: answered, nothing_yet, unknown, abandoned by all callers, or the problem.",
 	}, []string{"role", "node", "outcome"})
 
 	questionSeconds = prometheus.NewHistogramVec(prometheus.HistogramOpts{
 		Name:    "caddy_fsbroker_question_duration_seconds",
-		Help:    "How long questions to nodes and the broker took, the bodies of the answers included.",
+		Help:    "Duration of requests to nodes and the broker, including the body of the answer.",
 		Buckets: []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30},
 	}, []string{"role", "node"})
-
-	storageWritesTotal = prometheus.NewCounter(prometheus.CounterOpts{
-		Name: "caddy_fsbroker_storage_writes_total",
-		Help: "Values that were written to the storage.",
-	})
-	storageFailuresTotal = prometheus.NewCounter(prometheus.CounterOpts{
-		Name: "caddy_fsbroker_storage_write_failures_total",
-		Help: "Writes to the storage that failed, and are tried again.",
-	})
-	storageRefusedTotal = prometheus.NewCounter(prometheus.CounterOpts{
-		Name: "caddy_fsbroker_storage_refused_total",
-		Help: "Values that found the queue to the storage full, and stay in memory alone until they are asked for again.",
-	})
 )
 
-// registerMetrics makes all metrics known to a configuration's registry, which another handler may have done.
-func registerMetrics(registry *prometheus.Registry) error {
-	for _, c := range []prometheus.Collector{
-		requestsTotal, questionsTotal, questionSeconds,
-		storageWritesTotal, storageFailuresTotal, storageRefusedTotal, liveMetrics{},
-	} {
+// registerMetrics registers all metrics with a configuration's registry, unless another handler has done so. The gauges
+// are read from current.
+func registerMetrics(registry *prometheus.Registry, current func() stats) error {
+	collectors := append(archive.Collectors(), requestsTotal, questionsTotal, questionSeconds, gauges{current})
+	for _, c := range collectors {
 		err := registry.Register(c)
 		if _, already := errors.AsType[prometheus.AlreadyRegisteredError](err); err != nil && !already {
 			return fmt.Errorf("registering metrics: %w", err)
@@ -94,76 +62,81 @@ func registerMetrics(registry *prometheus.Registry) error {
 	return nil
 }
 
-// hitCounters are a client's counters of what has to be fast: looking them up would make a hit a tenth slower.
-type hitCounters struct{ whole, unchanged prometheus.Counter }
+// hitCounters are a client's counters for hits. To look them up for each request would make a hit a tenth slower.
+type hitCounters struct{ ok, notModified prometheus.Counter }
 
 func newHitCounters(client string) hitCounters {
 	of := func(status int) prometheus.Counter {
 		return requestsTotal.WithLabelValues(strconv.Itoa(status), outcomeHit.String(), client)
 	}
-	return hitCounters{whole: of(http.StatusOK), unchanged: of(http.StatusNotModified)}
+	return hitCounters{ok: of(http.StatusOK), notModified: of(http.StatusNotModified)}
 }
 
-// countRequest counts a request that was answered. Without a right secret it has no client.
-func countRequest(rec *record, status int) {
-	if rec.client != nil && rec.cache == outcomeHit {
-		switch status {
-		case http.StatusOK:
-			rec.client.hits.whole.Inc()
-			return
-		case http.StatusNotModified:
-			rec.client.hits.unchanged.Inc()
-			return
-		}
-	}
-	requestsTotal.WithLabelValues(strconv.Itoa(status), rec.cache.String(), rec.clientName()).Inc()
-}
-
-// countQuestion counts a question that has ended, with a status or an error.
-func (p *peer) countQuestion(status int, err error, took time.Duration) {
-	how := "answered"
-	if trouble, ok := errors.AsType[*problem](err); ok {
-		how = strings.TrimPrefix(trouble.code, p.role+"_")
-	} else if err != nil {
-		how = "abandoned"
-	}
+// count counts a hit and reports whether there is a counter for its status.
+func (c *hitCounters) count(status int) bool {
 	switch status {
-	case http.StatusNoContent:
-		how = "nothing_yet"
-	case http.StatusNotFound:
-		how = "unknown"
+	case http.StatusOK:
+		c.ok.Inc()
+	case http.StatusNotModified:
+		c.notModified.Inc()
+	default:
+		return false
 	}
-	questionsTotal.WithLabelValues(p.role, p.name, how).Inc()
-	questionSeconds.WithLabelValues(p.role, p.name).Observe(took.Seconds())
+	return true
 }
 
-// The metrics that are looked up when somebody wants them.
+// countRequest counts a request. The client is empty without a valid secret.
+func countRequest(status int, cache outcome, client string) {
+	requestsTotal.WithLabelValues(strconv.Itoa(status), cache.String(), client).Inc()
+}
+
+// countFetch counts a request to an upstream.
+func countFetch(role, node, outcome string, took time.Duration) {
+	questionsTotal.WithLabelValues(role, node, outcome).Inc()
+	questionSeconds.WithLabelValues(role, node).Observe(took.Seconds())
+}
+
+// The gauges.
 var (
 	nodeUp = prometheus.NewDesc("caddy_fsbroker_node_up",
 		"1, or 0 while a node or the broker is known to fail.", []string{"role", "node", "address"}, nil)
 	questionsInFlight = prometheus.NewDesc("caddy_fsbroker_questions_in_flight",
-		"Questions that wait for the answer of a node or the broker.", []string{"role", "node", "address"}, nil)
+		"Requests to a node or the broker that are under way.", []string{"role", "node", "address"}, nil)
 	cacheBytes = prometheus.NewDesc("caddy_fsbroker_cache_bytes",
-		"What all that is kept in memory takes.", nil, nil)
+		"Memory that the cache uses.", nil, nil)
 	cacheLimitBytes = prometheus.NewDesc("caddy_fsbroker_cache_limit_bytes",
-		"What it may take.", nil, nil)
+		"Memory that the cache may use.", nil, nil)
 	cacheEntries = prometheus.NewDesc("caddy_fsbroker_cache_entries",
-		"How many reports and submissions are kept in memory.", nil, nil)
+		"Reports and submissions that are kept in memory.", nil, nil)
 	cacheEvictionsTotal = prometheus.NewDesc("caddy_fsbroker_cache_evictions_total",
-		"How many had to go before their time, to make room.", nil, nil)
+		"Entries evicted before their TTL was over, to make room.", nil, nil)
 	waiters = prometheus.NewDesc("caddy_fsbroker_waiters",
-		"Callers who wait for a report that is not finished.", nil, nil)
+		"Callers that wait for a report to be finished.", nil, nil)
 	storageQueueLength = prometheus.NewDesc("caddy_fsbroker_storage_queue_length",
-		"How many values wait to be written to the storage.", nil, nil)
+		"Values that wait to be written to the storage.", nil, nil)
 	storageQueueBytes = prometheus.NewDesc("caddy_fsbroker_storage_queue_bytes",
-		"What the values that wait to be written to the storage take in memory.", nil, nil)
+		"Memory that the values use that wait to be written to the storage.", nil, nil)
 )
 
-// liveMetrics collects what the handlers of this moment know, so that nodes that are configured no more vanish.
-type liveMetrics struct{}
+// stats are the current values of the gauges.
+type stats struct {
+	upstreams []upstreamStats
+	memory    memoryStats
+	storage   archive.Stats
+}
+
+// upstreamStats are the values of one node or broker.
+type upstreamStats struct {
+	role, name, host string
+	up               bool
+	inFlight         int64
+}
+
+// gauges collects current values, so nodes that are no longer configured disappear.
+type gauges struct{ current func() stats }
 
 // Describe implements prometheus.Collector.
-func (liveMetrics) Describe(descs chan<- *prometheus.Desc) {
+func (gauges) Describe(descs chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
 		nodeUp, questionsInFlight, cacheBytes, cacheLimitBytes, cacheEntries, cacheEvictionsTotal, waiters,
 		storageQueueLength, storageQueueBytes,
@@ -173,30 +146,27 @@ func (liveMetrics) Describe(descs chan<- *prometheus.Desc) {
 }
 
 // Collect implements prometheus.Collector.
-func (liveMetrics) Collect(metrics chan<- prometheus.Metric) {
+func (g gauges) Collect(metrics chan<- prometheus.Metric) {
 	set := func(d *prometheus.Desc, kind prometheus.ValueType, value float64, labels ...string) {
 		metrics <- prometheus.MustNewConstMetric(d, kind, value, labels...)
 	}
-	for id, peers := range live.peers() {
-		up, asking := 1.0, int64(0)
-		for _, p := range peers {
-			if p.ailment.Load() != nil {
-				up = 0
-			}
-			asking += p.asking.Load()
+	s := g.current()
+	for _, u := range s.upstreams {
+		up := 0.0
+		if u.up {
+			up = 1
 		}
-		set(nodeUp, prometheus.GaugeValue, up, id.role, id.name, id.host)
-		set(questionsInFlight, prometheus.GaugeValue, float64(asking), id.role, id.name, id.host)
+		set(nodeUp, prometheus.GaugeValue, up, u.role, u.name, u.host)
+		set(questionsInFlight, prometheus.GaugeValue, float64(u.inFlight), u.role, u.name, u.host)
 	}
-	memory, storage := live.cacheFigures()
-	set(cacheBytes, prometheus.GaugeValue, float64(memory.Bytes))
-	set(cacheLimitBytes, prometheus.GaugeValue, float64(memory.Limit))
-	set(cacheEntries, prometheus.GaugeValue, float64(memory.Entries))
-	set(cacheEvictionsTotal, prometheus.CounterValue, float64(memory.Evictions))
-	set(waiters, prometheus.GaugeValue, float64(memory.Waiters))
-	set(storageQueueLength, prometheus.GaugeValue, float64(storage.Queued))
-	set(storageQueueBytes, prometheus.GaugeValue, float64(storage.QueuedBytes))
+	set(cacheBytes, prometheus.GaugeValue, float64(s.memory.Bytes))
+	set(cacheLimitBytes, prometheus.GaugeValue, float64(s.memory.Limit))
+	set(cacheEntries, prometheus.GaugeValue, float64(s.memory.Entries))
+	set(cacheEvictionsTotal, prometheus.CounterValue, float64(s.memory.Evictions))
+	set(waiters, prometheus.GaugeValue, float64(s.memory.Waiters))
+	set(storageQueueLength, prometheus.GaugeValue, float64(s.storage.Queued))
+	set(storageQueueBytes, prometheus.GaugeValue, float64(s.storage.QueuedBytes))
 }
 
 // Interface guard
-var _ prometheus.Collector = liveMetrics{}
+var _ prometheus.Collector = gauges{}

@@ -287,7 +287,7 @@ func TestOpenAPIDescribesEveryParameter(t *testing.T) {
 		add(d.at(map[string]any{"": parameter}, "").(map[string]any))
 	}
 
-	source, err := os.ReadFile("question.go")
+	source, err := os.ReadFile("query.go")
 	if err != nil {
 		t.Fatal(err)
 	}

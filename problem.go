@@ -8,68 +8,113 @@ import (
 	"time"
 )
 
-// problemBase is where each problem's code is explained: the README's table has an anchor for every one of them.
-const problemBase = "https://github.com/caddy-fsbroker/caddy-fsbroker#"
+// problemKind is what a problem is, apart from how it is written.
+type problemKind uint8
 
-// problem says why a request got no report. It becomes the RFC 9457 document that the caller reads, so neither its
-// detail nor its code may ever hold a secret, a query or a node's address.
-type problem struct {
-	status     int
-	code       string        // stable, for machines, e.g. "unknown_task"
-	detail     string        // for people: what happened and what to do next
-	retryAfter time.Duration // when asking again makes sense; 0 says nothing
-	asked      bool          // a node or the broker was asked, or at least tried
+const (
+	problemUnauthorized problemKind = iota
+	problemMethodNotAllowed
+	problemMissingParameter
+	problemRepeatedParameter
+	problemMalformedParameter
+	problemMalformedQuery
+	problemNoBroker
+	problemUnknownSubmission
+	problemSubmissionFailed
+	problemUnknownNode
+	problemUnknownTask
+	problemUnreachable
+	problemDown
+	problemTimeout
+	problemBadAnswer
+	problemAnswerTooLarge
+	problemRefusedSecret
+	problemBusy
+	problemStorageUnavailable
+	problemInternal
+)
+
+// problemKinds has the status and the stable code of each kind. The code of an upstream's problem follows its role, as in
+// node_timeout. A problem is requested if an upstream was asked, or was tried, before it arose.
+var problemKinds = [...]struct {
+	status    int
+	code      string
+	upstream  bool
+	requested bool
+}{
+	problemUnauthorized:       {status: http.StatusUnauthorized, code: "unauthorized"},
+	problemMethodNotAllowed:   {status: http.StatusMethodNotAllowed, code: "method_not_allowed"},
+	problemMissingParameter:   {status: http.StatusBadRequest, code: "missing_parameter"},
+	problemRepeatedParameter:  {status: http.StatusBadRequest, code: "repeated_parameter"},
+	problemMalformedParameter: {status: http.StatusBadRequest, code: "malformed_parameter"},
+	problemMalformedQuery:     {status: http.StatusBadRequest, code: "malformed_query"},
+	problemNoBroker:           {status: http.StatusBadRequest, code: "no_broker"},
+	problemUnknownSubmission:  {status: http.StatusNotFound, code: "unknown_submission", requested: true},
+	problemSubmissionFailed:   {status: http.StatusNotFound, code: "submission_failed", requested: true},
+	problemUnknownNode:        {status: http.StatusNotFound, code: "unknown_node"},
+	problemUnknownTask:        {status: http.StatusNotFound, code: "unknown_task", requested: true},
+	problemUnreachable:        {status: http.StatusBadGateway, code: "unreachable", upstream: true, requested: true},
+	problemDown:               {status: http.StatusServiceUnavailable, code: "down", upstream: true},
+	problemTimeout:            {status: http.StatusGatewayTimeout, code: "timeout", upstream: true, requested: true},
+	problemBadAnswer:          {status: http.StatusBadGateway, code: "bad_answer", upstream: true, requested: true},
+	problemAnswerTooLarge:     {status: http.StatusBadGateway, code: "answer_too_large", upstream: true, requested: true},
+	problemRefusedSecret:      {status: http.StatusBadGateway, code: "refused_secret", upstream: true, requested: true},
+	problemBusy:               {status: http.StatusServiceUnavailable, code: "busy"},
+	problemStorageUnavailable: {status: http.StatusServiceUnavailable, code: "storage_unavailable", requested: true},
+	problemInternal:           {status: http.StatusInternalServerError, code: "internal"},
 }
 
-// Error makes a problem an error, so that it can come back from a question.
-func (p *problem) Error() string { return p.code + ": " + p.detail }
+// problem is why a request gets no report. It becomes the problem document that the caller reads, so its detail must not
+// hold a secret, a query or an upstream's address.
+type problem struct {
+	kind       problemKind
+	role       string        // of the upstream, if it is an upstream's problem
+	detail     string        // for people: what happened, and what to do next
+	retryAfter time.Duration // when to try again; 0 if that is not known
+}
 
-// adding is p with more to its detail. It is another problem, as others may be given p.
-func (p *problem) adding(detail string) *problem {
+// Error implements error.
+func (p *problem) Error() string { return p.code() + ": " + p.detail }
+
+func (p *problem) status() int { return problemKinds[p.kind].status }
+
+// code returns the stable code, such as "unknown_task" or "node_timeout".
+func (p *problem) code() string {
+	if problemKinds[p.kind].upstream {
+		return p.role + "_" + p.reason()
+	}
+	return p.reason()
+}
+
+// reason returns the code without the upstream's role.
+func (p *problem) reason() string { return problemKinds[p.kind].code }
+
+// requested reports whether an upstream was asked, or was tried.
+func (p *problem) requested() bool { return problemKinds[p.kind].requested }
+
+// with returns a copy of p with more detail. Other requests may share p.
+func (p *problem) with(detail string) *problem {
 	more := *p
 	more.detail += "; " + detail
 	return &more
 }
 
-// problemDocument is the JSON of RFC 9457, section 3, and the code as its one extension member.
-type problemDocument struct {
-	Type   string `json:"type"`
-	Title  string `json:"title"`
-	Status int    `json:"status"`
-	Detail string `json:"detail"`
-	Code   string `json:"code"`
+// problemBase is where each code is explained: the README has an anchor for every code.
+const problemBase = "https://github.com/caddy-fsbroker/caddy-fsbroker#"
+
+// document returns the problem as JSON (RFC 9457, section 3), with the code as its extension member.
+func (p *problem) document() []byte {
+	body, _ := json.Marshal(struct { // strings and a number never fail
+		Type   string `json:"type"`
+		Title  string `json:"title"`
+		Status int    `json:"status"`
+		Detail string `json:"detail"`
+		Code   string `json:"code"`
+	}{problemBase + p.code(), http.StatusText(p.status()), p.status(), p.detail, p.code()})
+	return body
 }
 
-// write answers with p itself, since Caddy's error handling would log the request's URI and send no body. It gives the
-// status of the answer.
-func (p *problem) write(w http.ResponseWriter, r *http.Request, cacheStatus string) int {
-	body, _ := json.Marshal(problemDocument{ // strings and a number: nothing that could fail
-		Type:   problemBase + p.code,
-		Title:  http.StatusText(p.status),
-		Status: p.status,
-		Detail: p.detail,
-		Code:   p.code,
-	})
-	header := w.Header()
-	header.Set("Content-Type", "application/problem+json")
-	header.Set("Content-Length", strconv.Itoa(len(body)))
-	header.Set("Cache-Control", "no-store")
-	header.Set("Cache-Status", cacheStatus)
-	switch p.status {
-	case http.StatusUnauthorized:
-		header.Set("WWW-Authenticate", "Bearer")
-	case http.StatusMethodNotAllowed:
-		header.Set("Allow", "GET, HEAD")
-	}
-	if p.retryAfter > 0 {
-		header.Set("Retry-After", wholeSeconds(p.retryAfter))
-	}
-	w.WriteHeader(p.status)
-	writeBody(w, r, body)
-	return p.status
-}
-
-// wholeSeconds renders d as Retry-After wants it, rounded up so that nobody comes back too early.
+// wholeSeconds formats d for Retry-After. It rounds up, so callers do not come back too early.
 func wholeSeconds(d time.Duration) string {
 	return strconv.Itoa(int(math.Ceil(d.Seconds())))
 }

@@ -2,5 +2,5 @@
 
 package fsbroker
 
-// raceDetector is on: allocations are larger than they are without it.
+// raceDetector reports whether the race detector is on, which makes allocations larger.
 const raceDetector = true

@@ -2,36 +2,19 @@ package fsbroker_test
 
 import (
 	"os"
-	"path/filepath"
 	"regexp"
 	"strings"
 	"testing"
+
+	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
 )
 
-// problemCodes are those that the source has.
+// problemCodes returns the codes of all problems.
 func problemCodes(t *testing.T) map[string]bool {
 	t.Helper()
-	sources, err := filepath.Glob("*.go")
-	if err != nil {
-		t.Fatal(err)
-	}
-	own := regexp.MustCompile(`code: "(\w+)"|refuse\("(\w+)"`)
-	ofPeer := regexp.MustCompile(`\.problem\(http\.\w+, "(\w+)"`)
 	codes := make(map[string]bool)
-	for _, name := range sources {
-		source, err := os.ReadFile(name)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if strings.HasSuffix(name, "_test.go") {
-			continue
-		}
-		for _, match := range own.FindAllStringSubmatch(string(source), -1) {
-			codes[match[1]+match[2]] = true
-		}
-		for _, match := range ofPeer.FindAllStringSubmatch(string(source), -1) {
-			codes["node_"+match[1]], codes["broker_"+match[1]] = true, true
-		}
+	for _, code := range fsbroker.ProblemCodes() {
+		codes[code] = true
 	}
 	if len(codes) < 20 {
 		t.Errorf("found only %d codes", len(codes))

@@ -2,147 +2,127 @@ package fsbroker
 
 import (
 	"context"
-	"net/http"
 	"sync"
 	"time"
 )
 
-// watches are the reports that callers of one handler wait for. However many wait for a report, one poller asks for it.
-type watches struct {
-	ctx  context.Context // all pollers'
-	stop context.CancelFunc
+// pollers polls for the reports that callers of a handler wait for. All callers of a report share one poller.
+type pollers struct {
+	resolve  func(context.Context, query) (result, error)
+	interval time.Duration
+	ctx      context.Context // ends all pollers
+	stop     context.CancelFunc
 
-	mu sync.Mutex // guards the map, and all watches in it
-	of map[question]*watch
+	mu      sync.Mutex // guards the map and all pollers in it
+	byQuery map[query]*poller
 }
 
-// watch is a report that is not finished, with those who wait until it is.
-type watch struct {
-	waiting int
-	found   finding // the newest there is
-	err     error   // the problem there was instead
+// poller polls for a report until it is finished.
+type poller struct {
+	waiters int
+	result  result // the newest
+	err     error  // the problem that took its place
 	cancel  context.CancelFunc
-	done    chan struct{} // closed when there is nothing more to wait for
+	done    chan struct{} // closed when the poller has ended
 }
 
-func newWatches() *watches {
-	ws := &watches{of: make(map[question]*watch)}
-	ws.ctx, ws.stop = context.WithCancel(context.Background())
-	return ws
+func newPollers(resolve func(context.Context, query) (result, error), interval time.Duration) *pollers {
+	ps := &pollers{resolve: resolve, interval: interval, byQuery: make(map[query]*poller)}
+	ps.ctx, ps.stop = context.WithCancel(context.Background())
+	return ps
 }
 
-// join makes a caller one of those who wait for what q asks, of which he has found something himself. For the first of
-// them, poll is started.
-func (ws *watches) join(q question, found finding, poll func(context.Context, question, *watch, finding)) *watch {
-	ws.mu.Lock()
-	defer ws.mu.Unlock()
-	w := ws.of[q]
-	if w == nil {
-		ctx, cancel := context.WithCancel(ws.ctx)
-		w = &watch{found: found, cancel: cancel, done: make(chan struct{})}
-		ws.of[q] = w
-		go poll(ctx, q, w, found)
-	} else if found.at().After(w.found.at()) {
-		w.found = found
+// wait waits up to maxWait for an unfinished report to be finished, and returns the newest result. A problem ends the
+// wait as well, and so does the end of the server.
+func (ps *pollers) wait(ctx context.Context, q query, res result, maxWait time.Duration) (result, error) {
+	timer := time.NewTimer(maxWait)
+	defer timer.Stop()
+	q = q.target()
+	p := ps.join(q, res)
+	select {
+	case <-p.done:
+	case <-timer.C:
+	case <-ctx.Done():
 	}
-	w.waiting++
-	return w
-}
-
-// leave is for a caller that waits no longer, and gives him the newest there is. When the last one leaves, the poller
-// ends.
-func (ws *watches) leave(q question, w *watch) (finding, error) {
-	ws.mu.Lock()
-	defer ws.mu.Unlock()
-	if w.waiting--; w.waiting == 0 {
-		w.cancel()
-		ws.forget(q, w)
+	res, err := ps.leave(q, p)
+	if ctx.Err() != nil {
+		err = context.Cause(ctx)
 	}
-	return w.found, w.err
+	return res, err
 }
 
-// note takes in what a poller has found, and tells whether there is nothing more to wait for.
-func (ws *watches) note(q question, w *watch, found finding, err error) (over bool) {
-	ws.mu.Lock()
-	defer ws.mu.Unlock()
-	w.found, w.err = found, err
-	if over = err != nil || found.entry.report().finished; over {
-		ws.forget(q, w)
+// join adds a caller, with its own result, to those that wait for q. It starts a poller for the first one.
+func (ps *pollers) join(q query, res result) *poller {
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	p := ps.byQuery[q]
+	if p == nil {
+		ctx, cancel := context.WithCancel(ps.ctx)
+		p = &poller{result: res, cancel: cancel, done: make(chan struct{})}
+		ps.byQuery[q] = p
+		go ps.poll(ctx, q, p, res)
+	} else if res.at().After(p.result.at()) {
+		p.result = res
+	}
+	p.waiters++
+	return p
+}
+
+// leave removes a caller and returns the newest result. The poller ends when its last caller leaves.
+func (ps *pollers) leave(q query, p *poller) (result, error) {
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	if p.waiters--; p.waiters == 0 {
+		p.cancel()
+		ps.forget(q, p)
+	}
+	return p.result, p.err
+}
+
+// record records a result and reports whether the wait is over.
+func (ps *pollers) record(q query, p *poller, res result, err error) (over bool) {
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	p.result, p.err = res, err
+	if over = err != nil || res.entry.report().Finished(); over {
+		ps.forget(q, p)
 	}
 	return over
 }
 
-// forget keeps others from joining w.
-func (ws *watches) forget(q question, w *watch) {
-	if ws.of[q] == w {
-		delete(ws.of, q)
+// forget keeps other callers from joining p.
+func (ps *pollers) forget(q query, p *poller) {
+	if ps.byQuery[q] == p {
+		delete(ps.byQuery, q)
 	}
 }
 
-// at is when a node or the broker said what was found.
-func (f *finding) at() time.Time { return f.entry.value.since() }
-
-// wait holds the answer to a caller who has found a report that is not finished, and would rather wait, until it is. A
-// problem ends the wait as well, and so do the end of the caller's patience and of the server: then he gets the newest
-// there is.
-func (h *Handler) wait(w http.ResponseWriter, r *http.Request, q question, found finding) (finding, error) {
-	patience := h.patience(r.Header, q)
-	if patience == 0 {
-		return found, nil
-	}
-	w.Header().Set("Preference-Applied", "wait="+wholeSeconds(patience))
-	h.store.waiters.Add(1)
-	defer h.store.waiters.Add(-1)
-	timer := time.NewTimer(patience)
-	defer timer.Stop()
-
-	q = q.subject()
-	joined := h.watches.join(q, found, h.poll)
-	select {
-	case <-joined.done:
-	case <-timer.C:
-	case <-r.Context().Done():
-	}
-	found, err := h.watches.leave(q, joined)
-	if r.Context().Err() != nil {
-		err = context.Cause(r.Context())
-	}
-	return found, err
-}
-
-// poll asks for a report, after it has been found unfinished, until it is finished, there is a problem, or ctx ends.
-func (h *Handler) poll(ctx context.Context, q question, w *watch, found finding) {
-	defer close(w.done)
+// poll resolves q until the report is finished, there is a problem, or ctx ends. res is the result so far.
+func (ps *pollers) poll(ctx context.Context, q query, p *poller, res result) {
+	defer close(p.done)
 	for over := false; !over; {
 		select {
-		case <-time.After(h.pause(found)):
+		case <-time.After(ps.pause(res)):
 		case <-ctx.Done():
 			return
 		}
 		var err error
-		found, err = h.find(ctx, q)
+		res, err = ps.resolve(ctx, q)
 		if ctx.Err() != nil {
 			return
 		}
-		over = h.watches.note(q, w, found, err)
+		over = ps.record(q, p, res, err)
 	}
 }
 
-// pause is how long a poller waits before it asks again: until what was found is no longer kept. Where it came from the
-// cache, that can be a little later than its age says, but never by much.
-func (h *Handler) pause(found finding) time.Duration {
-	interval := time.Duration(h.PollInterval)
-	if !found.hit {
-		return interval
+// pause returns the time until the next poll, when res is no longer kept. A result from the cache may be kept a little
+// longer than its age suggests.
+func (ps *pollers) pause(res result) time.Duration {
+	if !res.hit {
+		return ps.interval
 	}
-	return max(interval-time.Since(found.at()), interval/10)
+	return max(ps.interval-time.Since(res.at()), ps.interval/10)
 }
 
-// patience is how long a caller would wait, as far as that is allowed. What the query says comes before the header.
-func (h *Handler) patience(header http.Header, q question) time.Duration {
-	seconds := q.wait
-	if !q.waitGiven {
-		seconds = preferredWait(header)
-	}
-	return min(time.Duration(seconds)*time.Second, time.Duration(h.MaxWait))
-}
+// at returns when the upstream answered.
+func (r result) at() time.Time { return r.entry.value.At() }

@@ -307,7 +307,7 @@ func pollers(t *testing.T) (n int) {
 	same := 0 // goroutines with the same stack
 	for line := range strings.Lines(profile.String()) {
 		_, _ = fmt.Sscanf(line, "%d @", &same)
-		if strings.Contains(line, "(*Handler).poll+") {
+		if strings.Contains(line, "(*pollers).poll+") {
 			n += same
 		}
 	}

@@ -10,36 +10,38 @@ import (
 	"strings"
 	"sync/atomic"
 
+	"go.uber.org/zap"
+
 	"github.com/caddyserver/caddy/v2"
 )
 
-// Secret lets one client in. Several secrets may name the same client, so that one can be rotated in before the
-// other goes.
+// Secret lets one client in. Several secrets may name the same client, so that a new one can be rotated in before the
+// old one is removed.
 type Secret struct {
 	// The client's name, for logs and the placeholders `{http.fsbroker.client}` and `{http.auth.user.id}`: 1 to 64
 	// letters, digits, dots, dashes, underscores or @. Default: `default`
 	Client string `json:"client,omitempty"`
 
-	// What the client has to present. Placeholders such as `{env.NAME}` and `{file./path}` are resolved when the
-	// configuration is loaded; one that is unknown or empty is an error then.
+	// The secret that the client must present. Placeholders such as `{env.NAME}` and `{file./path}` are resolved when the
+	// configuration is loaded. An unknown or empty placeholder is an error.
 	Secret string `json:"secret"`
 }
 
-// defaultClient names those who have a secret and no name.
+// defaultClient is the name of clients that are given none.
 const defaultClient = "default"
 
 var clientName = regexp.MustCompile(`^[A-Za-z0-9._@-]{1,64}$`)
 
-// errClientName does not show the name: who swaps name and secret must not find the secret in a log.
-var errClientName = errors.New("a client's name wants 1 to 64 letters, digits, dots, dashes, underscores or @, and comes before the secret")
+// errClientName does not show the name: if name and secret are swapped, the secret must not get into a log.
+var errClientName = errors.New("a client's name must be 1 to 64 letters, digits, dots, dashes, underscores or @, and comes before the secret")
 
-// client is a Secret as requests are checked against it: by its sum, which is all that is kept of it.
+// client is a resolved Secret. Only the hash of the secret is kept.
 type client struct {
 	name string
 	sum  [sha256.Size]byte
 	hits hitCounters
 
-	warned *atomic.Bool // that it sends its secret in the query; all with one name have this together
+	warned *atomic.Bool // about a secret in the query; shared by all secrets of that client
 }
 
 type clients []client
@@ -47,7 +49,7 @@ type clients []client
 // newClients resolves the configured secrets.
 func newClients(repl *caddy.Replacer, secrets []Secret) (clients, error) {
 	if len(secrets) == 0 {
-		return nil, errors.New("no secret is configured: give at least one, or nobody could be let in")
+		return nil, errors.New("no secret is configured: at least one is required to let a client in")
 	}
 	var known clients
 	warnings := make(map[string]*atomic.Bool)
@@ -76,13 +78,13 @@ func newClients(repl *caddy.Replacer, secrets []Secret) (clients, error) {
 	return known, nil
 }
 
-// onePlaceholder is a secret that is nothing but a placeholder such as {env.NAME}.
+// onePlaceholder matches a secret that is only a placeholder, such as {env.NAME}.
 var onePlaceholder = regexp.MustCompile(`^\{\w+\.[^{}]+\}$`)
 
-var errBraces = errors.New("what is in braces is no placeholder that has a value: write braces of the secret itself as \\{ and \\}")
+var errBraces = errors.New("the text in braces is not a placeholder that has a value: write literal braces as \\{ and \\}")
 
-// resolveSecret replaces the placeholders of a secret. Its errors name a placeholder only where it cannot be a part of
-// the secret itself.
+// resolveSecret replaces the placeholders of a secret. The error names a placeholder only if it cannot be a part of the
+// secret itself.
 func resolveSecret(repl *caddy.Replacer, secret string) (string, error) {
 	value, err := repl.ReplaceOrErr(secret, true, true)
 	if err != nil {
@@ -97,9 +99,9 @@ func resolveSecret(repl *caddy.Replacer, secret string) (string, error) {
 	return value, nil
 }
 
-// authenticate names the client a request comes from, or nil. Of the ways to present a secret, every one that is used
-// has to hold a right one: a wrong secret beside a right one is a mistake somebody wants to hear of.
-func (cs clients) authenticate(header http.Header, q question) *client {
+// authenticate returns the client that a request comes from, or nil. Every secret that is presented must be valid: a
+// wrong secret beside a right one is a mistake that must not go unnoticed.
+func (cs clients) authenticate(header http.Header, q query) *client {
 	var found *client
 	for _, presented := range [...]string{bearerToken(header), q.serect, q.secret} {
 		if presented == "" {
@@ -116,7 +118,7 @@ func (cs clients) authenticate(header http.Header, q question) *client {
 	return found
 }
 
-// find compares sums, all of them, so that neither a secret's length nor how much of it is right can be timed.
+// find compares the hashes of all secrets in constant time, so timing reveals neither a secret's length nor a prefix.
 func (cs clients) find(presented string) *client {
 	sum := sha256.Sum256([]byte(presented))
 	found := -1
@@ -129,7 +131,7 @@ func (cs clients) find(presented string) *client {
 	return &cs[found]
 }
 
-// bearerToken is the token of RFC 6750, section 2.1. Another scheme is not ours: a site may put basic_auth in front.
+// bearerToken returns the token of RFC 6750, section 2.1. Another scheme is ignored: a site may use basic_auth as well.
 func bearerToken(header http.Header) string {
 	const scheme = "Bearer "
 	value := header.Get("Authorization")
@@ -137,4 +139,13 @@ func bearerToken(header http.Header) string {
 		return ""
 	}
 	return strings.TrimLeft(value[len(scheme):], " ")
+}
+
+// warnOfQuery warns once that the client sends its secret in the query.
+func (c *client) warnOfQuery(logger *zap.Logger) {
+	if c.warned.Load() || c.warned.Swap(true) {
+		return
+	}
+	logger.Warn("a client sends its secret in the query, which ends up in logs: send Authorization: Bearer <secret> instead",
+		zap.String("client", c.name))
 }

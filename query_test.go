@@ -7,19 +7,19 @@ import (
 	"testing"
 )
 
-func TestQuestion(t *testing.T) {
-	for query, want := range map[string]question{
+func TestParseQuery(t *testing.T) {
+	for raw, want := range map[string]query{
 		"submitID=s1":                              {submitID: "s1"},
 		"submitID=s1&all&nocache":                  {submitID: "s1", all: true, nocache: true},
 		"&&taskID=t%201&appServerID=a+b&":          {appServerID: "a b", taskID: "t 1"},
 		"appServerID=a&taskID=t&all=no&secret=%26": {appServerID: "a", taskID: "t", secret: "&"},
 		"serect=x=y&submitID=s%C3%A4":              {submitID: "sä", serect: "x=y"},
-		"submitID=s1&wait=0":                       {submitID: "s1", waitGiven: true},
-		"submitID=s1&wait=030":                     {submitID: "s1", waitGiven: true, wait: 30},
-		"submitID=s1&wait=99999999999999999999":    {submitID: "s1", waitGiven: true, wait: math.MaxUint32},
+		"submitID=s1&wait=0":                       {submitID: "s1", hasWait: true},
+		"submitID=s1&wait=030":                     {submitID: "s1", hasWait: true, wait: 30},
+		"submitID=s1&wait=99999999999999999999":    {submitID: "s1", hasWait: true, wait: math.MaxUint32},
 	} {
-		if got := readQuestion(query); got != want {
-			t.Errorf("%s: %+v, want %+v", query, got, want)
+		if got := parseQuery(raw); got != want {
+			t.Errorf("%s: %+v, want %+v", raw, got, want)
 		}
 	}
 }
@@ -62,7 +62,7 @@ func FuzzPreferredWait(f *testing.F) {
 	f.Add(`respond-async, wait="10"; a="b\", c", x`)
 	f.Fuzz(func(t *testing.T, line string) {
 		preferredWait(http.Header{"Prefer": {line}})
-		// Nothing that follows the first one counts.
+		// Only the first preference counts.
 		for _, first := range []http.Header{{"Prefer": {"wait=3", line}}, {"Prefer": {"wait=3," + line}}, {"Prefer": {"wait=3;" + line}}} {
 			if wait := preferredWait(first); wait != 3 {
 				t.Errorf("%s: %d", first, wait)
@@ -71,20 +71,20 @@ func FuzzPreferredWait(f *testing.F) {
 	})
 }
 
-func FuzzQuestion(f *testing.F) {
+func FuzzQuery(f *testing.F) {
 	f.Add("appServerID=n1&taskID=t1&all=true&nocache=0&serect=x")
 	f.Add("submitID=%41&secret=%zz;&all")
 	f.Add("submitID=a&wait=30&nocache")
-	f.Fuzz(func(t *testing.T, query string) {
-		q := readQuestion(query)
-		values, err := url.ParseQuery(query)
+	f.Fuzz(func(t *testing.T, raw string) {
+		q := parseQuery(raw)
+		values, err := url.ParseQuery(raw)
 		if err != nil {
-			if q.bad == nil {
-				t.Errorf("taken, though: %v", err)
+			if q.problem == nil {
+				t.Errorf("accepted, although: %v", err)
 			}
 			return
 		}
-		if q.bad != nil {
+		if q.problem != nil {
 			return
 		}
 		for name, got := range map[string]string{
@@ -94,11 +94,11 @@ func FuzzQuestion(f *testing.F) {
 				t.Errorf("%s is %q, not %q", name, got, values[name])
 			}
 		}
-		if q.waitGiven != values.Has("wait") {
-			t.Errorf("waits %t for %d, not %q", q.waitGiven, q.wait, values["wait"])
+		if q.hasWait != values.Has("wait") {
+			t.Errorf("has wait %t (%d), want %q", q.hasWait, q.wait, values["wait"])
 		}
 		if q.submitID == "" && (q.appServerID == "" || q.taskID == "") {
-			t.Errorf("names no report: %+v", q)
+			t.Errorf("accepted without a report: %+v", q)
 		}
 	})
 }

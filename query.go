@@ -1,0 +1,207 @@
+package fsbroker
+
+import (
+	"errors"
+	"fmt"
+	"net/http"
+	"net/url"
+	"strconv"
+	"strings"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
+)
+
+// query is what a caller asks for with GET /task.
+type query struct {
+	submitID    string // wins over the pair below
+	appServerID string
+	taskID      string
+	all         bool   // the complete report instead of the high-level one
+	nocache     bool   // ask an upstream, whatever is kept
+	hasWait     bool   // whether wait is given; the header Prefer counts otherwise
+	wait        uint32 // seconds to hold the answer until the report is finished
+
+	serect, secret string   // the caller's secret, in both spellings
+	problem        *problem // the first problem of the query; only told to a caller with a valid secret
+}
+
+// target returns the query without what concerns only its caller, for use as a key.
+func (q query) target() query {
+	t := query{submitID: q.submitID, all: q.all, nocache: q.nocache}
+	if t.submitID == "" {
+		t.appServerID, t.taskID = q.appServerID, q.taskID
+	}
+	return t
+}
+
+// parseQuery parses a raw query. It returns the secrets even if the rest is malformed, so that the caller is
+// authenticated before anything is said about the query.
+func parseQuery(rawQuery string) query {
+	var q query
+	var seen parameter
+	for pair := range strings.SplitSeq(rawQuery, "&") {
+		if pair != "" {
+			q.parse(pair, &seen)
+		}
+	}
+	q.check(seen)
+	return q
+}
+
+// parameter is a set of the query parameters of the Task API.
+type parameter uint8
+
+const (
+	paramSerect parameter = 1 << iota
+	paramSecret
+	paramSubmitID
+	paramAppServerID
+	paramTaskID
+	paramAll
+	paramNoCache
+	paramWait
+)
+
+// parse parses one name=value pair. Parameters that are not of the Task API are ignored.
+func (q *query) parse(pair string, seen *parameter) {
+	rawName, rawValue, _ := strings.Cut(pair, "=")
+	name, nameErr := url.QueryUnescape(rawName)
+	value, valueErr := url.QueryUnescape(rawValue)
+	if nameErr != nil || valueErr != nil || strings.Contains(pair, ";") {
+		q.reject(problemMalformedQuery, "the query is malformed: percent-encode its values and separate parameters with &")
+		return
+	}
+
+	var which parameter
+	var text *string
+	var flag *bool
+	switch name {
+	case "serect":
+		which, text = paramSerect, &q.serect
+	case "secret":
+		which, text = paramSecret, &q.secret
+	case "submitID":
+		which, text = paramSubmitID, &q.submitID
+	case "appServerID":
+		which, text = paramAppServerID, &q.appServerID
+	case "taskID":
+		which, text = paramTaskID, &q.taskID
+	case "all":
+		which, flag = paramAll, &q.all
+	case "nocache":
+		which, flag = paramNoCache, &q.nocache
+	case "wait":
+		which, q.hasWait = paramWait, true
+	default:
+		return
+	}
+
+	if *seen&which != 0 {
+		q.reject(problemRepeatedParameter, fmt.Sprintf("the parameter %s is given more than once: give it once", name))
+		return
+	}
+	*seen |= which
+	var ok bool
+	switch {
+	case text != nil:
+		*text = value
+	case flag != nil:
+		if *flag, ok = parseBool(value); !ok {
+			q.reject(problemMalformedParameter, fmt.Sprintf("the parameter %s must be true or false (or 1/0, yes/no, on/off)", name))
+		}
+	default:
+		if q.wait, ok = parseSeconds(value); !ok {
+			q.reject(problemMalformedParameter, fmt.Sprintf("the parameter %s must be a whole number of seconds", name))
+		}
+	}
+}
+
+// check checks that the given parameters identify a report.
+func (q *query) check(seen parameter) {
+	switch {
+	case seen&paramSubmitID != 0:
+		q.checkID("submitID", q.submitID)
+	case seen&(paramAppServerID|paramTaskID) == 0:
+		q.reject(problemMissingParameter, "no report is named: give submitID, or appServerID and taskID together")
+	case seen&paramAppServerID == 0:
+		q.reject(problemMissingParameter, "taskID needs appServerID beside it (or give submitID instead of both)")
+	case seen&paramTaskID == 0:
+		q.reject(problemMissingParameter, "appServerID needs taskID beside it (or give submitID instead of both)")
+	default:
+		q.checkID("appServerID", q.appServerID)
+		q.checkID("taskID", q.taskID)
+	}
+}
+
+func (q *query) checkID(name, id string) {
+	if !task.ValidID(id) {
+		q.reject(problemMalformedParameter, fmt.Sprintf("the parameter %s must be an ID of 1 to %d bytes without control characters", name, task.MaxIDLength))
+	}
+}
+
+// reject keeps the first problem.
+func (q *query) reject(kind problemKind, detail string) {
+	if q.problem == nil {
+		q.problem = &problem{kind: kind, detail: detail}
+	}
+}
+
+// parseBool parses a boolean of the Task API. A parameter without a value is true.
+func parseBool(s string) (value, ok bool) {
+	switch strings.ToLower(s) {
+	case "", "true", "1", "yes", "on":
+		return true, true
+	case "false", "0", "no", "off":
+		return false, true
+	}
+	return false, false
+}
+
+// parseSeconds parses a whole number of seconds. A number that is too large is the largest one.
+func parseSeconds(s string) (seconds uint32, ok bool) {
+	n, err := strconv.ParseUint(s, 10, 32)
+	return uint32(n), err == nil || errors.Is(err, strconv.ErrRange)
+}
+
+// preferredWait returns the first wait preference (RFC 7240, section 4.3). A malformed one is ignored.
+func preferredWait(header http.Header) (seconds uint32) {
+	for _, line := range header["Prefer"] {
+		for more := true; more; {
+			var preference string
+			preference, line, more = cutUnquoted(line, ',')
+			preference, _, _ = cutUnquoted(preference, ';') // parameters have no meaning here
+			name, value, _ := strings.Cut(preference, "=")
+			if strings.EqualFold(strings.TrimSpace(name), "wait") {
+				seconds, _ = parseSeconds(unquote(strings.TrimSpace(value)))
+				return seconds
+			}
+		}
+	}
+	return 0
+}
+
+// cutUnquoted cuts s at the first separator outside a quoted string.
+func cutUnquoted(s string, separator byte) (before, after string, found bool) {
+	quoted := false
+	for i := 0; i < len(s); i++ {
+		switch c := s[i]; {
+		case quoted && c == '\\':
+			i++
+		case c == '"':
+			quoted = !quoted
+		case c == separator && !quoted:
+			return s[:i], s[i+1:], true
+		}
+	}
+	return s, "", false
+}
+
+// unquote returns the content of a quoted string, or the word itself. A number contains no escapes.
+func unquote(word string) string {
+	if inner, ok := strings.CutPrefix(word, `"`); ok {
+		if inner, ok = strings.CutSuffix(inner, `"`); ok {
+			return inner
+		}
+	}
+	return word
+}

@@ -1,0 +1,106 @@
+package fsbroker
+
+import (
+	"slices"
+	"sync"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
+)
+
+// live has the resolvers of all configurations that run, for metrics and the admin API.
+var live registry
+
+// registry is a set of resolvers.
+type registry struct {
+	mu        sync.Mutex
+	resolvers []*resolver
+}
+
+func (rg *registry) add(rs *resolver) {
+	rg.mu.Lock()
+	defer rg.mu.Unlock()
+	rg.resolvers = append(rg.resolvers, rs)
+}
+
+func (rg *registry) remove(rs *resolver) {
+	rg.mu.Lock()
+	defer rg.mu.Unlock()
+	rg.resolvers = slices.DeleteFunc(rg.resolvers, func(other *resolver) bool { return other == rs })
+}
+
+// all returns the current resolvers.
+func (rg *registry) all() []*resolver {
+	rg.mu.Lock()
+	defer rg.mu.Unlock()
+	return slices.Clone(rg.resolvers)
+}
+
+// upstreamID is how an operator knows a node or a broker.
+type upstreamID struct{ role, name, host string }
+
+// liveUpstream is an upstream with its resolver.
+type liveUpstream struct {
+	*upstream
+	resolver *resolver
+}
+
+// upstreams returns the upstreams of all resolvers. Several resolvers may have the same one.
+func (rg *registry) upstreams() map[upstreamID][]liveUpstream {
+	all := make(map[upstreamID][]liveUpstream)
+	for _, rs := range rg.all() {
+		for u := range rs.upstreams() {
+			id := upstreamID{u.role, u.name, u.base.Host}
+			all[id] = append(all[id], liveUpstream{u, rs})
+		}
+	}
+	return all
+}
+
+// archives returns the archives of all resolvers.
+func (rg *registry) archives() []*archive.Archive {
+	var all []*archive.Archive
+	for _, rs := range rg.all() {
+		if rs.archive != nil && !slices.Contains(all, rs.archive) {
+			all = append(all, rs.archive)
+		}
+	}
+	return all
+}
+
+// stats returns the current values of the gauges.
+func (rg *registry) stats() stats {
+	var s stats
+	for id, upstreams := range rg.upstreams() {
+		one := upstreamStats{role: id.role, name: id.name, host: id.host, up: true}
+		for _, u := range upstreams {
+			one.up = one.up && u.health.current.Load() == nil
+			one.inFlight += u.inFlight.Load()
+		}
+		s.upstreams = append(s.upstreams, one)
+	}
+	if all := rg.all(); len(all) > 0 {
+		s.memory = all[0].shared.stats() // all resolvers share it
+	}
+	for _, a := range rg.archives() {
+		s.storage.Add(a.Stats())
+	}
+	return s
+}
+
+// reportKeys returns the keys of both reports of a task, on all nodes of that name.
+func (rg *registry) reportKeys(appServerID, taskID string) (keys []task.Key) {
+	for _, rs := range rg.all() {
+		keys = append(keys, rs.reportKeys(appServerID, taskID)...)
+	}
+	return keys
+}
+
+// purgeMemory removes what memory keeps under keys, or everything if keys is nil, and returns how much there was.
+func (rg *registry) purgeMemory(keys []task.Key) int {
+	all := rg.all()
+	if len(all) == 0 {
+		return 0
+	}
+	return all[0].shared.purge(keys)
+}

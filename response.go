@@ -1,0 +1,193 @@
+package fsbroker
+
+import (
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
+)
+
+// responder writes the responses of a handler.
+type responder struct {
+	memory     *memory
+	retryAfter time.Duration // for reports that have nothing yet
+	logger     *zap.Logger
+}
+
+// write writes the report that was found and returns the status of the response.
+func (rp *responder) write(w http.ResponseWriter, r *http.Request, res result) int {
+	report := res.entry.report()
+	f := fields{header: w.Header()}
+	f.set("Cache-Status", cacheStatus(res, nil))
+	f.addVary("Accept-Encoding")
+	if res.hit {
+		f.set("Age", strconv.Itoa(int(max(0, time.Since(report.At()))/time.Second)))
+	}
+	if report.Finished() {
+		f.set("Cache-Control", "private, no-cache")
+	} else {
+		f.set("Cache-Control", "no-store")
+	}
+	if report.IsEmpty() {
+		f.set("Retry-After", wholeSeconds(rp.retryAfter))
+		w.WriteHeader(http.StatusNoContent)
+		return http.StatusNoContent
+	}
+
+	chosen, err := rp.choose(res.entry, r.Header)
+	if err != nil {
+		rp.logger.Error("a kept report is damaged", zap.Error(err))
+		return writeProblem(w, r, damaged, cacheStatus(res, damaged))
+	}
+	f.set("Etag", chosen.ETag)
+	if matches(r.Header, chosen.ETag) {
+		w.WriteHeader(http.StatusNotModified)
+		return http.StatusNotModified
+	}
+	f.set("Content-Type", "application/json")
+	f.set("Content-Length", chosen.Length)
+	if chosen == report.Gzipped() {
+		f.set("Content-Encoding", "gzip")
+	}
+	w.WriteHeader(http.StatusOK)
+	writeBody(w, r, chosen.Body)
+	return http.StatusOK
+}
+
+// choose returns the representation that the caller accepts.
+func (rp *responder) choose(e *entry, header http.Header) (*task.Representation, error) {
+	if gzipped := e.report().Gzipped(); gzipped != nil && acceptsGzip(header) {
+		return gzipped, nil
+	}
+	return rp.memory.inflate(e)
+}
+
+// writeProblem writes a problem document and returns the status of the response. Caddy's error handling would log the
+// request URI and send no body.
+func writeProblem(w http.ResponseWriter, r *http.Request, p *problem, cacheStatus string) int {
+	body := p.document()
+	header := w.Header()
+	header.Set("Content-Type", "application/problem+json")
+	header.Set("Content-Length", strconv.Itoa(len(body)))
+	header.Set("Cache-Control", "no-store")
+	header.Set("Cache-Status", cacheStatus)
+	switch p.kind {
+	case problemUnauthorized:
+		header.Set("WWW-Authenticate", "Bearer")
+	case problemMethodNotAllowed:
+		header.Set("Allow", "GET, HEAD")
+	}
+	if p.retryAfter > 0 {
+		header.Set("Retry-After", wholeSeconds(p.retryAfter))
+	}
+	w.WriteHeader(p.status())
+	writeBody(w, r, body)
+	return p.status()
+}
+
+// damaged means that the memory of the machine is faulty.
+var damaged = &problem{kind: problemInternal, detail: "the kept report cannot be read: try again with nocache"}
+
+// fields sets header fields, whose values share one array: most allocations of a hit would be slices of one string
+// (BenchmarkHit). Names must be in the canonical form of http.Header.
+type fields struct {
+	header http.Header
+	values [8]string
+	n      int
+}
+
+func (f *fields) set(name, value string) {
+	f.values[f.n] = value
+	f.header[name] = f.values[f.n : f.n+1 : f.n+1]
+	f.n++
+}
+
+// addVary adds to the values of Vary that other handlers have set.
+func (f *fields) addVary(name string) {
+	for _, v := range f.header["Vary"] {
+		if strings.EqualFold(v, name) {
+			return
+		}
+	}
+	if len(f.header["Vary"]) == 0 {
+		f.set("Vary", name)
+		return
+	}
+	f.header.Add("Vary", name)
+}
+
+// writeBody writes the body of a response. An error means that the client has left. It is dropped, because Caddy would
+// log it with the request URI.
+func writeBody(w http.ResponseWriter, r *http.Request, body []byte) {
+	if r.Method != http.MethodHead {
+		_, _ = w.Write(body)
+	}
+}
+
+// cacheStatus returns the field of RFC 9211 for a result, or for the problem that took its place.
+func cacheStatus(res result, p *problem) string {
+	forward := "fsbroker; fwd=uri-miss"
+	if res.nocache {
+		forward = "fsbroker; fwd=request"
+	}
+	switch res.outcome(p) {
+	case outcomeError:
+		return forward + "; detail=" + p.code()
+	case outcomeNone:
+		return "fsbroker; detail=" + p.code()
+	case outcomeStorage:
+		return "fsbroker; hit; detail=storage"
+	case outcomeHit:
+		return "fsbroker; hit"
+	case outcomeCollapsed:
+		return forward + "; collapsed"
+	}
+	if res.entry.number == 0 {
+		return forward
+	}
+	return forward + "; stored"
+}
+
+// matches reports whether If-None-Match contains etag (RFC 9110, section 13.1.2).
+func matches(header http.Header, etag string) bool {
+	for _, line := range header["If-None-Match"] {
+		for candidate := range strings.SplitSeq(line, ",") {
+			candidate = strings.TrimSpace(candidate)
+			if candidate == "*" || strings.TrimPrefix(candidate, "W/") == etag {
+				return true
+			}
+		}
+	}
+	return false
+}
+
+// acceptsGzip reports whether the response may be compressed with gzip (RFC 9110, section 12.5.3).
+func acceptsGzip(header http.Header) bool {
+	accepted := false
+	for _, line := range header["Accept-Encoding"] {
+		for item := range strings.SplitSeq(line, ",") {
+			coding, weight, _ := strings.Cut(item, ";")
+			switch coding = strings.TrimSpace(coding); {
+			case strings.EqualFold(coding, "gzip"):
+				return hasWeight(weight)
+			case coding == "*":
+				accepted = hasWeight(weight)
+			}
+		}
+	}
+	return accepted
+}
+
+// hasWeight reports whether a weight such as "q=0.5" is more than 0. A missing weight is 1.
+func hasWeight(weight string) bool {
+	value, ok := strings.CutPrefix(strings.ToLower(strings.TrimSpace(weight)), "q=")
+	if !ok {
+		return true
+	}
+	q, err := strconv.ParseFloat(value, 64)
+	return err == nil && q > 0
+}
