@@ -50,7 +50,9 @@ func TestQueueIsBounded(t *testing.T) {
 	}
 
 	var many queue
-	for n = 0; many.push(numbered(n), report(1)); n++ {
+	n = 0
+	for many.push(numbered(n), report(1)) {
+		n++
 	}
 	if n != maxQueue {
 		t.Errorf("%d small values have room", n)
