@@ -99,23 +99,36 @@ func resolveSecret(repl *caddy.Replacer, secret string) (string, error) {
 	return value, nil
 }
 
+// secretHeaders are the header fields in which a secret can be presented, beside Authorization: the one that the broker
+// takes from version 2.2.1 on, and the one that the product's public clients send.
+var secretHeaders = [...]string{"Secret", "X-Api-Key"}
+
 // authenticate returns the client that a request comes from, or nil. Every secret that is presented must be valid: a
 // wrong secret beside a right one is a mistake that must not go unnoticed.
 func (cs clients) authenticate(header http.Header, q query) *client {
 	var found *client
-	for _, presented := range [...]string{bearerToken(header), q.serect, q.secret} {
-		if presented == "" {
-			continue
-		}
-		c := cs.find(presented)
-		if c == nil {
-			return nil
-		}
-		if found == nil {
-			found = c
+	valid := cs.accept(bearerToken(header), &found) && cs.accept(q.serect, &found) && cs.accept(q.secret, &found)
+	for _, name := range secretHeaders {
+		for _, value := range header[name] {
+			valid = valid && cs.accept(value, &found)
 		}
 	}
+	if !valid {
+		return nil
+	}
 	return found
+}
+
+// accept reports whether a secret is valid or not presented. It sets found to the client of the first secret.
+func (cs clients) accept(presented string, found **client) bool {
+	if presented == "" {
+		return true
+	}
+	c := cs.find(presented)
+	if *found == nil {
+		*found = c
+	}
+	return c != nil
 }
 
 // find compares the hashes of all secrets in constant time, so timing reveals neither a secret's length nor a prefix.

@@ -73,6 +73,42 @@ func TestAuthentication(t *testing.T) {
 	s.wantNoSecretInLog()
 }
 
+// The header fields that the product's servers and its public clients use.
+func TestSecretInHeader(t *testing.T) {
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	s := startSite(t, options(node, "secret other {env.BROKER_SECRET}"))
+	for name, test := range map[string]struct {
+		header []string
+		status int
+	}{
+		"secret":                        {[]string{"secret: " + callerSecret}, 200},
+		"X-Api-Key":                     {[]string{"X-Api-Key: " + callerSecret}, 200},
+		"in another case":               {[]string{"SECRET: " + callerSecret}, 200},
+		"all":                           {[]string{"secret: " + callerSecret, "X-Api-Key: " + callerSecret, "Authorization: Bearer " + callerSecret}, 200},
+		"of another client":             {[]string{"secret: " + brokerSecret}, 200},
+		"empty beside a right one":      {[]string{"secret: ", "X-Api-Key: " + callerSecret}, 200},
+		"wrong":                         {[]string{"secret: wrong"}, 401},
+		"wrong X-Api-Key":               {[]string{"X-Api-Key: wrong"}, 401},
+		"empty":                         {[]string{"secret: ", "X-Api-Key: "}, 401},
+		"wrong beside a right one":      {[]string{"secret: wrong", "X-Api-Key: " + callerSecret}, 401},
+		"wrong beside bearer":           {[]string{"X-Api-Key: wrong", "Authorization: Bearer " + callerSecret}, 401},
+		"a wrong one repeated":          {[]string{"secret: " + callerSecret, "secret: wrong"}, 401},
+		"a wrong X-Api-Key repeated":    {[]string{"X-Api-Key: wrong", "X-Api-Key: " + callerSecret}, 401},
+		"with the word Bearer":          {[]string{"secret: Bearer " + callerSecret}, 401},
+		"right, with a prefix missing":  {[]string{"secret: " + callerSecret[1:]}, 401},
+		"a node's, not a caller's, one": {[]string{"secret: " + nodeSecret}, 401},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := s.in(t)
+			s.do(t.Context(), http.MethodGet, pair, test.header...).wantStatus(t, test.status)
+		})
+	}
+	if got := s.logged("ends up in logs"); len(got) > 0 {
+		t.Errorf("a secret in a header is warned of: %v", got)
+	}
+	s.wantNoSecretInLog()
+}
+
 func TestClientNames(t *testing.T) {
 	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	s := startSite(t, fmt.Sprintf(`fsbroker_task {

@@ -144,6 +144,8 @@ func (s *site) caddyfile(directives string) string {
 				replace serect REDACTED
 				replace secret REDACTED
 			}
+			request>headers>Secret delete
+			request>headers>X-Api-Key delete
 		}
 	}
 }
