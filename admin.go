@@ -79,44 +79,39 @@ type nodeState struct {
 	Questions   int64       `json:"questions"` // requests under way
 	SystemInfo  *systemInfo `json:"system_info,omitempty"`
 
-	// SystemInfoProblem is the code of the problem that took the place of SystemInfo. A broker has neither.
+	// SystemInfoProblem is the code of the problem that took the place of SystemInfo.
 	SystemInfoProblem string `json:"system_info_problem,omitempty"`
 }
 
-// showNodes returns the state of the nodes and brokers. It asks the nodes for their system information.
+// showNodes returns the state of the nodes and brokers. It asks each for its system information.
 func showNodes(r *http.Request) (any, error) {
 	all := live.upstreams()
-	states := make([]nodeState, 0, len(all))
-	for id := range all {
-		states = append(states, nodeState{Role: id.role, Node: id.name, Address: id.host})
-	}
-	slices.SortFunc(states, func(a, b nodeState) int {
-		return cmp.Or(-cmp.Compare(a.Role, b.Role), cmp.Compare(a.Node, b.Node), cmp.Compare(a.Address, b.Address))
+	ids := slices.SortedFunc(maps.Keys(all), func(a, b upstreamID) int {
+		return cmp.Or(cmp.Compare(a.role, b.role), cmp.Compare(a.name, b.name), cmp.Compare(a.host, b.host))
 	})
+	states := make([]nodeState, len(ids))
 	var fetches sync.WaitGroup
-	for i := range states {
-		s := &states[i]
-		fetches.Go(func() { s.fill(r.Context(), all[upstreamID{s.Role, s.Node, s.Address}]) })
+	for i, id := range ids {
+		states[i] = nodeState{Role: id.role.String(), Node: id.name, Address: id.host}
+		fetches.Go(func() { states[i].fill(r.Context(), all[id]) })
 	}
 	fetches.Wait()
 	return states, nil
 }
 
-// fill combines what several resolvers know of one node. It asks the node through the first of them.
+// fill combines what several resolvers know of one node or broker. It asks it through the first of them.
 func (s *nodeState) fill(ctx context.Context, upstreams []liveUpstream) {
-	if s.Role == roleNode {
-		first := upstreams[0]
-		r, info, err := first.resolver.fetchSystemInfo(ctx, first.upstream)
-		switch {
-		case err != nil: // the caller has left
-			return
-		case r.problem != nil:
-			s.SystemInfoProblem = r.problem.code()
-		default:
-			s.SystemInfo = &info
-		}
-		first.health.record(sourceAdmin, r)
+	first := upstreams[0]
+	r, info, err := first.resolver.fetchSystemInfo(ctx, first.upstream)
+	switch {
+	case err != nil: // the caller has left
+		return
+	case r.problem != nil:
+		s.SystemInfoProblem = r.problem.code()
+	default:
+		s.SystemInfo = &info
 	}
+	first.health.record(sourceAdmin, r)
 	worst := statusHealthy
 	for _, u := range upstreams {
 		worst = max(worst, u.health.status(time.Now()))
@@ -164,7 +159,7 @@ func purgeCache(r *http.Request) (any, error) {
 		return nil, adminError(http.StatusBadRequest,
 			errors.New("give appServerID and taskID together, once each, to purge the reports of a task, or nothing to purge everything"))
 	}
-	keys := live.reportKeys(appServerID[0], taskID[0])
+	keys := live.taskKeys(appServerID[0], taskID[0])
 	if len(keys) == 0 {
 		return nil, adminError(http.StatusNotFound, errors.New("no node has this appServerID: check it"))
 	}

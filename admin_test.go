@@ -54,7 +54,7 @@ func TestAdminNodes(t *testing.T) {
 		`{"role":"node","node":"b-old","address":"%s","state":"healthy","questions":0,"system_info_problem":"node_bad_answer"},`+
 		`{"role":"node","node":"c-slow","address":"%s","state":"healthy","questions":0,"system_info_problem":"node_timeout"},`+
 		`{"role":"node","node":"d-gone","address":"%s","state":"down","last_problem":{"code":"node_unreachable","at":"…"},"questions":0,"system_info_problem":"node_unreachable"},`+
-		`{"role":"broker","address":"%s","state":"healthy","last_problem":{"code":"broker_bad_answer","at":"…"},"questions":0}]`,
+		`{"role":"broker","address":"%s","state":"healthy","last_problem":{"code":"broker_bad_answer","at":"…"},"questions":0,"system_info_problem":"broker_bad_answer"}]`,
 		host(well), host(old), host(slow), host(gone), host(broker)))
 	if took := time.Since(begin); took > 5*time.Second {
 		t.Errorf("the response took %s", took)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -49,9 +50,9 @@ func benchHandler(b *testing.B, nodes, reports, size int) *Handler {
 	}
 	rs := h.resolver
 	for i := range reports {
-		rs.shared.put(task.ReportKey(rs.nodes["node-0"].address, fmt.Sprintf("t%d", i), false), task.NewReport(r.Document()), time.Hour)
+		rs.shared.put(task.TaskKey(rs.nodes["node-0"].scope, "node-0", fmt.Sprintf("t%d", i), false), task.NewReport(r.Document()), time.Hour)
 	}
-	rs.shared.put(task.SubmissionKey(rs.broker.address, "s0"), task.NewSubmission(time.Now(), "node-0", "t0"), time.Hour)
+	rs.shared.put(task.SubmissionKey(rs.broker.scope, "s0", false), task.NewReport(r.Document()), time.Hour)
 	return h
 }
 
@@ -147,7 +148,7 @@ func BenchmarkMiss(b *testing.B) {
 			transport := &http.Transport{DisableCompression: true}
 			u := h.resolver.nodes["node-0"]
 			u.transport = transport
-			base, err := parseAddress(node.URL, "http")
+			base, err := url.Parse(node.URL)
 			if err != nil {
 				b.Fatal(err)
 			}

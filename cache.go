@@ -8,6 +8,7 @@ import (
 	"time"
 
 	gocache "github.com/patrickmn/go-cache"
+	"go.opentelemetry.io/otel/trace"
 
 	"github.com/caddyserver/caddy/v2"
 
@@ -19,16 +20,14 @@ import (
 // Cache configures what is kept of the upstreams' answers, and for how long. All `fsbroker_task` handlers of a process
 // share one cache in memory, which outlives a reload of the configuration.
 type Cache struct {
-	// How long a finished report is kept in memory, and what a submission resolved to. Neither ever changes: the TTL only
-	// bounds memory. Default: `24h`
+	// How long a finished report is kept in memory. It never changes: the TTL only bounds memory. Default: `24h`
 	TTL caddy.Duration `json:"ttl,omitempty"`
 
 	// The maximum size of the cache in memory, in bytes, bookkeeping included. What is requested least is evicted first.
 	// If handlers differ, the largest value counts. Default: 268435456 (256 MiB)
 	MaxSize int64 `json:"max_size,omitempty"`
 
-	// A storage that keeps finished reports, and what submissions resolved to, beyond the process, and shares them with
-	// all instances that use it: any `caddy.storage` module, or `{}` for the storage that the server is configured with.
+	// A storage that keeps finished reports beyond the process, and shares them with all instances that use it: any `caddy.storage` module, or `{}` for the storage that the server is configured with.
 	// Reports are confidential. They are compressed but not encrypted: protect the storage. Default: none
 	StorageRaw json.RawMessage `json:"storage,omitempty" caddy:"namespace=caddy.storage inline_key=module"`
 
@@ -46,7 +45,7 @@ const (
 // eviction order, its timer, and the structs themselves. TestCacheBoundsHeap checks that it suffices.
 const entryOverhead = 1024
 
-// memory keeps values in go-cache and adds a bound in bytes. It evicts by SIEVE (Zhang et al., NSDI '24): a hit only sets
+// memory keeps reports in go-cache and adds a bound in bytes. It evicts by SIEVE (Zhang et al., NSDI '24): a hit only sets
 // a mark, so it takes no lock but go-cache's own.
 type memory struct {
 	kept *gocache.Cache // key -> *entry
@@ -60,10 +59,10 @@ type memory struct {
 	entries  sieve
 }
 
-// entry is a value that is kept.
+// entry is a report that is kept.
 type entry struct {
 	key     task.Key
-	value   task.Value
+	report  *task.Report
 	number  uint64 // its position among all entries ever added; 0 if it was not kept
 	timer   *time.Timer
 	unsaved atomic.Bool // there is no storage, or its queue had no room
@@ -71,9 +70,6 @@ type entry struct {
 	whole    sieveNode
 	inflated sieveNode
 }
-
-func (e *entry) report() *task.Report         { return e.value.(*task.Report) }
-func (e *entry) submission() *task.Submission { return e.value.(*task.Submission) }
 
 func newMemory(limit int64) *memory {
 	// There is no cleanup interval: entries leave by their own timers. So no janitor outlives the cache or locks the whole
@@ -94,10 +90,10 @@ func (m *memory) get(k task.Key) (*entry, bool) {
 	return e, true
 }
 
-// put keeps value under k for ttl and replaces what was there. A value that is larger than the whole cache is not kept.
-func (m *memory) put(k task.Key, value task.Value, ttl time.Duration) *entry {
-	e := &entry{key: k, value: value}
-	e.whole = sieveNode{entry: e, size: int64(value.Size()) + entryOverhead}
+// put keeps a report under k for ttl and replaces what was there. A report that is larger than the whole cache is not kept.
+func (m *memory) put(k task.Key, report *task.Report, ttl time.Duration) *entry {
+	e := &entry{key: k, report: report}
+	e.whole = sieveNode{entry: e, size: int64(report.Size()) + entryOverhead}
 	e.inflated = sieveNode{entry: e}
 
 	m.mu.Lock()
@@ -131,7 +127,7 @@ func (m *memory) expire(k task.Key, number uint64) func() {
 
 // inflate returns the inflated representation of e's report, and keeps it.
 func (m *memory) inflate(e *entry) (*task.Representation, error) {
-	inflated, made, err := e.report().Inflate()
+	inflated, made, err := e.report.Inflate()
 	if made {
 		m.addInflated(e, cap(inflated.Body))
 	} else {
@@ -166,7 +162,7 @@ func (m *memory) dropInflated(e *entry) {
 	}
 	m.inflated.remove(&e.inflated)
 	m.used -= e.inflated.size
-	e.report().DropInflated()
+	e.report.DropInflated()
 }
 
 // shrink evicts until the rest is within the limit. Inflated copies go first, because they can be made again.
@@ -293,14 +289,16 @@ type shared struct {
 	waiters atomic.Int64 // callers that wait for a report to be finished
 }
 
-// callKey is the key of a call: what is fetched, and the identity of the upstream. Handlers that use an upstream in the
-// same way share a call, and a wrong secret of one does not affect the others.
-type callKey struct{ value, upstream task.Key }
+// callKey is the key of a call: what is fetched, and the identity of the upstreams. Handlers that use the same upstreams in
+// the same way share a call, and a wrong secret of one does not affect the others.
+type callKey struct{ report, upstreams task.Key }
 
 // fetchResult is what a call gives to all its callers.
 type fetchResult struct {
 	entry  *entry
-	stored bool // it came from the storage
+	stored bool               // it came from the storage
+	from   *upstream          // that answered; nil if it was kept
+	span   *trace.SpanContext // of the request to the upstream; nil if nothing is traced
 }
 
 // pool holds the one shared value, for as long as a configuration uses it: a new configuration is provisioned before the

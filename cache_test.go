@@ -85,7 +85,7 @@ func TestCacheReplacesAndExpires(t *testing.T) {
 	first, second := inflatedReport(10), inflatedReport(10)
 	c.put(numbered(1), first, time.Hour)
 	c.put(numbered(1), second, 50*time.Millisecond)
-	if e, ok := c.get(numbered(1)); !ok || e.report() != second {
+	if e, ok := c.get(numbered(1)); !ok || e.report != second {
 		t.Error("the second has not replaced the first")
 	}
 	if c.used != int64(second.Size())+entryOverhead {
@@ -130,7 +130,7 @@ func TestCacheEvictsInflatedCopiesFirst(t *testing.T) {
 		t.Errorf("%d bytes are used, want %d; %d inflated copies and %d entries are left", s.used, used, s.inflated.order.Len(), s.entries.order.Len())
 	}
 	for _, e := range entries {
-		if _, made, err := e.report().Inflate(); !made || err != nil {
+		if _, made, err := e.report.Inflate(); !made || err != nil {
 			t.Errorf("an inflated copy is still there, error %v", err)
 		}
 	}

@@ -108,7 +108,7 @@ func TestMethods(t *testing.T) {
 
 func TestBadQueries(t *testing.T) {
 	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
-	broker := newBackend(t, responds(http.StatusOK, `{}`))
+	broker := newBackend(t, responds(http.StatusNotFound, ""))
 	s := startSite(t, options(node, brokerOption(broker)))
 
 	for query, code := range map[string]string{
@@ -150,7 +150,7 @@ func TestBadQueries(t *testing.T) {
 	node.wantRequests(t, 0)
 	broker.wantRequests(t, 0)
 
-	s.get("/task?appServerID=node-2&taskID=t1").wantProblem(t, http.StatusNotFound, "unknown_node")
+	s.get("/task?appServerID=node-2&taskID=t1").wantProblem(t, http.StatusNotFound, "unknown_task")
 	s.get("/task?appServerID=node-1&taskID=t1&_=123&_=456").wantStatus(t, http.StatusOK)
 }
 
@@ -200,6 +200,7 @@ func TestUnfinishedReport(t *testing.T) {
 		r.wantStatus(t, http.StatusOK)
 		r.wantHeader(t, "Cache-Status", want)
 		r.wantHeader(t, "Cache-Control", "no-store")
+		r.wantHeader(t, "Retry-After", "1")
 		if i == 2 {
 			s.get(pair, "If-None-Match: "+r.header.Get("ETag")).wantStatus(t, http.StatusNotModified)
 		}
@@ -390,97 +391,9 @@ func TestErrorsAreNotKept(t *testing.T) {
 	node.wantRequests(t, 4)
 }
 
-func TestSubmissions(t *testing.T) {
-	document := reportOf("t1", "SUCCESS")
-	node := newBackend(t, responds(http.StatusOK, document))
-	broker := newBackend(t, nil)
-	s := startSite(t, options(node, brokerOption(broker)+"\npoll_interval 200ms"))
-
-	for name, test := range map[string]struct {
-		handler http.HandlerFunc
-		status  int
-		code    string
-	}{
-		"flat":            {responds(200, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`), 200, ""},
-		"in the result":   {responds(200, `{"state":"SUCCESS","appServerID":"node-1","result":{"taskID":"t1"}}`), 200, ""},
-		"a scan's answer": {responds(200, `{"processTime":3,"state":"success","appServerID":"node-1","httpStatus":200,"result":{"processTime":9,"scanTasks":[{"taskReference":{"ID":"t1","state":"IN_PROGRESS"}},{"taskReference":{"ID":"t2"}}]}}`), 200, ""},
-		"deeper":          {responds(200, `{"appServerID":"node-1","result":{"response":{"scanTasks":[{"taskReference":{"ID":"t1"}}]}}}`), 200, ""},
-		"other case":      {responds(200, `{"State":"SUCCESS","appServerId":"node-1","taskId":"t1"}`), 200, ""},
-		"without a state": {responds(200, `{"appServerID":"node-1","taskID":"t1"}`), 200, ""},
-		"queued":          {responds(200, `{"state":"QUEUED","position":3}`), 204, ""},
-		"queued, 204":     {responds(204, ""), 204, ""},
-		"in progress":     {responds(200, `{"state":"in_progress"}`), 204, ""},
-		"failed":          {responds(200, `{"state":"FAILED","appServerID":"node-1"}`), 404, "submission_failed"},
-		"unknown":         {responds(404, ""), 404, "unknown_submission"},
-		"another node":    {responds(200, `{"state":"SUCCESS","appServerID":"node-9","taskID":"t1"}`), 404, "unknown_node"},
-		"no node":         {responds(200, `{"state":"SUCCESS","taskID":"t1"}`), 502, "broker_bad_answer"},
-		"no task":         {responds(200, `{"state":"SUCCESS","appServerID":"node-1"}`), 502, "broker_bad_answer"},
-		"nothing":         {responds(200, `{}`), 502, "broker_bad_answer"},
-		"null":            {responds(200, `null`), 502, "broker_bad_answer"},
-		"a list":          {responds(200, `[]`), 502, "broker_bad_answer"},
-		"odd types":       {responds(200, `{"state":1,"appServerID":{},"taskID":[],"scanTasks":[1]}`), 502, "broker_bad_answer"},
-		"not JSON":        {responds(200, `<html>`), 502, "broker_bad_answer"},
-		"refused":         {responds(403, ""), 502, "broker_refused_secret"},
-		"failing":         {responds(500, ""), 502, "broker_bad_answer"},
-		"another page":    {responds(302, ""), 502, "broker_bad_answer"},
-	} {
-		t.Run(name, func(t *testing.T) {
-			broker.setHandler(test.handler)
-			r := s.in(t).get("/task?submitID=" + url.QueryEscape(name))
-			r.wantStatus(t, test.status)
-			switch test.status {
-			case 200:
-				if string(r.body) != document {
-					t.Errorf("got %s", r.body)
-				}
-			case 204:
-				r.wantHeader(t, "Retry-After", "1")
-			default:
-				r.wantProblem(t, test.status, test.code)
-			}
-			switch {
-			case name == "no node" && !strings.Contains(string(r.body), "appServerID"),
-				name == "no task" && !strings.Contains(string(r.body), "taskID"):
-				t.Errorf("the problem does not name the missing field: %s", r.body)
-			}
-		})
-	}
-	for _, q := range broker.requests() {
-		if q.Path != "/submit-result" || q.Query().Get("serect") != brokerSecret || q.Query().Get("secret") != brokerSecret {
-			t.Errorf("the broker got a request for %s", q)
-		}
-	}
-	s.wantNoSecretInLog()
-}
-
-func TestSubmissionsAreKept(t *testing.T) {
-	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
-	broker := newBackend(t, responds(http.StatusOK, `{"state":"QUEUED"}`))
-	s := startSite(t, options(node, brokerOption(broker)+"\npoll_interval 1s"))
-	const submitted = "/task?submitID=s1"
-
-	s.get(submitted).wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
-	s.get(submitted).wantHeader(t, "Cache-Status", "fsbroker; hit")
-	broker.wantRequests(t, 1)
-	s.get(submitted+"&nocache").wantStatus(t, http.StatusNoContent)
-	broker.wantRequests(t, 2)
-
-	broker.setHandler(responds(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
-	s.getUntil(submitted, "the report", func(r reply) bool { return r.status != http.StatusNoContent }).wantStatus(t, http.StatusOK)
-	broker.setHandler(responds(http.StatusNotFound, ""))
-	s.get(submitted).wantHeader(t, "Cache-Status", "fsbroker; hit")
-	s.get(submitted+"&nocache").wantStatus(t, http.StatusOK)
-	broker.wantRequests(t, 3)
-	node.wantRequests(t, 2)
-
-	// submitID wins over the pair, which is ignored.
-	s.get("/task?submitID=s1&appServerID=node-7").wantStatus(t, http.StatusOK)
-	// The pair finds the same report.
-	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
-}
-
 func TestWithoutBroker(t *testing.T) {
 	node := newBackend(t, nil)
 	s := startSite(t, options(node, ""))
 	s.get("/task?submitID=s1").wantProblem(t, http.StatusBadRequest, "no_broker")
+	s.get("/task?appServerID=node-2&taskID=t1").wantProblem(t, http.StatusNotFound, "unknown_node")
 }

@@ -23,7 +23,7 @@ func init() {
 	httpcaddyfile.RegisterDirectiveOrder("fsbroker_task", httpcaddyfile.Before, "respond")
 }
 
-// parseDirective makes a route of the directive. Without a matcher it is for the path /task alone.
+// parseDirective returns a route for the directive. Without a matcher it matches the path /task only.
 func parseDirective(helper httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, error) {
 	helper.Next() // the directive's name
 	matchers, given, err := helper.MatcherToken()
@@ -49,12 +49,12 @@ func parseDirective(helper httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, e
 //	fsbroker_task [<matcher>] {
 //	    secret [<client name>] <secret>
 //	    node   <appServerID> <address> [<secret>] {
-//	        secret       <secret>
-//	        secret_param serect|secret
+//	        secret    <secret>
+//	        secret_in header|secret|serect...
 //	    }
 //	    broker <address> [<secret>] {
-//	        secret       <secret>
-//	        secret_param serect|secret
+//	        secret    <secret>
+//	        secret_in header|secret|serect...
 //	    }
 //	    transport http { ... }
 //	    timeout       <duration>
@@ -72,7 +72,8 @@ func parseDirective(helper httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, e
 //	    }
 //	}
 //
-// secret and node can be repeated; one of each is needed. Without a matcher, the handler is for the path /task alone.
+// secret and node can be repeated. A secret is required, and so is a node or a broker. Without a matcher, the handler serves
+// the path /task only.
 func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // the directive's name
 	if d.CountRemainingArgs() > 0 {
@@ -86,8 +87,8 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	if len(h.Secrets) == 0 {
 		return d.Err("fsbroker_task requires at least one secret to let a client in")
 	}
-	if len(h.Nodes) == 0 {
-		return d.Err("fsbroker_task requires at least one node")
+	if len(h.Nodes) == 0 && h.Broker == nil {
+		return d.WrapErr(errNoUpstream)
 	}
 	return nil
 }
@@ -123,7 +124,7 @@ func (h *Handler) unmarshalOption(d *caddyfile.Dispenser) error {
 	}
 }
 
-// arguments takes between least and most arguments. Unlike d.ArgErr, its error does not show the last of them, which
+// arguments reads between least and most arguments. Unlike that of d.ArgErr, its error does not show an argument, which
 // may be a secret.
 func arguments(d *caddyfile.Dispenser, least, most int, syntax string) ([]string, error) {
 	args := d.RemainingArgs()
@@ -186,11 +187,11 @@ func (h *Handler) unmarshalBroker(d *caddyfile.Dispenser) error {
 	return h.Broker.unmarshal(d, args)
 }
 
-// unmarshal reads what a node's and the broker's options have in common, the block included.
+// unmarshal reads the options that a node and the broker have in common, including the block.
 func (e *Endpoint) unmarshal(d *caddyfile.Dispenser, args []string) error {
 	e.Address = args[0]
-	if !strings.Contains(e.Address, "{") { // or else it is seen when the placeholder is resolved
-		if _, err := parseAddress(e.Address, "http"); err != nil {
+	if !strings.Contains(e.Address, "{") { // a placeholder is checked when it is resolved
+		if _, err := parseAddress(e.Address, func(string) string { return "https" }); err != nil {
 			return d.WrapErr(err)
 		}
 	}
@@ -208,17 +209,22 @@ func (e *Endpoint) unmarshal(d *caddyfile.Dispenser, args []string) error {
 				return err
 			}
 			e.Secret = args[0]
-		case "secret_param":
-			args, err := arguments(d, 1, 1, "secret_param serect|secret")
+		case "secret_in":
+			if e.SecretIn != nil {
+				return d.Err("secret_in is given more than once")
+			}
+			args, err := arguments(d, 1, len(secretPlaces), "secret_in header|secret|serect...")
 			if err != nil {
 				return err
 			}
-			e.SecretParam = args[0]
-			if _, err := e.secretParams(); err != nil {
+			e.SecretIn = args
+			if _, err := e.newSecret(""); err != nil {
 				return d.WrapErr(err)
 			}
+		case "secret_param":
+			return d.Err("secret_param is not an option any more: use secret_in, which also takes header")
 		default:
-			return d.Errf("unknown option %s: the options are secret and secret_param", option)
+			return d.Errf("unknown option %s: the options are secret and secret_in", option)
 		}
 	}
 	return nil
@@ -271,7 +277,7 @@ func (h *Handler) unmarshalCache(d *caddyfile.Dispenser) error {
 	return nil
 }
 
-// unmarshalStorage reads which storage it is: without a name, the one that the server is configured with.
+// unmarshalStorage reads the storage. Without a name it is the one that the server is configured with.
 func (c *Cache) unmarshalStorage(d *caddyfile.Dispenser) error {
 	if c.StorageRaw != nil {
 		return d.Err("storage is given more than once")
@@ -309,7 +315,7 @@ func unmarshalSize(d *caddyfile.Dispenser, option *int64) error {
 	})
 }
 
-// unmarshalOnce reads an option that has one value, more than 0, and is given once.
+// unmarshalOnce reads an option with one value of more than 0, which may be given once.
 func unmarshalOnce[T ~int64](d *caddyfile.Dispenser, option *T, wanted string, parse func(string) (T, error)) error {
 	name := d.Val()
 	if *option != 0 {
@@ -327,7 +333,7 @@ func unmarshalOnce[T ~int64](d *caddyfile.Dispenser, option *T, wanted string, p
 	return noBlock(d, name)
 }
 
-// noBlock refuses a block after an option that has none.
+// noBlock returns an error if an option that takes no block is followed by one.
 func noBlock(d *caddyfile.Dispenser, name string) error {
 	if d.NextBlock(d.Nesting()) {
 		return d.Errf("%s takes no block", name)

@@ -60,7 +60,7 @@ func TestSitesWithOtherBounds(t *testing.T) {
 
 func TestJSON(t *testing.T) {
 	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
-	broker := newBackend(t, responds(http.StatusOK, `{"appServerID":"node-1","taskID":"t1"}`))
+	broker := newBackend(t, explains(`{"appServerID":"node-1","taskID":"t1"}`))
 	s := newSite(t)
 	load := func(handler string) error {
 		config := fmt.Sprintf(`{
@@ -82,7 +82,7 @@ func TestJSON(t *testing.T) {
 	if err := load(fmt.Sprintf(`{
 		"handler": "fsbroker_task",
 		"secrets": [{"client": "tester", "secret": "{env.CALLER_SECRET}"}],
-		"nodes": [{"app_server_id": "node-1", "address": %q, "secret": "{env.NODE_SECRET}", "secret_param": "secret"}],
+		"nodes": [{"app_server_id": "node-1", "address": %q, "secret": "{env.NODE_SECRET}", "secret_in": ["secret"]}],
 		"broker": {"address": %q, "secret": "{env.BROKER_SECRET}"},
 		"transport": {"protocol": "http", "dial_timeout": "1s"},
 		"timeout": "5s", "poll_interval": "1s", "max_wait": "90s", "max_report": 1000000, "fail_duration": "1s",
@@ -105,10 +105,10 @@ func TestJSON(t *testing.T) {
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "{file./no/such/file}"}]}`:                                                                                              "{file./no/such/file} is empty",
 		`{"handler": "fsbroker_task", "secrets": [{"client": "a b", "secret": "s"}]}`:                                                                                                "client's name must be",
 		`{"handler": "fsbroker_task", "secrets": [{"client": "a", "secret": "s"}, {"client": "b", "secret": "s"}]}`:                                                                  "share one secret",
-		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}]}`:                                                                                                                 "no node is configured",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}]}`:                                                                                                                 "no upstream is configured",
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"address": "a:1"}]}`:                                                                                  "application server ID must be",
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "ftp://a"}]}`:                                                        `node "a": the address must be`,
-		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1", "secret_param": "x"}]}`:                                       "secret_param must be serect or secret",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1", "secret_in": ["x"]}]}`:                                        "secret_in must be one or several of",
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1", "secret": "{env.NO}"}]}`:                                      "{env.NO} is empty",
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "{env.NO}"}]}`:                                                       "{env.NO} is empty",
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "broker": {}}`:                                              "broker: the address must be",

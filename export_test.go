@@ -34,7 +34,7 @@ func ProblemCodes() (codes []string) {
 			codes = append(codes, k.code)
 			continue
 		}
-		for _, role := range []string{roleNode, roleBroker} {
+		for _, role := range []role{roleNode, roleBroker} {
 			codes = append(codes, (&problem{kind: problemKind(kind), role: role}).code())
 		}
 	}
@@ -47,21 +47,21 @@ func CheckStored(name string, value []byte) error {
 	return err
 }
 
-func decodeStored(name string, value []byte) (k task.Key, v task.Value, err error) {
+func decodeStored(name string, value []byte) (k task.Key, r *task.Report, err error) {
 	if _, err := hex.Decode(k[:], []byte(name)); err != nil {
 		return k, nil, err
 	}
-	v, err = archive.Decode(k, value)
-	return k, v, err
+	r, err = archive.Decode(k, value)
+	return k, r, err
 }
 
 // StoredLater returns a stored report as it would be if the node had answered later.
 func StoredLater(t *testing.T, name string, value []byte, later time.Duration) []byte {
-	k, v, err := decodeStored(name, value)
+	k, r, err := decodeStored(name, value)
 	if err != nil {
 		t.Fatal(err)
 	}
-	d := v.(*task.Report).Document()
+	d := r.Document()
 	d.At = d.At.Add(later)
 	if value, err = archive.Encode(k, task.NewReport(d)); err != nil {
 		t.Fatal(err)

@@ -33,20 +33,21 @@ func init() {
 // file-analysis task: the one that it keeps, or the one that the task's processor node has.
 //
 // A caller identifies the report by the submission (`submitID`), which requires a broker, or by the node and its task
-// (`appServerID` and `taskID`). With `all=true` it asks for the complete report, and with `nocache=true` it asks the node
-// whatever is kept. With `Prefer: wait=<seconds>`, or the query parameter `wait`, the response is held until the report is
-// finished. The caller authenticates with `Authorization: Bearer <secret>`, or with the query parameter `secret` or
-// `serect`, which ends up in logs.
+// (`appServerID` and `taskID`). With `all=true` it asks for the complete report, and with `nocache=true` for the upstream's
+// current one, whatever is kept. With `Prefer: wait=<seconds>`, or the query parameter `wait`, the response is held until the report is
+// finished. The caller authenticates with `Authorization: Bearer <secret>`, with the header `secret` or `X-Api-Key`, or with
+// the query parameter `secret` or `serect`, which ends up in logs.
 //
 // A finished report is kept for the cache's TTL, whatever the node does with it meanwhile. An unfinished report is kept
-// for the poll interval, so any number of callers that poll or wait cost the node one request. Errors are never kept. They
+// for the poll interval, so any number of callers that poll or wait cost an upstream one request. Errors are never kept. They
 // are problem documents (RFC 9457) with a stable code.
 //
 // The placeholder `{http.fsbroker.client}` is the name of the client whose secret was presented. So is
 // `{http.auth.user.id}`, which Caddy's access log shows as `user_id`, unless another handler has set it before. When the
 // response is written, `{http.fsbroker.cache}` is what the cache did for the request (`hit`, `storage`, `miss`, `bypass`,
-// `collapsed`, `error` or `none`), and `{http.fsbroker.node}` is the node whose report it is. The access log has all three
-// as `fsbroker_client`, `fsbroker_cache` and `fsbroker_node`.
+// `collapsed`, `error` or `none`), `{http.fsbroker.node}` is the node whose report it is, if that is known, and
+// `{http.fsbroker.upstream}` is `node` or `broker` if that was asked for it. The access log has all four as
+// `fsbroker_client`, `fsbroker_cache`, `fsbroker_node` and `fsbroker_upstream`.
 //
 // The handler responds to every request that reaches it: put a path matcher in front of it, as the Caddyfile directive
 // does by default.
@@ -54,10 +55,12 @@ type Handler struct {
 	// The secrets of the callers. At least one is required.
 	Secrets []Secret `json:"secrets,omitempty"`
 
-	// The processor nodes whose reports are served. At least one is required.
+	// The processor nodes. A report that is named by its node and task is fetched from the node first. A node or a broker
+	// is required.
 	Nodes []Node `json:"nodes,omitempty"`
 
-	// The broker, which knows the node and task of a submission. Without it, `submitID` is rejected.
+	// The broker. It has the reports of submissions, and those of nodes that are not configured here or do not know the
+	// task any more. Without a broker, `submitID` is rejected.
 	Broker *Endpoint `json:"broker,omitempty"`
 
 	// How the nodes and the broker are connected to: the `http` transport of `reverse_proxy`, without its
@@ -80,9 +83,9 @@ type Handler struct {
 	// How long a node or the broker is not asked again after it could not be connected to. Default: `10s`
 	FailDuration caddy.Duration `json:"fail_duration,omitempty"`
 
-	// The interval at which each node is asked for its `/system-info`, to check its health. A node that cannot be
-	// connected to is treated as if a request for a report had failed. A node that answers with anything but a JSON object
-	// is logged, and is still asked for reports. The events `fsbroker_node_unhealthy` and `fsbroker_node_healthy` are
+	// The interval at which each node and the broker are asked for their `/system-info`, to check their health. One that
+	// cannot be connected to is treated as if a request for a report had failed. One that answers with anything but a JSON
+	// object is logged, and is still asked for reports. The events `fsbroker_node_unhealthy` and `fsbroker_node_healthy` are
 	// emitted when the state changes, with `role`, `node`, `address` and `reason`, whether a check or a request has found
 	// it. Default: no checks
 	HealthInterval caddy.Duration `json:"health_interval,omitempty"`
@@ -209,16 +212,13 @@ func (h *Handler) provisionResolver(repl *caddy.Replacer) error {
 	if h.member, err = joinShared(h.Cache.MaxSize); err != nil {
 		return err
 	}
-	h.resolver = &resolver{
-		resolverOptions: resolverOptions{
-			ttl:                  time.Duration(h.Cache.TTL),
-			pollInterval:         time.Duration(h.PollInterval),
-			failDuration:         time.Duration(h.FailDuration),
-			healthTimeout:        time.Duration(h.HealthTimeout),
-			closeIdleConnections: h.transport.Transport.CloseIdleConnections,
-		},
-		nodes: nodes, broker: broker, shared: h.member.shared,
-	}
+	h.resolver = newResolver(nodes, broker, h.member.shared, resolverOptions{
+		ttl:                  time.Duration(h.Cache.TTL),
+		pollInterval:         time.Duration(h.PollInterval),
+		failDuration:         time.Duration(h.FailDuration),
+		healthTimeout:        time.Duration(h.HealthTimeout),
+		closeIdleConnections: h.transport.Transport.CloseIdleConnections,
+	})
 	h.pollers = newPollers(h.resolver.resolve, time.Duration(h.PollInterval))
 	h.responder = responder{memory: h.member.memory, retryAfter: time.Duration(h.PollInterval), logger: h.logger}
 	return nil
@@ -226,19 +226,16 @@ func (h *Handler) provisionResolver(repl *caddy.Replacer) error {
 
 // newUpstreams returns the nodes by their application server IDs, and the broker if there is one.
 func (h *Handler) newUpstreams(repl *caddy.Replacer) (nodes map[string]*upstream, broker *upstream, err error) {
-	if len(h.Nodes) == 0 {
-		return nil, nil, errors.New("no node is configured: at least one is required, with its application server ID and its address")
+	if len(h.Nodes) == 0 && h.Broker == nil {
+		return nil, nil, errNoUpstream
 	}
 	options := endpointOptions{
 		upstreamOptions: upstreamOptions{
 			transport: h.transport, timeout: time.Duration(h.Timeout), maxAnswer: h.MaxReport, logger: h.logger,
 		},
-		defaultScheme: "http",
-		failDuration:  time.Duration(h.FailDuration),
-		notify:        h.emit,
-	}
-	if h.transport.TLSEnabled() {
-		options.defaultScheme = "https"
+		tls:          h.transport.TLS,
+		failDuration: time.Duration(h.FailDuration),
+		notify:       h.emit,
 	}
 	nodes = make(map[string]*upstream, len(h.Nodes))
 	for i, n := range h.Nodes {
@@ -318,11 +315,11 @@ func (s starter) Handle(context.Context, caddy.Event) error {
 	h := s.handler
 	h.started.Store(true)
 	if h.HealthInterval > 0 {
-		for _, node := range h.resolver.nodes {
+		for u := range h.resolver.upstreams() {
 			// Cleanup does not wait for the checks: an event handler may be waiting for a new configuration.
 			go func() {
 				defer h.resolver.closeIdleConnections()
-				checkRegularly(h.checks, time.Duration(h.HealthInterval), func(ctx context.Context) { h.resolver.check(ctx, node) })
+				checkRegularly(h.checks, time.Duration(h.HealthInterval), func(ctx context.Context) { h.resolver.check(ctx, u) })
 			}()
 		}
 	}
@@ -332,7 +329,7 @@ func (s starter) Handle(context.Context, caddy.Event) error {
 // emit emits an event about an upstream. The reason is the code of the failure that began or ended.
 func (h *Handler) emit(u *upstream, event, reason string) {
 	if h.started.Load() && !h.resolver.retired.Load() {
-		h.events.Emit(h.ctx, event, map[string]any{"role": u.role, "node": u.name, "address": u.base.Host, "reason": reason})
+		h.events.Emit(h.ctx, event, map[string]any{"role": u.role.String(), "node": u.name, "address": u.base.Host, "reason": reason})
 	}
 }
 
@@ -359,6 +356,8 @@ func (h *Handler) Validate() error {
 	}
 	return nil
 }
+
+var errNoUpstream = errors.New("no upstream is configured: at least one node or broker is required")
 
 var errRetention = errors.New("retention needs a storage: configure storage as well")
 
@@ -392,7 +391,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 		return nil
 	}
 	res, err := h.resolver.resolve(r.Context(), q)
-	if err == nil && !res.entry.report().Finished() {
+	if err == nil && !res.entry.report.Finished() {
 		res, err = h.wait(w, r, q, res)
 	}
 	h.respond(w, r, info, res, err)
@@ -437,6 +436,9 @@ const statusClientClosedRequest = 499
 func (h *Handler) respond(w http.ResponseWriter, r *http.Request, info *requestInfo, res result, err error) {
 	p, _ := errors.AsType[*problem](err)
 	info.cache, info.node = res.outcome(p), res.node
+	if res.from != nil {
+		info.upstream = res.from.role
+	}
 	var status int
 	switch {
 	case err == nil:

@@ -72,6 +72,25 @@ func responds(status int, body string) http.HandlerFunc {
 	}
 }
 
+// brokerResponds returns the handler of a broker with its own report of a submission, and what it says about it.
+func brokerResponds(task, submitResult http.HandlerFunc) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/task":
+			task(w, r)
+		case "/submit-result":
+			submitResult(w, r)
+		default:
+			w.WriteHeader(http.StatusNotFound)
+		}
+	}
+}
+
+// explains returns the handler of a broker that has no report, but says what became of a submission.
+func explains(submitResult string) http.HandlerFunc {
+	return brokerResponds(responds(http.StatusNotFound, ""), responds(http.StatusOK, submitResult))
+}
+
 // reportOf returns a document in a node's format, with the states of a task and its subtasks.
 func reportOf(taskID, taskState string, subtaskStates ...string) string {
 	subtasks := make([]map[string]any, 0, len(subtaskStates))

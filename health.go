@@ -33,6 +33,7 @@ type response struct {
 	problem    *problem // nil if the answer can be used
 	cause      error    // of the problem; it may hold what the upstream sent
 	dialFailed bool
+	details    []zap.Field // about the cause, for the log
 }
 
 // healthSource is how a failure was found. The same source must find the upstream healthy again.
@@ -110,6 +111,7 @@ func (h *health) record(source healthSource, r response) {
 	fields := []zap.Field{zap.String("code", now.Code)}
 	if r.dialFailed { // dial errors hold only an address; other errors may hold what the upstream sent
 		fields = append(fields, zap.NamedError("cause", r.cause), zap.Duration("fail_duration", h.failDuration))
+		fields = append(fields, r.details...)
 	}
 	h.logger.Warn("fails", fields...)
 	if known == nil {

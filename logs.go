@@ -13,9 +13,10 @@ import (
 // requestInfo is what placeholders and the access log show of a request. It is attached when the request comes in, and
 // complete before the response is written: header fields of the response may contain the placeholders.
 type requestInfo struct {
-	client *client // nil without a valid secret
-	cache  outcome
-	node   *upstream // whose report it is; nil if that is not known
+	client   *client   // nil without a valid secret
+	node     *upstream // whose report it is; nil if that is not known
+	cache    outcome
+	upstream role // of the upstream that answered; none if the report was kept
 }
 
 // newRequestInfo attaches a requestInfo to r. Placeholders and the access log read it only when they are used: setting
@@ -46,6 +47,8 @@ func (i *requestInfo) placeholder(name string) (any, bool) {
 		return i.cache.String(), true
 	case "http.fsbroker.node":
 		return i.nodeName(), true
+	case "http.fsbroker.upstream":
+		return i.upstream.String(), true
 	}
 	return nil, false
 }
@@ -74,6 +77,9 @@ func (i *requestInfo) MarshalLogObject(enc zapcore.ObjectEncoder) error {
 	enc.AddString("fsbroker_cache", i.cache.String())
 	if name := i.nodeName(); name != "" {
 		enc.AddString("fsbroker_node", name)
+	}
+	if i.upstream != roleNone {
+		enc.AddString("fsbroker_upstream", i.upstream.String())
 	}
 	return nil
 }

@@ -10,30 +10,39 @@ import (
 // written or later.
 func TestRequestsAreLogged(t *testing.T) {
 	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
-	broker := newBackend(t, responds(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
+	broker := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Query().Get("submitID") == "s2" {
+			responds(http.StatusOK, reportOf("t2", "SUCCESS"))(w, r)
+			return
+		}
+		explains(`{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`)(w, r)
+	})
 	s := startSite(t, options(node, brokerOption(broker))+`
-	header >X-Came-By {http.fsbroker.client}/{http.fsbroker.cache}/{http.fsbroker.node}
+	header >X-Came-By {http.fsbroker.client}/{http.fsbroker.cache}/{http.fsbroker.node}/{http.fsbroker.upstream}
 	log_append by_directive {http.fsbroker.cache}`)
 	bearer := "Authorization: Bearer " + callerSecret
 	for i, test := range []struct {
-		path, secret        string
-		client, cache, node string
+		path, secret                  string
+		client, cache, node, upstream string
 	}{
-		{pair, bearer, "tester", "miss", "node-1"},
-		{pair, bearer, "tester", "hit", "node-1"},
-		{"/task?submitID=s1", bearer, "tester", "hit", "node-1"},
-		{pair + "&nocache", bearer, "tester", "bypass", "node-1"},
-		{"/task", bearer, "tester", "none", ""},
-		{"/task?appServerID=node-2&taskID=t1", bearer, "tester", "none", ""},
-		{pair, "X-No: secret", "", "none", ""},
+		{pair, bearer, "tester", "miss", "node-1", "node"},
+		{pair, bearer, "tester", "hit", "node-1", ""},
+		{"/task?submitID=s1", bearer, "tester", "miss", "node-1", "node"},
+		{"/task?submitID=s1", bearer, "tester", "hit", "", ""},
+		{"/task?submitID=s2", bearer, "tester", "miss", "", "broker"},
+		{pair + "&nocache", bearer, "tester", "bypass", "node-1", "node"},
+		{"/task", bearer, "tester", "none", "", ""},
+		{"/task?appServerID=node-2&taskID=t1", bearer, "tester", "error", "", ""},
+		{pair, "X-No: secret", "", "none", "", ""},
 	} {
 		agent := "request-" + string(rune('a'+i))
 		r := s.do(t.Context(), http.MethodGet, test.path, test.secret, "User-Agent: "+agent)
-		r.wantHeader(t, "X-Came-By", test.client+"/"+test.cache+"/"+test.node)
+		r.wantHeader(t, "X-Came-By", test.client+"/"+test.cache+"/"+test.node+"/"+test.upstream)
 		logged := s.accessLog(agent)
 		for field, want := range map[string]string{
 			"fsbroker_client": test.client, "fsbroker_cache": test.cache, "fsbroker_node": test.node,
-			"by_directive": test.cache, "user_id": test.client,
+			"fsbroker_upstream": test.upstream,
+			"by_directive":      test.cache, "user_id": test.client,
 		} {
 			if got, ok := logged[field].(string); got != want || ok != (want != "" || field == "user_id") {
 				t.Errorf("%s: the access log has %v in %s, want %q", agent, logged[field], field, want)
@@ -42,7 +51,7 @@ func TestRequestsAreLogged(t *testing.T) {
 	}
 
 	node.setHandler(responds(http.StatusNotFound, ""))
-	s.get("/task?appServerID=node-1&taskID=t2").wantHeader(t, "X-Came-By", "tester/error/node-1")
+	s.get("/task?appServerID=node-1&taskID=t2").wantHeader(t, "X-Came-By", "tester/error/node-1/")
 	s.wantNoSecretInLog()
 }
 

@@ -13,7 +13,7 @@ import (
 )
 
 // outcome is what the cache did for a request. It is a label of metrics and a field of logs.
-type outcome int
+type outcome uint8
 
 const (
 	outcomeNone      outcome = iota // not looked up, or the caller has left
@@ -91,9 +91,9 @@ func countRequest(status int, cache outcome, client string) {
 }
 
 // countFetch counts a request to an upstream.
-func countFetch(role, node, outcome string, took time.Duration) {
-	questionsTotal.WithLabelValues(role, node, outcome).Inc()
-	questionSeconds.WithLabelValues(role, node).Observe(took.Seconds())
+func countFetch(role role, node, outcome string, took time.Duration) {
+	questionsTotal.WithLabelValues(role.String(), node, outcome).Inc()
+	questionSeconds.WithLabelValues(role.String(), node).Observe(took.Seconds())
 }
 
 // The gauges.
@@ -127,9 +127,10 @@ type stats struct {
 
 // upstreamStats are the values of one node or broker.
 type upstreamStats struct {
-	role, name, host string
-	up               bool
-	inFlight         int64
+	role       role
+	name, host string
+	up         bool
+	inFlight   int64
 }
 
 // gauges collects current values, so nodes that are no longer configured disappear.
@@ -156,8 +157,8 @@ func (g gauges) Collect(metrics chan<- prometheus.Metric) {
 		if u.up {
 			up = 1
 		}
-		set(nodeUp, prometheus.GaugeValue, up, u.role, u.name, u.host)
-		set(questionsInFlight, prometheus.GaugeValue, float64(u.inFlight), u.role, u.name, u.host)
+		set(nodeUp, prometheus.GaugeValue, up, u.role.String(), u.name, u.host)
+		set(questionsInFlight, prometheus.GaugeValue, float64(u.inFlight), u.role.String(), u.name, u.host)
 	}
 	set(cacheBytes, prometheus.GaugeValue, float64(s.memory.Bytes))
 	set(cacheLimitBytes, prometheus.GaugeValue, float64(s.memory.Limit))

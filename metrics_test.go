@@ -52,8 +52,7 @@ func TestMetrics(t *testing.T) {
 		`requests_total{cache="miss",client="meter",code="204"}`:                 "1",
 		`requests_total{cache="hit",client="meter",code="304"}`:                  "1",
 		`requests_total{cache="bypass",client="meter",code="200"}`:               "1",
-		`requests_total{cache="error",client="meter",code="404"}`:                "1",
-		`requests_total{cache="none",client="meter",code="404"}`:                 "1",
+		`requests_total{cache="error",client="meter",code="404"}`:                "2",
 		`requests_total{cache="error",client="meter",code="502"}`:                "1",
 		`requests_total{cache="none",client="meter",code="503"}`:                 "1",
 		`requests_total{cache="none",client="meter",code="400"}`:                 "1",
@@ -61,6 +60,7 @@ func TestMetrics(t *testing.T) {
 		`questions_total{node="metered",outcome="answered",role="node"}`:         "2",
 		`questions_total{node="metered",outcome="nothing_yet",role="node"}`:      "1",
 		`questions_total{node="metered-gone",outcome="unreachable",role="node"}`: "1",
+		`questions_total{node="",outcome="unknown",role="broker"}`:               "5", // one submission, three tasks
 		`question_duration_seconds_count{node="metered",role="node"}`:            "3",
 		`node_up{address="` + host + `",node="metered",role="node"}`:             "1",
 		`questions_in_flight{address="` + host + `",node="metered",role="node"}`: "0",

@@ -1,6 +1,7 @@
 package fsbroker
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -16,6 +18,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
@@ -30,56 +33,73 @@ type Node struct {
 
 // Endpoint configures how a node or the broker is reached, and with which secret.
 type Endpoint struct {
-	// `host:port`, or a URL with the scheme `http` or `https` and optionally a path that precedes `/task` or
-	// `/submit-result`. Without a scheme it is HTTP, or HTTPS if the transport has TLS configured. Placeholders such as
-	// `{env.NAME}` are resolved when the configuration is loaded.
+	// A URL with the scheme `https` or `http`, and optionally a path that precedes `/task`, or `host:port`. Without a
+	// scheme it is HTTPS if the transport has TLS configured, and HTTP otherwise. `http` beside a transport with TLS is an
+	// error, unless the port is one of its `except_ports`. Placeholders such as `{env.NAME}` are resolved when the
+	// configuration is loaded.
 	Address string `json:"address"`
 
 	// The secret that the upstream requires, if any. Placeholders such as `{env.NAME}` and `{file./path}` are resolved
 	// when the configuration is loaded. An unknown or empty placeholder is an error.
 	Secret string `json:"secret,omitempty"`
 
-	// The query parameter for the secret: `serect`, as it is spelled up to version 1.9, or `secret`, from 2.x on.
-	// Default: both are sent
-	SecretParam string `json:"secret_param,omitempty"`
+	// Where the upstream takes its secret, one or several of `header` (the header field `secret`, from version 2.2.1 on),
+	// `secret` (the query parameter, as later pages spell it) and `serect` (the query parameter, as it is spelled up to
+	// version 1.9). With `header` alone, no secret is in a URL. Default: all three
+	SecretIn []string `json:"secret_in,omitempty"`
 }
 
-// secretParams returns the query parameters for the secret.
-func (e Endpoint) secretParams() ([]string, error) {
-	switch e.SecretParam {
-	case "":
-		return []string{"serect", "secret"}, nil
-	case "serect", "secret":
-		return []string{e.SecretParam}, nil
+// secretPlaces are the values of SecretIn.
+var secretPlaces = []string{"header", "secret", "serect"}
+
+var errSecretIn = errors.New("secret_in must be one or several of header, secret and serect, once each")
+
+// newSecret returns the secret of the endpoint with that value.
+func (e Endpoint) newSecret(value string) (*upstreamSecret, error) {
+	s := &upstreamSecret{value: value}
+	places := e.SecretIn
+	if len(places) == 0 {
+		places = secretPlaces
 	}
-	return nil, errors.New("secret_param must be serect or secret")
+	for i, place := range places {
+		switch {
+		case !slices.Contains(secretPlaces, place) || slices.Contains(places[:i], place):
+			return nil, errSecretIn
+		case place == "header":
+			s.inHeader = true
+		default:
+			s.params = append(s.params, place)
+		}
+	}
+	return s, nil
 }
 
 // errAddress does not show the address: a password in it must not get into a log.
 var errAddress = errors.New("the address must be host:port, or http://host:port/path or https://…, without user, query and fragment")
 
-// parseAddress parses an address and completes it, so that one place always has the same name.
-func parseAddress(address, defaultScheme string) (*url.URL, error) {
-	if !strings.Contains(address, "://") {
+// parseAddress parses an address and completes it, so that one place always has the same name. An address without a
+// scheme has the one that scheme returns for its port.
+func parseAddress(address string, scheme func(port string) string) (*url.URL, error) {
+	bare := !strings.Contains(address, "://")
+	if bare {
 		if strings.Contains(address, "/") {
 			return nil, errAddress
 		}
-		address = defaultScheme + "://" + address
+		address = "//" + address
 	}
 	u, err := url.Parse(address)
 	if err != nil || u.Hostname() == "" || u.User != nil || u.RawQuery != "" || u.ForceQuery || u.Fragment != "" {
 		return nil, errAddress
 	}
 	port := u.Port()
+	if bare {
+		u.Scheme = scheme(port)
+	}
 	switch u.Scheme {
 	case "http":
-		if port == "" {
-			port = "80"
-		}
+		port = cmp.Or(port, "80")
 	case "https":
-		if port == "" {
-			port = "443"
-		}
+		port = cmp.Or(port, "443")
 	default:
 		return nil, errAddress
 	}
@@ -95,36 +115,47 @@ func parseAddress(address, defaultScheme string) (*url.URL, error) {
 // endpointOptions are the options that the endpoints of a handler have in common.
 type endpointOptions struct {
 	upstreamOptions
-	defaultScheme string
-	failDuration  time.Duration
-	notify        func(u *upstream, event, reason string)
+	tls          *reverseproxy.TLSConfig // nil if the transport has none
+	failDuration time.Duration
+	notify       func(u *upstream, event, reason string)
 }
 
+// usesTLS reports whether the transport uses TLS for a port if the address has no scheme.
+func (o endpointOptions) usesTLS(port string) bool {
+	return o.tls != nil && !slices.Contains(o.tls.ExceptPorts, port)
+}
+
+var errHTTPBesideTLS = errors.New("the scheme of the address is http, but the transport is configured for TLS: write https://, remove the TLS options, or except the port with tls_except_ports")
+
 // newUpstream resolves and checks an Endpoint. The name is a node's application server ID.
-func (e Endpoint) newUpstream(repl *caddy.Replacer, role, name string, o endpointOptions) (*upstream, error) {
+func (e Endpoint) newUpstream(repl *caddy.Replacer, role role, name string, o endpointOptions) (*upstream, error) {
 	address, err := repl.ReplaceOrErr(e.Address, true, true)
 	if err != nil {
 		return nil, fmt.Errorf("resolving the address: %w", err)
 	}
-	base, err := parseAddress(address, o.defaultScheme)
+	base, err := parseAddress(address, func(port string) string {
+		if o.usesTLS(port) {
+			return "https"
+		}
+		return "http"
+	})
 	if err != nil {
 		return nil, err
 	}
-	params, err := e.secretParams()
-	if err != nil {
-		return nil, err
+	if base.Scheme == "http" && o.usesTLS(base.Port()) {
+		return nil, errHTTPBesideTLS
 	}
-	secret := make(url.Values)
+	var value string
 	if e.Secret != "" {
-		value, err := resolveSecret(repl, e.Secret)
-		if err != nil {
+		if value, err = resolveSecret(repl, e.Secret); err != nil {
 			return nil, err
 		}
-		for _, param := range params {
-			secret.Set(param, value)
-		}
 	}
-	o.logger = o.logger.With(zap.String("role", role), zap.String("address", base.Host))
+	secret, err := e.newSecret(value)
+	if err != nil {
+		return nil, err
+	}
+	o.logger = o.logger.With(zap.Stringer("role", role), zap.String("address", base.Host))
 	if name != "" {
 		o.logger = o.logger.With(zap.String("node", name))
 	}
@@ -132,9 +163,9 @@ func (e Endpoint) newUpstream(repl *caddy.Replacer, role, name string, o endpoin
 		role:            role,
 		name:            name,
 		base:            base,
-		address:         base.String(),
-		secret:          &secret,
-		identity:        task.NewKey(base.String(), secret.Encode(), fmt.Sprint(o.timeout, o.maxAnswer)),
+		scope:           base.String(),
+		secret:          secret,
+		identity:        task.NewKey(base.String(), value, fmt.Sprint(secret.inHeader, secret.params, o.timeout, o.maxAnswer)),
 		upstreamOptions: o.upstreamOptions,
 	}
 	u.health.failDuration, u.health.logger = o.failDuration, o.logger
@@ -142,9 +173,35 @@ func (e Endpoint) newUpstream(repl *caddy.Replacer, role, name string, o endpoin
 	return u, nil
 }
 
-// fetchReport fetches the report of a node's task.
-func (u *upstream) fetchReport(ctx context.Context, taskID string, all bool, budget *reservation) (*task.Report, error) {
-	params := url.Values{"taskID": {taskID}, "all": {strconv.FormatBool(all)}}
+// errUnknown means that an upstream does not know a task or a submission.
+var errUnknown = errors.New("the upstream does not know it")
+
+// fetchTask fetches the report of a node's task from the node, or from the broker. A fresh fetch asks the broker for the
+// node's current report instead of its copy.
+func (u *upstream) fetchTask(ctx context.Context, q query, fresh bool, budget *reservation) (*task.Report, error) {
+	params := url.Values{"taskID": {q.taskID}, "all": {strconv.FormatBool(q.all)}}
+	if u.role == roleBroker {
+		params.Set("appServerID", q.appServerID)
+		setNocache(params, fresh)
+	}
+	return u.fetchReport(ctx, params, budget)
+}
+
+// fetchSubmitted fetches the report of a submission from the broker.
+func (u *upstream) fetchSubmitted(ctx context.Context, q query, fresh bool, budget *reservation) (*task.Report, error) {
+	params := url.Values{"submitID": {q.submitID}, "all": {strconv.FormatBool(q.all)}}
+	setNocache(params, fresh)
+	return u.fetchReport(ctx, params, budget)
+}
+
+func setNocache(params url.Values, fresh bool) {
+	if fresh {
+		params.Set("nocache", "true")
+	}
+}
+
+// fetchReport fetches a report. The error is errUnknown if the upstream does not know it.
+func (u *upstream) fetchReport(ctx context.Context, params url.Values, budget *reservation) (*task.Report, error) {
 	var report *task.Report
 	status, err := u.fetch(ctx, "task", params, budget, func(body io.Reader) (err error) {
 		if report, err = task.ReadReport(body); err != nil {
@@ -158,62 +215,49 @@ func (u *upstream) fetchReport(ctx context.Context, taskID string, all bool, bud
 	case status == http.StatusNoContent:
 		return task.NothingYet(time.Now()), nil
 	case status == http.StatusNotFound:
-		return nil, &problem{
-			kind:   problemUnknownTask,
-			detail: "the node does not know this task, or has deleted it: check the IDs, or submit the file again",
-		}
+		return nil, errUnknown
 	}
 	return report, nil
 }
 
-// fetchSubmission fetches what became of a submission from the broker.
-func (u *upstream) fetchSubmission(ctx context.Context, submitID string, budget *reservation) (*task.Submission, error) {
-	var sub *task.Submission
+// fetchSubmission fetches what the broker says about a submission. The error is errUnknown if the broker does not know it.
+func (u *upstream) fetchSubmission(ctx context.Context, submitID string, budget *reservation) (task.Submission, error) {
+	var sub task.Submission
 	status, err := u.fetch(ctx, "submit-result", url.Values{"submitID": {submitID}}, budget, func(body io.Reader) (err error) {
 		sub, err = task.ReadSubmission(body)
-		switch {
-		case errors.Is(err, task.ErrSubmissionFailed):
-			return &problem{
-				kind:   problemSubmissionFailed,
-				detail: "the broker could not give this submission to a node: submit the file again",
-			}
-		case err != nil:
-			return u.problem(problemBadAnswer, fmt.Sprintf("sent an answer that cannot be used: %s. Try again later", err))
-		}
-		return nil
+		return err
 	})
 	switch {
 	case err != nil:
-		return nil, err
+		return task.Submission{}, err
 	case status == http.StatusNoContent:
-		return task.QueuedSubmission(time.Now()), nil
+		return task.Submission{Queued: true}, nil
 	case status == http.StatusNotFound:
-		return nil, &problem{
-			kind:   problemUnknownSubmission,
-			detail: "the broker does not know this submission: check submitID, or submit the file again",
-		}
+		return task.Submission{}, errUnknown
 	}
 	return sub, nil
 }
 
-// systemInfo is what a node says about itself.
+// systemInfo is what an upstream says about itself.
 type systemInfo struct {
-	Name    string    `json:"name,omitempty"`
-	Version string    `json:"version,omitempty"`
-	Queue   nodeQueue `json:"queue"`
+	Name            string    `json:"name,omitempty"`
+	Version         string    `json:"version,omitempty"`
+	Queue           queueInfo `json:"queue"`
+	ActiveThreads   *int64    `json:"active_threads,omitempty"`
+	FreeDiskSpaceMB *int64    `json:"free_disk_space_mb,omitempty"`
 }
 
-// nodeQueue has the numbers of a node's tasks that the node states.
-type nodeQueue struct {
+// queueInfo has the numbers of tasks that the upstream states. A broker states only those in its queue.
+type queueInfo struct {
 	Active    *int64 `json:"active,omitempty"`
 	Queued    *int64 `json:"queued,omitempty"`
 	Completed *int64 `json:"completed,omitempty"`
 }
 
-// maxSystemInfo is the maximum size of what a node says about itself, in bytes.
+// maxSystemInfo is the maximum size of what an upstream says about itself, in bytes.
 const maxSystemInfo = 1 << 20
 
-// fetchSystemInfo fetches what a node says about itself, even if the node is down. An error means that ctx has ended.
+// fetchSystemInfo fetches what an upstream says about itself, even if the upstream is down. An error means that ctx has ended.
 func (u *upstream) fetchSystemInfo(ctx context.Context, timeout time.Duration, budget *reservation) (response, systemInfo, error) {
 	var info systemInfo
 	r, err := u.exchange(ctx, timeout, "system-info", make(url.Values), budget, func(body io.Reader) (err error) {
@@ -237,6 +281,7 @@ func readSystemInfo(body io.Reader) (systemInfo, error) {
 		QueueInfo struct {
 			ActiveCount, QueueCount, CompletedCount optional[float64]
 		}
+		ActiveThreads, FreeDiscSpaceInMb optional[float64]
 	}
 	text, err := io.ReadAll(body)
 	if err != nil {
@@ -259,7 +304,8 @@ func readSystemInfo(body io.Reader) (systemInfo, error) {
 	if version := doc.VersionInfo.Version.value; version != nil {
 		info.Version = *version
 	}
-	info.Queue = nodeQueue{
+	info.ActiveThreads, info.FreeDiskSpaceMB = whole(doc.ActiveThreads), whole(doc.FreeDiscSpaceInMb)
+	info.Queue = queueInfo{
 		Active:    whole(doc.QueueInfo.ActiveCount),
 		Queued:    whole(doc.QueueInfo.QueueCount),
 		Completed: whole(doc.QueueInfo.CompletedCount),

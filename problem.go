@@ -8,6 +8,18 @@ import (
 	"time"
 )
 
+// role is what an upstream is.
+type role uint8
+
+const (
+	roleNone role = iota
+	roleNode
+	roleBroker
+)
+
+// String returns the role as it stands in codes, details, logs and labels.
+func (r role) String() string { return [...]string{"", "node", "broker"}[r] }
+
 // problemKind is what a problem is, apart from how it is written.
 type problemKind uint8
 
@@ -29,6 +41,9 @@ const (
 	problemBadAnswer
 	problemAnswerTooLarge
 	problemRefusedSecret
+	problemRejectedRequest
+	problemWrongScheme
+	problemUntrustedCertificate
 	problemBusy
 	problemStorageUnavailable
 	problemInternal
@@ -42,33 +57,36 @@ var problemKinds = [...]struct {
 	upstream  bool
 	requested bool
 }{
-	problemUnauthorized:       {status: http.StatusUnauthorized, code: "unauthorized"},
-	problemMethodNotAllowed:   {status: http.StatusMethodNotAllowed, code: "method_not_allowed"},
-	problemMissingParameter:   {status: http.StatusBadRequest, code: "missing_parameter"},
-	problemRepeatedParameter:  {status: http.StatusBadRequest, code: "repeated_parameter"},
-	problemMalformedParameter: {status: http.StatusBadRequest, code: "malformed_parameter"},
-	problemMalformedQuery:     {status: http.StatusBadRequest, code: "malformed_query"},
-	problemNoBroker:           {status: http.StatusBadRequest, code: "no_broker"},
-	problemUnknownSubmission:  {status: http.StatusNotFound, code: "unknown_submission", requested: true},
-	problemSubmissionFailed:   {status: http.StatusNotFound, code: "submission_failed", requested: true},
-	problemUnknownNode:        {status: http.StatusNotFound, code: "unknown_node"},
-	problemUnknownTask:        {status: http.StatusNotFound, code: "unknown_task", requested: true},
-	problemUnreachable:        {status: http.StatusBadGateway, code: "unreachable", upstream: true, requested: true},
-	problemDown:               {status: http.StatusServiceUnavailable, code: "down", upstream: true},
-	problemTimeout:            {status: http.StatusGatewayTimeout, code: "timeout", upstream: true, requested: true},
-	problemBadAnswer:          {status: http.StatusBadGateway, code: "bad_answer", upstream: true, requested: true},
-	problemAnswerTooLarge:     {status: http.StatusBadGateway, code: "answer_too_large", upstream: true, requested: true},
-	problemRefusedSecret:      {status: http.StatusBadGateway, code: "refused_secret", upstream: true, requested: true},
-	problemBusy:               {status: http.StatusServiceUnavailable, code: "busy"},
-	problemStorageUnavailable: {status: http.StatusServiceUnavailable, code: "storage_unavailable", requested: true},
-	problemInternal:           {status: http.StatusInternalServerError, code: "internal"},
+	problemUnauthorized:         {status: http.StatusUnauthorized, code: "unauthorized"},
+	problemMethodNotAllowed:     {status: http.StatusMethodNotAllowed, code: "method_not_allowed"},
+	problemMissingParameter:     {status: http.StatusBadRequest, code: "missing_parameter"},
+	problemRepeatedParameter:    {status: http.StatusBadRequest, code: "repeated_parameter"},
+	problemMalformedParameter:   {status: http.StatusBadRequest, code: "malformed_parameter"},
+	problemMalformedQuery:       {status: http.StatusBadRequest, code: "malformed_query"},
+	problemNoBroker:             {status: http.StatusBadRequest, code: "no_broker"},
+	problemUnknownSubmission:    {status: http.StatusNotFound, code: "unknown_submission", requested: true},
+	problemSubmissionFailed:     {status: http.StatusNotFound, code: "submission_failed", requested: true},
+	problemUnknownNode:          {status: http.StatusNotFound, code: "unknown_node"},
+	problemUnknownTask:          {status: http.StatusNotFound, code: "unknown_task", requested: true},
+	problemUnreachable:          {status: http.StatusBadGateway, code: "unreachable", upstream: true, requested: true},
+	problemDown:                 {status: http.StatusServiceUnavailable, code: "down", upstream: true},
+	problemTimeout:              {status: http.StatusGatewayTimeout, code: "timeout", upstream: true, requested: true},
+	problemBadAnswer:            {status: http.StatusBadGateway, code: "bad_answer", upstream: true, requested: true},
+	problemAnswerTooLarge:       {status: http.StatusBadGateway, code: "answer_too_large", upstream: true, requested: true},
+	problemRefusedSecret:        {status: http.StatusBadGateway, code: "refused_secret", upstream: true, requested: true},
+	problemRejectedRequest:      {status: http.StatusBadGateway, code: "rejected_request", upstream: true, requested: true},
+	problemWrongScheme:          {status: http.StatusBadGateway, code: "wrong_scheme", upstream: true, requested: true},
+	problemUntrustedCertificate: {status: http.StatusBadGateway, code: "untrusted_certificate", upstream: true, requested: true},
+	problemBusy:                 {status: http.StatusServiceUnavailable, code: "busy"},
+	problemStorageUnavailable:   {status: http.StatusServiceUnavailable, code: "storage_unavailable", requested: true},
+	problemInternal:             {status: http.StatusInternalServerError, code: "internal"},
 }
 
 // problem is why a request gets no report. It becomes the problem document that the caller reads, so its detail must not
 // hold a secret, a query or an upstream's address.
 type problem struct {
 	kind       problemKind
-	role       string        // of the upstream, if it is an upstream's problem
+	role       role          // of the upstream, if it is an upstream's problem
 	detail     string        // for people: what happened, and what to do next
 	retryAfter time.Duration // when to try again; 0 if that is not known
 }
@@ -81,7 +99,7 @@ func (p *problem) status() int { return problemKinds[p.kind].status }
 // code returns the stable code, such as "unknown_task" or "node_timeout".
 func (p *problem) code() string {
 	if problemKinds[p.kind].upstream {
-		return p.role + "_" + p.reason()
+		return p.role.String() + "_" + p.reason()
 	}
 	return p.reason()
 }

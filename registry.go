@@ -37,7 +37,10 @@ func (rg *registry) all() []*resolver {
 }
 
 // upstreamID is how an operator knows a node or a broker.
-type upstreamID struct{ role, name, host string }
+type upstreamID struct {
+	role       role
+	name, host string
+}
 
 // liveUpstream is an upstream with its resolver.
 type liveUpstream struct {
@@ -88,10 +91,10 @@ func (rg *registry) stats() stats {
 	return s
 }
 
-// reportKeys returns the keys of both reports of a task, on all nodes of that name.
-func (rg *registry) reportKeys(appServerID, taskID string) (keys []task.Key) {
+// taskKeys returns the keys of both reports of a task, for all resolvers.
+func (rg *registry) taskKeys(appServerID, taskID string) (keys []task.Key) {
 	for _, rs := range rg.all() {
-		keys = append(keys, rs.reportKeys(appServerID, taskID)...)
+		keys = append(keys, rs.taskKeys(appServerID, taskID)...)
 	}
 	return keys
 }

@@ -1,9 +1,12 @@
 package fsbroker
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"iter"
+	"maps"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -11,14 +14,16 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
-// resolver is the one way to a report: memory, then the storage, then an upstream. What an upstream answers is kept.
+// resolver is the one way to a report: memory, then the storage, then the upstreams, one after the other. What an
+// upstream answers is kept.
 type resolver struct {
 	resolverOptions
-	nodes   map[string]*upstream
-	broker  *upstream // nil without a broker
-	shared  *shared
-	archive *archive.Archive // nil without a storage
-	retired atomic.Bool      // the configuration has ended, although requests may still be under way
+	nodes    map[string]*upstream
+	broker   *upstream // nil without a broker
+	identity task.Key  // of all upstreams: resolvers with the same identity share calls
+	shared   *shared
+	archive  *archive.Archive // nil without a storage
+	retired  atomic.Bool      // the configuration has ended, although requests may still be under way
 }
 
 // resolverOptions are the options of a handler that its resolver needs.
@@ -28,13 +33,27 @@ type resolverOptions struct {
 	closeIdleConnections            func()
 }
 
+// newResolver returns a resolver of nodes, by their application server IDs, and of a broker, if there is one.
+func newResolver(nodes map[string]*upstream, broker *upstream, s *shared, o resolverOptions) *resolver {
+	rs := &resolver{resolverOptions: o, nodes: nodes, broker: broker, shared: s}
+	var parts []string
+	for _, name := range slices.Sorted(maps.Keys(nodes)) {
+		parts = append(parts, name, string(nodes[name].identity[:]))
+	}
+	if broker != nil {
+		parts = append(parts, "", string(broker.identity[:]))
+	}
+	rs.identity = task.NewKey(parts...)
+	return rs
+}
+
 // result is a report and where it came from.
 type result struct {
 	fetchResult
 	hit     bool // it was kept
 	joined  bool // it came with the fetch of another caller
 	nocache bool
-	node    *upstream // whose report it is; nil if that is not known
+	node    *upstream // the node whose report it is; nil if that is not known
 }
 
 // outcome returns what the cache did for a request, given its result or the problem that took its place.
@@ -72,74 +91,62 @@ func (rs *resolver) upstreams() iter.Seq[*upstream] {
 
 // resolve returns the report that q asks for.
 func (rs *resolver) resolve(ctx context.Context, q query) (result, error) {
-	if q.submitID != "" {
-		res, err := rs.resolveSubmission(ctx, q)
-		if err != nil {
-			return res, err
-		}
-		sub := res.entry.submission()
-		if sub.Queued() {
-			res.entry = &entry{value: task.NothingYet(sub.At()), number: res.entry.number}
-			return res, nil
-		}
-		q.appServerID, q.taskID = sub.AppServerID(), sub.TaskID()
+	q = q.target()
+	k, node, p := rs.key(q)
+	if p != nil {
+		return result{}, p
 	}
-	node, ok := rs.nodes[q.appServerID]
-	if !ok {
-		return result{}, unknownNode(q)
+	if e, ok := rs.shared.get(k); ok && !q.nocache {
+		if rs.archive != nil && e.unsaved.Load() {
+			rs.save(e)
+		}
+		return result{fetchResult: fetchResult{entry: e}, hit: true, node: node}, nil
 	}
-	k := task.ReportKey(node.address, q.taskID, q.all)
-	res, err := rs.lookUp(ctx, node, k, q, (*resolver).fetchReport)
+	res, err := rs.call(ctx, k, q)
 	res.node = node
+	if res.from != nil && res.from.role == roleNode {
+		res.node = res.from
+	}
 	return res, err
 }
 
-// resolveSubmission returns what became of a submission.
-func (rs *resolver) resolveSubmission(ctx context.Context, q query) (result, error) {
-	if rs.broker == nil {
-		return result{}, &problem{
+// key returns the key of the report that q asks for, and its node if that is configured. Equal IDs of different upstreams
+// are different reports.
+func (rs *resolver) key(q query) (k task.Key, node *upstream, p *problem) {
+	if q.submitID == "" {
+		node = rs.nodes[q.appServerID]
+	}
+	switch {
+	case node != nil:
+		k = task.TaskKey(node.scope, q.appServerID, q.taskID, q.all)
+	case rs.broker == nil && q.submitID != "":
+		p = &problem{
 			kind:   problemNoBroker,
 			detail: "submitID cannot be resolved because no broker is configured: give appServerID and taskID",
 		}
+	case rs.broker == nil:
+		p = &problem{kind: problemUnknownNode, detail: "no node has this appServerID: check it"}
+	case q.submitID != "":
+		k = task.SubmissionKey(rs.broker.scope, q.submitID, q.all)
+	default:
+		k = task.TaskKey(rs.broker.scope, q.appServerID, q.taskID, q.all)
 	}
-	return rs.lookUp(ctx, rs.broker, task.SubmissionKey(rs.broker.address, q.submitID), q, (*resolver).fetchSubmission)
+	return k, node, p
 }
 
-// fetchFunc fetches what q asks for and keeps it under k. A fresh fetch does not take what is stored if it may have
-// changed. It is a method expression, because a method value would be allocated for every hit.
-type fetchFunc func(rs *resolver, ctx context.Context, u *upstream, k task.Key, q query, fresh bool) (fetchResult, error)
-
-// lookUp returns what memory keeps under k if that answers q, or calls fetch.
-func (rs *resolver) lookUp(ctx context.Context, u *upstream, k task.Key, q query, fetch fetchFunc) (result, error) {
-	e, ok := rs.shared.get(k)
-	if !ok || !answers(e, q.nocache) {
-		return rs.call(ctx, u, k, q, fetch)
-	}
-	if rs.archive != nil && e.unsaved.Load() {
-		rs.save(e)
-	}
-	return result{fetchResult: fetchResult{entry: e}, hit: true}, nil
-}
-
-// answers reports whether a kept entry is an answer for a caller, or for one that wants a fresh answer. What became of a
-// submission never changes, so it answers both.
-func answers(e *entry, fresh bool) bool {
-	if sub, ok := e.value.(*task.Submission); ok {
-		return !fresh || !sub.Queued()
-	}
-	return !fresh
-}
-
-// call calls fetch, together with all other callers that ask for the same.
-func (rs *resolver) call(ctx context.Context, u *upstream, k task.Key, q query, fetch fetchFunc) (result, error) {
-	got, joined, err := rs.shared.calls.Do(ctx, callKey{k, u.identity}, q.nocache,
-		func(ctx context.Context, fresh bool) (fetchResult, error) {
+// call fetches the report under k, together with all other callers that ask for it.
+func (rs *resolver) call(ctx context.Context, k task.Key, q query) (result, error) {
+	got, joined, err := rs.shared.calls.Do(ctx, callKey{k, rs.identity}, q.nocache,
+		func(call context.Context, fresh bool) (fetchResult, error) {
 			// It may have been kept while this call waited for its turn.
-			if e, ok := rs.shared.get(k); ok && answers(e, fresh) {
+			if e, ok := rs.shared.get(k); ok && !fresh {
 				return fetchResult{entry: e}, nil
 			}
-			return fetch(rs, ctx, u, k, q, fresh)
+			return rs.fetch(withSpanOf(call, ctx), k, q, fresh)
 		})
+	if joined {
+		linkSpan(ctx, got.span)
+	}
 	if q.nocache {
 		err = rs.mentionKept(err, k)
 	}
@@ -149,82 +156,145 @@ func (rs *resolver) call(ctx context.Context, u *upstream, k task.Key, q query, 
 	return result{fetchResult: got, hit: got.stored, joined: joined, nocache: q.nocache}, err
 }
 
-// fetchReport is the fetchFunc of reports. An unfinished report does not replace a finished one.
-func (rs *resolver) fetchReport(ctx context.Context, node *upstream, k task.Key, q query, fresh bool) (fetchResult, error) {
+// fetch returns the report under k from the storage, or from the first upstream that knows it, and keeps it. A fresh fetch
+// always asks the upstreams.
+func (rs *resolver) fetch(ctx context.Context, k task.Key, q query, fresh bool) (fetchResult, error) {
+	budget := rs.shared.reserve()
+	defer budget.release()
 	var unreadable error
-	if _, ok := rs.shared.get(k); !ok {
+	_, kept := rs.shared.get(k)
+	if !kept {
 		e, err := rs.loadStored(ctx, k)
 		if e != nil && !fresh {
 			return fetchResult{entry: e, stored: true}, nil
 		}
-		unreadable = err
+		unreadable, kept = err, e != nil
 	}
-	budget := rs.shared.reserve()
-	defer budget.release()
-	report, err := node.fetchReport(ctx, q.taskID, q.all, budget)
+	report, from, err := rs.fetchFromUpstreams(ctx, q, fresh, budget)
+	if err == nil {
+		return fetchResult{entry: rs.keep(k, report), from: from, span: lastSpan(ctx)}, nil
+	}
+	p, ok := errors.AsType[*problem](err)
+	if ok && !kept && p.kind != problemSubmissionFailed {
+		var e *entry
+		if e, unreadable = rs.loadStored(ctx, k); e != nil && !fresh { // another instance has stored it meanwhile
+			return fetchResult{entry: e, stored: true}, nil
+		}
+		err = rs.withStorageError(p, unreadable)
+	}
+	return fetchResult{span: lastSpan(ctx)}, err
+}
+
+// fetchFromUpstreams returns the report from the first upstream that knows it. An upstream that fails is passed over like
+// one that does not know it. If none knows it, the error is the first failure, or else that it is unknown.
+func (rs *resolver) fetchFromUpstreams(ctx context.Context, q query, fresh bool, budget *reservation) (*task.Report, *upstream, error) {
+	if q.submitID != "" {
+		report, err := rs.broker.fetchSubmitted(ctx, q, fresh, budget)
+		if errors.Is(err, errUnknown) {
+			return rs.explainUnknown(ctx, q, budget)
+		}
+		return report, rs.broker, err
+	}
+	var failed error
+	for _, u := range [...]*upstream{rs.nodes[q.appServerID], rs.broker} {
+		if u == nil {
+			continue
+		}
+		report, err := u.fetchTask(ctx, q, fresh, budget)
+		if err == nil {
+			return report, u, nil
+		}
+		if _, ok := errors.AsType[*problem](err); !ok && !errors.Is(err, errUnknown) {
+			return nil, nil, err // ctx has ended
+		}
+		if failed == nil && !errors.Is(err, errUnknown) {
+			failed = err
+		}
+	}
+	if failed != nil {
+		return nil, nil, failed
+	}
+	return nil, nil, &problem{
+		kind:   problemUnknownTask,
+		detail: "no upstream knows this task, or it has been deleted: check the IDs, or submit the file again",
+	}
+}
+
+// explainUnknown finds out why the broker has no report of a submission. The submission may be queued, or it may be a
+// task of a node. A failure to find out does not matter: the broker does not know the report.
+func (rs *resolver) explainUnknown(ctx context.Context, q query, budget *reservation) (*task.Report, *upstream, error) {
+	sub, err := rs.broker.fetchSubmission(ctx, q.submitID, budget)
+	if ctx.Err() != nil {
+		return nil, nil, context.Cause(ctx)
+	}
+	detail := "the broker does not know this submission, or has deleted it: check submitID, or submit the file again"
+	switch {
+	case err != nil:
+	case sub.Queued:
+		return task.NothingYet(time.Now()), rs.broker, nil
+	case sub.Failed:
+		return nil, nil, &problem{
+			kind:   problemSubmissionFailed,
+			detail: "the broker could not give this submission to a node: submit the file again",
+		}
+	case rs.nodes[sub.AppServerID] != nil:
+		return rs.fetchTaskOf(ctx, sub, q)
+	case sub.AppServerID != "":
+		detail = "the broker has no report of this submission, and its node is not configured here: the operator must add the node"
+	}
+	return nil, nil, &problem{kind: problemUnknownSubmission, detail: detail}
+}
+
+// fetchTaskOf fetches the report of the task that a submission became, together with callers that ask for the task.
+func (rs *resolver) fetchTaskOf(ctx context.Context, sub task.Submission, q query) (*task.Report, *upstream, error) {
+	q = query{appServerID: sub.AppServerID, taskID: sub.TaskID, all: q.all, nocache: q.nocache}
+	res, err := rs.resolve(ctx, q)
 	if err != nil {
-		return fetchResult{}, rs.withStorageError(err, unreadable)
+		return nil, nil, err
 	}
-	var got fetchResult
-	switch kept, ok := rs.shared.get(k); {
+	return res.entry.report, cmp.Or(res.from, res.node), nil
+}
+
+// keep keeps a report under k. An unfinished report does not replace a finished one.
+func (rs *resolver) keep(k task.Key, report *task.Report) *entry {
+	kept, ok := rs.shared.get(k)
+	switch {
 	case report.Finished():
-		got.entry = rs.shared.put(k, report, rs.ttl)
-		rs.save(got.entry)
-	case ok && kept.report().Finished():
-		got.entry = &entry{value: report}
-	default:
-		got.entry = rs.shared.put(k, report, rs.pollInterval)
+		e := rs.shared.put(k, report, rs.ttl)
+		rs.save(e)
+		return e
+	case ok && kept.report.Finished():
+		return &entry{report: report}
 	}
-	return got, nil
+	return rs.shared.put(k, report, rs.pollInterval)
 }
 
-// fetchSubmission is the fetchFunc of submissions. What became of a submission never changes.
-func (rs *resolver) fetchSubmission(ctx context.Context, broker *upstream, k task.Key, q query, _ bool) (fetchResult, error) {
-	e, unreadable := rs.loadStored(ctx, k)
-	if e != nil {
-		return fetchResult{entry: e}, nil
-	}
+// fetchSystemInfo fetches what an upstream says about itself. An error means that ctx has ended.
+func (rs *resolver) fetchSystemInfo(ctx context.Context, u *upstream) (response, systemInfo, error) {
 	budget := rs.shared.reserve()
 	defer budget.release()
-	sub, err := broker.fetchSubmission(ctx, q.submitID, budget)
-	if err != nil {
-		return fetchResult{}, rs.withStorageError(err, unreadable)
-	}
-	if sub.Queued() {
-		return fetchResult{entry: rs.shared.put(k, sub, rs.pollInterval)}, nil
-	}
-	e = rs.shared.put(k, sub, rs.ttl)
-	rs.save(e)
-	return fetchResult{entry: e}, nil
+	return u.fetchSystemInfo(ctx, rs.healthTimeout, budget)
 }
 
-// fetchSystemInfo fetches what a node says about itself. An error means that ctx has ended.
-func (rs *resolver) fetchSystemInfo(ctx context.Context, node *upstream) (response, systemInfo, error) {
-	budget := rs.shared.reserve()
-	defer budget.release()
-	return node.fetchSystemInfo(ctx, rs.healthTimeout, budget)
-}
-
-// check checks the health of a node.
-func (rs *resolver) check(ctx context.Context, node *upstream) {
-	if r, _, err := rs.fetchSystemInfo(ctx, node); err == nil {
-		node.health.record(sourceCheck, r)
+// check checks the health of an upstream.
+func (rs *resolver) check(ctx context.Context, u *upstream) {
+	if r, _, err := rs.fetchSystemInfo(ctx, u); err == nil {
+		u.health.record(sourceCheck, r)
 	}
 }
 
 // withStorageError adds to a problem that the storage cannot be read. The caller must not take the report for unknown, or
 // the upstream for the only cause, while the storage may have the report.
-func (rs *resolver) withStorageError(err, unreadable error) error {
-	p, ok := errors.AsType[*problem](err)
+func (rs *resolver) withStorageError(p *problem, unreadable error) error {
 	switch {
-	case !ok || unreadable == nil || p.kind == problemSubmissionFailed:
-		return err
+	case unreadable == nil:
+		return p
 	case p.kind != problemUnknownTask && p.kind != problemUnknownSubmission:
 		return p.with("the storage that may have it cannot be read either")
 	}
 	return &problem{
 		kind: problemStorageUnavailable, retryAfter: rs.failDuration,
-		detail: "its origin does not know it any more, and the storage that may have it cannot be read: try again after Retry-After",
+		detail: "no upstream knows it any more, and the storage that may have it cannot be read: try again after Retry-After",
 	}
 }
 
@@ -233,26 +303,17 @@ func (rs *resolver) loadStored(ctx context.Context, k task.Key) (*entry, error) 
 	if rs.archive == nil {
 		return nil, nil
 	}
-	value, ttl, err := rs.archive.Load(ctx, k, rs.failDuration)
-	if err != nil || value == nil {
+	report, ttl, err := rs.archive.Load(ctx, k, rs.failDuration)
+	if err != nil || report == nil {
 		return nil, err
 	}
-	return rs.shared.put(k, value, min(rs.ttl, ttl)), nil
+	return rs.shared.put(k, report, min(rs.ttl, ttl)), nil
 }
 
 // save stores an entry. If there is no storage yet, or no room in its queue, the entry is saved when it is requested
 // again.
 func (rs *resolver) save(e *entry) {
-	e.unsaved.Store(rs.archive == nil || !rs.archive.Save(e.key, e.value))
-}
-
-// unknownNode says whether the query or the configuration must be corrected.
-func unknownNode(q query) *problem {
-	p := &problem{kind: problemUnknownNode, detail: "no node has this appServerID: check it"}
-	if q.submitID != "" {
-		p.detail = "the submission went to a node that is not configured here: the operator must add it"
-	}
-	return p
+	e.unsaved.Store(rs.archive == nil || !rs.archive.Save(e.key, e.report))
 }
 
 // mentionKept tells a nocache caller that gets a problem about a report that is kept.
@@ -265,17 +326,18 @@ func (rs *resolver) mentionKept(err error, k task.Key) error {
 	if !ok {
 		return err
 	}
-	if report, ok := e.value.(*task.Report); !ok || report.IsEmpty() {
+	if e.report.IsEmpty() {
 		return err
 	}
 	return p.with("a report is kept here: ask without nocache to get it")
 }
 
-// reportKeys returns the keys of both reports of a task, if its node is configured.
-func (rs *resolver) reportKeys(appServerID, taskID string) []task.Key {
-	node, ok := rs.nodes[appServerID]
-	if !ok {
-		return nil
+// taskKeys returns the keys of both reports of a task, if an upstream can know it.
+func (rs *resolver) taskKeys(appServerID, taskID string) (keys []task.Key) {
+	for _, all := range []bool{false, true} {
+		if k, _, p := rs.key(query{appServerID: appServerID, taskID: taskID, all: all}); p == nil {
+			keys = append(keys, k)
+		}
 	}
-	return []task.Key{task.ReportKey(node.address, taskID, false), task.ReportKey(node.address, taskID, true)}
+	return keys
 }

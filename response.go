@@ -20,7 +20,7 @@ type responder struct {
 
 // write writes the report that was found and returns the status of the response.
 func (rp *responder) write(w http.ResponseWriter, r *http.Request, res result) int {
-	report := res.entry.report()
+	report := res.entry.report
 	f := fields{header: w.Header()}
 	f.set("Cache-Status", cacheStatus(res, nil))
 	f.addVary("Accept-Encoding")
@@ -31,9 +31,9 @@ func (rp *responder) write(w http.ResponseWriter, r *http.Request, res result) i
 		f.set("Cache-Control", "private, no-cache")
 	} else {
 		f.set("Cache-Control", "no-store")
+		w.Header().Set("Retry-After", wholeSeconds(rp.retryAfter))
 	}
 	if report.IsEmpty() {
-		f.set("Retry-After", wholeSeconds(rp.retryAfter))
 		w.WriteHeader(http.StatusNoContent)
 		return http.StatusNoContent
 	}
@@ -60,7 +60,7 @@ func (rp *responder) write(w http.ResponseWriter, r *http.Request, res result) i
 
 // choose returns the representation that the caller accepts.
 func (rp *responder) choose(e *entry, header http.Header) (*task.Representation, error) {
-	if gzipped := e.report().Gzipped(); gzipped != nil && acceptsGzip(header) {
+	if gzipped := e.report.Gzipped(); gzipped != nil && acceptsGzip(header) {
 		return gzipped, nil
 	}
 	return rp.memory.inflate(e)

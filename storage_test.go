@@ -22,7 +22,7 @@ import (
 func TestStoredReportsOutliveTheProcess(t *testing.T) {
 	document := reportOf("t1", "SUCCESS")
 	node := newBackend(t, responds(http.StatusOK, document))
-	broker := newBackend(t, responds(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
+	broker := newBackend(t, explains(`{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
 	directives := options(node, brokerOption(broker)+"\n"+stored)
 	s := startSite(t, directives)
 	s.get("/task?submitID=s1").wantStatus(t, http.StatusOK)
@@ -42,7 +42,7 @@ func TestStoredReportsOutliveTheProcess(t *testing.T) {
 	if first.header.Get("Age") == "" || string(first.body) != document {
 		t.Errorf("age %q, %s", first.header.Get("Age"), first.body)
 	}
-	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
+	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit; detail=storage")
 	if got := s.get(pair, "Accept-Encoding: gzip"); got.header.Get("Content-Encoding") != "gzip" || got.plain(t) != document {
 		t.Errorf("compressed: %v", got.header)
 	}
@@ -59,7 +59,7 @@ func TestStoredReportsOutliveTheProcess(t *testing.T) {
 	s.get("/task?appServerID=node-1&taskID=t2").wantProblem(t, http.StatusBadGateway, "node_unreachable")
 	s.get(pair).wantStatus(t, http.StatusOK)
 	node.wantRequests(t, 1)
-	broker.wantRequests(t, 1)
+	broker.wantRequests(t, 4) // the submission's report, and why there is none; the tasks that the node did not answer for
 	s.wantNoSecretInLog()
 }
 
@@ -74,7 +74,7 @@ func TestOnlyWhatIsFinishedIsStored(t *testing.T) {
 		t.Errorf("without a storage, there are the values %v", values)
 	}
 
-	broker := newBackend(t, responds(http.StatusOK, `{"state":"QUEUED"}`))
+	broker := newBackend(t, explains(`{"state":"QUEUED"}`))
 	directives := options(node, brokerOption(broker)+"\npoll_interval 1ms\n"+stored)
 	s.restart(directives)
 	s.get("/task?submitID=s1").wantStatus(t, http.StatusNoContent)
@@ -263,7 +263,7 @@ func TestStoppingWithAStorageThatHangs(t *testing.T) {
 // A report that has left memory before it is stored is served from the queue to the storage.
 func TestEvictedBeforeItIsStored(t *testing.T) {
 	fault.dir = t.TempDir()
-	broker := newBackend(t, responds(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
+	broker := newBackend(t, explains(`{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
 	document := reportOf("t1", "SUCCESS")
 	node := newBackend(t, responds(http.StatusOK, document))
 	s := startSite(t, options(node, brokerOption(broker)+"\ncache {\n storage faulty\n max_size 4KiB\n }"))
@@ -394,7 +394,7 @@ func TestNocacheBesideAStorage(t *testing.T) {
 func TestFailedSubmissionBesideAStorage(t *testing.T) {
 	fault.dir = t.TempDir()
 	node := newBackend(t, responds(http.StatusNotFound, ""))
-	broker := newBackend(t, responds(http.StatusOK, `{"state":"FAILED"}`))
+	broker := newBackend(t, explains(`{"state":"FAILED"}`))
 	s := startSite(t, options(node, brokerOption(broker)+"\ncache {\n storage faulty\n }"))
 	setFault(errors.New("away"), nil, false)
 	defer setFault(nil, nil, false)
@@ -426,7 +426,7 @@ func TestAgeIsNeverNegative(t *testing.T) {
 func TestInstancesShareReports(t *testing.T) {
 	document := reportOf("t1", "SUCCESS")
 	node := newBackend(t, responds(http.StatusOK, document))
-	broker := newBackend(t, responds(http.StatusOK, `{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
+	broker := newBackend(t, explains(`{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
 	dir := t.TempDir()
 	directives := options(node, brokerOption(broker)+"\n"+shared)
 	one, other := startProcess(t, dir, directives), startProcess(t, dir, directives)
@@ -438,9 +438,9 @@ func TestInstancesShareReports(t *testing.T) {
 	if string(r.body) != document {
 		t.Errorf("got %s", r.body)
 	}
-	other.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
+	other.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit; detail=storage")
 	node.wantRequests(t, 1)
-	broker.wantRequests(t, 1)
+	broker.wantRequests(t, 2)
 }
 
 func TestKilledInTheMiddleOfWriting(t *testing.T) {

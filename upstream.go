@@ -2,10 +2,10 @@ package fsbroker
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"net/http"
 	"net/http/httptrace"
 	"net/url"
@@ -21,25 +21,20 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
-// The roles of upstreams, in codes, details and logs.
-const (
-	roleNode   = "node"
-	roleBroker = "broker"
-)
-
 // upstream is a node or the broker.
 type upstream struct {
-	role    string // roleNode or roleBroker
-	name    string // a node's application server ID
-	base    *url.URL
-	address string      // base as a string, for keys
-	secret  *url.Values // a pointer, so printing an upstream does not print its secret
+	role   role
+	name   string // a node's application server ID
+	base   *url.URL
+	scope  string          // base as a string, for keys
+	secret *upstreamSecret // a pointer, so printing an upstream does not print its secret
 
 	// identity differs for upstreams that must not share an answer: with another address, secret or limits.
 	identity task.Key
 
 	upstreamOptions
 	health   health
+	probe    tlsProbe
 	inFlight atomic.Int64
 }
 
@@ -51,9 +46,16 @@ type upstreamOptions struct {
 	logger    *zap.Logger
 }
 
+// upstreamSecret is the secret that an upstream requires, and where it takes it.
+type upstreamSecret struct {
+	value    string   // empty if the upstream requires none
+	inHeader bool     // in the header field "secret"
+	params   []string // in these query parameters
+}
+
 // problem returns a problem of the upstream. Its detail begins with the upstream's role.
 func (u *upstream) problem(kind problemKind, detail string) *problem {
-	return &problem{kind: kind, role: u.role, detail: "the " + u.role + " " + detail}
+	return &problem{kind: kind, role: u.role, detail: "the " + u.role.String() + " " + detail}
 }
 
 // down returns a 503 problem while the last dial failure is recent, so callers fail fast.
@@ -94,7 +96,7 @@ func (u *upstream) fetch(ctx context.Context, path string, params url.Values, bu
 	return r.status, nil
 }
 
-// fetchOutcome returns the outcome of a fetch, for metrics.
+// fetchOutcome returns the outcome of a fetch, for metrics and spans.
 func fetchOutcome(status int, err error) string {
 	if p, ok := errors.AsType[*problem](err); ok {
 		return p.reason()
@@ -111,17 +113,24 @@ func fetchOutcome(status int, err error) string {
 }
 
 // exchange sends a request, even to an upstream that is down. An error means that ctx has ended.
-func (u *upstream) exchange(ctx context.Context, timeout time.Duration, path string, params url.Values, budget *reservation, read bodyReader) (response, error) {
+func (u *upstream) exchange(ctx context.Context, timeout time.Duration, path string, params url.Values, budget *reservation, read bodyReader) (r response, err error) {
 	start := time.Now()
 	timed, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
+	timed, span := startSpan(timed, u, path)
+	defer func() { endSpan(span, r, err) }()
+
 	var dial dialTrace
 	body := &answerBody{upstream: u, budget: budget}
 	status, err := u.roundTrip(u.request(httptrace.WithClientTrace(timed, dial.trace()), path, params), body, read)
 	if err != nil && ctx.Err() != nil {
 		return response{}, context.Cause(ctx)
 	}
-	r := response{status: status, problem: u.diagnose(err, &dial), cause: err, dialFailed: dial.failed()}
+	r = response{status: status, cause: err, dialFailed: dial.failed()}
+	u.diagnose(ctx, &r)
+	if r.dialFailed {
+		u.health.recordDial(false)
+	}
 	if ce := u.logger.Check(zap.DebugLevel, "fetched"); ce != nil {
 		code := ""
 		if r.problem != nil {
@@ -135,46 +144,31 @@ func (u *upstream) exchange(ctx context.Context, timeout time.Duration, path str
 
 // request returns a request to the upstream, with its secret.
 func (u *upstream) request(ctx context.Context, path string, params url.Values) *http.Request {
-	maps.Copy(params, *u.secret)
+	header := http.Header{"Accept": {"application/json"}, "User-Agent": {"caddy-fsbroker"}}
+	if u.secret.value != "" {
+		if u.secret.inHeader {
+			header["secret"] = []string{u.secret.value} // spelled as it is documented
+		}
+		for _, name := range u.secret.params {
+			params.Set(name, u.secret.value)
+		}
+	}
+	injectSpan(ctx, header)
 	target := *u.base
 	target.Path += "/" + path
 	target.RawQuery = params.Encode()
-	// Caddy's transport reads these two from the context, where it would find a caller's.
-	ctx = context.WithValue(ctx, caddyhttp.VarsCtxKey, make(map[string]any))
-	ctx = context.WithValue(ctx, caddy.ReplacerCtxKey, caddy.NewReplacer())
-	req := &http.Request{
-		Method: http.MethodGet,
-		URL:    &target,
-		Header: http.Header{"Accept": {"application/json"}, "User-Agent": {"caddy-fsbroker"}},
-	}
-	return req.WithContext(ctx)
+	req := &http.Request{Method: http.MethodGet, URL: &target, Header: header}
+	return req.WithContext(upstreamContext(ctx))
 }
 
-// diagnose returns the problem that an error of roundTrip means.
-func (u *upstream) diagnose(err error, dial *dialTrace) *problem {
-	if err == nil {
-		return nil
-	}
-	if p, ok := errors.AsType[*problem](err); ok {
-		return p
-	}
-	timeout, dialFailed := isTimeout(err), dial.failed()
-	if dialFailed {
-		u.health.recordDial(false)
-	}
-	switch {
-	case dialFailed && timeout:
-		return u.problem(problemTimeout, "could not be connected to in time: try again later")
-	case dialFailed:
-		return u.problem(problemUnreachable, "could not be connected to: try again later; its operator finds the cause in the log")
-	case timeout:
-		return u.problem(problemTimeout, "did not answer in time: try again later")
-	}
-	return u.problem(problemBadAnswer, "did not finish its answer: try again later")
+// upstreamContext adds to ctx what Caddy's transport reads from the context of a request, where it would find a caller's.
+func upstreamContext(ctx context.Context) context.Context {
+	ctx = context.WithValue(ctx, caddyhttp.VarsCtxKey, make(map[string]any))
+	return context.WithValue(ctx, caddy.ReplacerCtxKey, caddy.NewReplacer())
 }
 
 // roundTrip sends req and reads the answer. It uses the transport directly: an http.Client would follow redirects with
-// the secret in the query, and would put the URL into its errors.
+// the secret in the query, and would put the URL into its errors. The status is 0 if there is no response.
 func (u *upstream) roundTrip(req *http.Request, body *answerBody, read bodyReader) (status int, err error) {
 	resp, err := u.transport.RoundTrip(req)
 	if err != nil {
@@ -190,7 +184,10 @@ func (u *upstream) roundTrip(req *http.Request, body *answerBody, read bodyReade
 	case http.StatusNoContent, http.StatusNotFound:
 		return resp.StatusCode, nil
 	case http.StatusUnauthorized, http.StatusForbidden:
-		return resp.StatusCode, u.problem(problemRefusedSecret, "refused the secret that is configured for it: its operator must correct the secret")
+		return resp.StatusCode, u.problem(problemRefusedSecret, "refused the secret that is configured for it: its operator must correct secret or secret_in")
+	case http.StatusBadRequest:
+		return resp.StatusCode, u.problem(problemRejectedRequest,
+			"answered with the status 400: perhaps it refused the secret that is configured for it, or does not accept the IDs: check the IDs; its operator checks secret and secret_in")
 	}
 	return resp.StatusCode, u.problem(problemBadAnswer,
 		fmt.Sprintf("answered with the unexpected status %d: try again later", resp.StatusCode))
@@ -252,6 +249,56 @@ func (b *answerBody) grow(size int64) error {
 // drain reads a part of an unwanted body, so that the connection can be reused.
 func drain(body io.Reader) { _, _ = io.CopyN(io.Discard, body, 4<<10) }
 
+// diagnose sets the problem that the error of an exchange means.
+func (u *upstream) diagnose(ctx context.Context, r *response) {
+	if r.cause == nil {
+		return
+	}
+	p, _ := errors.AsType[*problem](r.cause)
+	// A TLS server answers a plain request with 400, or closes the connection.
+	plainRefused := p == nil && r.status == 0 && !r.dialFailed && !isTimeout(r.cause) || p != nil && p.kind == problemRejectedRequest
+	switch {
+	case plainRefused && u.base.Scheme == "http" && u.speaksTLS(ctx):
+		r.problem, r.dialFailed = u.problem(problemWrongScheme, "speaks TLS, but its address says http: its operator must write https:// in its address"), true
+		r.cause = errSpeaksTLS // the error may hold what the upstream sent
+	case p != nil:
+		r.problem = p
+	case r.dialFailed:
+		r.problem, r.details = u.diagnoseDial(r.cause)
+	case isTimeout(r.cause):
+		r.problem = u.problem(problemTimeout, "did not answer in time: try again later")
+	default:
+		r.problem = u.problem(problemBadAnswer, "did not finish its answer: try again later")
+	}
+}
+
+var errSpeaksTLS = errors.New("a TLS handshake was answered")
+
+// diagnoseDial returns the problem that a failure to connect means, with details for the log.
+func (u *upstream) diagnoseDial(err error) (*problem, []zap.Field) {
+	if untrusted, ok := errors.AsType[*tls.CertificateVerificationError](err); ok && len(untrusted.UnverifiedCertificates) > 0 {
+		cert := untrusted.UnverifiedCertificates[0]
+		names := append([]string(nil), cert.DNSNames...)
+		for _, ip := range cert.IPAddresses {
+			names = append(names, ip.String())
+		}
+		return u.problem(problemUntrustedCertificate, "presented a certificate that is not trusted: its operator finds the cause in the log"), []zap.Field{
+			zap.String("issuer", cert.Issuer.String()),
+			zap.String("subject", cert.Subject.String()),
+			zap.Strings("names", names),
+			zap.Time("not_after", cert.NotAfter),
+			zap.String("hint", "trust its certificate, or the authority that issued it, with transport http { tls_trust_pool file … }; if the name differs, set tls_server_name"),
+		}
+	}
+	if _, ok := errors.AsType[tls.RecordHeaderError](err); ok {
+		return u.problem(problemWrongScheme, "does not speak TLS, but its address says https: its operator must write http:// in its address, or switch on TLS on the "+u.role.String()), nil
+	}
+	if isTimeout(err) {
+		return u.problem(problemTimeout, "could not be connected to in time: try again later"), nil
+	}
+	return u.problem(problemUnreachable, "could not be connected to: try again later; its operator finds the cause in the log"), nil
+}
+
 // isTimeout reports whether err is a timeout.
 func isTimeout(err error) bool {
 	var timeout interface{ Timeout() bool }
@@ -275,3 +322,46 @@ func (d *dialTrace) trace() *httptrace.ClientTrace {
 
 // failed reports whether connecting was attempted, including name resolution and TLS, and failed.
 func (d *dialTrace) failed() bool { return d.dialing.Load() && !d.connected.Load() }
+
+// tlsProbe limits how often an upstream is probed for TLS.
+type tlsProbe struct{ next atomic.Pointer[time.Time] }
+
+// due reports whether a probe is due, at most once in an interval.
+func (p *tlsProbe) due(interval time.Duration) bool {
+	now := time.Now()
+	next, after := p.next.Load(), now.Add(interval)
+	return (next == nil || !now.Before(*next)) && p.next.CompareAndSwap(next, &after)
+}
+
+// tlsProbeTimeout bounds the handshake by which an upstream is probed.
+const tlsProbeTimeout = 2 * time.Second
+
+// speaksTLS reports whether an upstream with an http address speaks TLS. Only a handshake can show that. It is tried at
+// most once in failDuration, and ends before a request is sent.
+func (u *upstream) speaksTLS(ctx context.Context) bool {
+	if !u.probe.due(u.health.failDuration) {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(ctx, tlsProbeTimeout)
+	defer cancel()
+	var answered atomic.Bool
+	ctx = httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		TLSHandshakeDone: func(_ tls.ConnectionState, err error) {
+			answered.Store(answersHandshake(err))
+			cancel()
+		},
+	})
+	target := url.URL{Scheme: "https", Host: u.base.Host, Path: "/"}
+	resp, err := u.transport.RoundTrip((&http.Request{Method: http.MethodHead, URL: &target, Header: make(http.Header)}).WithContext(upstreamContext(ctx)))
+	if err == nil { // over a connection that was open already
+		_ = resp.Body.Close()
+	}
+	return answered.Load() || answersHandshake(err)
+}
+
+// answersHandshake reports whether a TLS server has answered a handshake with that outcome.
+func answersHandshake(err error) bool {
+	_, untrusted := errors.AsType[*tls.CertificateVerificationError](err)
+	_, alert := errors.AsType[tls.AlertError](err)
+	return err == nil || untrusted || alert
+}

@@ -9,18 +9,29 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"os"
+	"slices"
 	"strings"
 	"testing"
 	"time"
 )
 
-func TestSecretParam(t *testing.T) {
-	for option, want := range map[string]string{
-		"":                    "all=false&secret=the-nodes-own-secret&serect=the-nodes-own-secret&taskID=t1",
-		"secret_param serect": "all=false&serect=the-nodes-own-secret&taskID=t1",
-		"secret_param secret": "all=false&secret=the-nodes-own-secret&taskID=t1",
+func TestSecretIn(t *testing.T) {
+	for option, want := range map[string]struct {
+		query  string
+		header []string
+	}{
+		"":                               {"all=false&secret=the-nodes-own-secret&serect=the-nodes-own-secret&taskID=t1", []string{nodeSecret}},
+		"secret_in serect":               {"all=false&serect=the-nodes-own-secret&taskID=t1", nil},
+		"secret_in secret":               {"all=false&secret=the-nodes-own-secret&taskID=t1", nil},
+		"secret_in header":               {"all=false&taskID=t1", []string{nodeSecret}},
+		"secret_in header secret":        {"all=false&secret=the-nodes-own-secret&taskID=t1", []string{nodeSecret}},
+		"secret_in serect header secret": {"all=false&secret=the-nodes-own-secret&serect=the-nodes-own-secret&taskID=t1", []string{nodeSecret}},
 	} {
-		node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+		var header http.Header
+		node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+			header = r.Header.Clone()
+			responds(http.StatusOK, reportOf("t1", "SUCCESS"))(w, r)
+		})
 		s := startSite(t, fmt.Sprintf(`fsbroker_task {
 			secret {env.CALLER_SECRET}
 			node node-1 %s/base/ {
@@ -29,10 +40,23 @@ func TestSecretParam(t *testing.T) {
 			}
 		}`, node.URL, option))
 		s.get(pair).wantStatus(t, http.StatusOK)
-		if got := node.requests()[0]; got.RawQuery != want || got.Path != "/base/task" {
+		if got := node.requests()[0]; got.RawQuery != want.query || got.Path != "/base/task" {
 			t.Errorf("%s: the node got a request for %s", option, got)
 		}
+		if got := header["Secret"]; !slices.Equal(got, want.header) {
+			t.Errorf("%s: the node got the header %q", option, got)
+		}
+		s.wantNoSecretInLog()
 	}
+	// Without a secret, none is sent.
+	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.RawQuery != "all=false&taskID=t1" || r.Header["Secret"] != nil {
+			t.Errorf("the node got %s and %v", r.URL, r.Header)
+		}
+		responds(http.StatusOK, reportOf("t1", "SUCCESS"))(w, r)
+	})
+	s := startSite(t, "fsbroker_task {\n secret {env.CALLER_SECRET}\n node node-1 "+node.URL+"\n}")
+	s.get(pair).wantStatus(t, http.StatusOK)
 }
 
 func TestNodeFaults(t *testing.T) {
@@ -260,9 +284,9 @@ func TestTransport(t *testing.T) {
 	s.get(pair).wantStatus(t, http.StatusOK)
 	s.client.CloseIdleConnections()
 
-	// A node whose certificate is not trusted is unreachable.
+	// A node whose certificate is not trusted cannot be connected to.
 	s = startSite(t, options("https://"+host, ""))
-	s.get(pair).wantProblem(t, http.StatusBadGateway, "node_unreachable")
+	s.get(pair).wantProblem(t, http.StatusBadGateway, "node_untrusted_certificate")
 	s.get(pair).wantProblem(t, http.StatusServiceUnavailable, "node_down")
 	s.wantNoSecretInLog()
 }

@@ -38,13 +38,14 @@ func (ps *pollers) wait(ctx context.Context, q query, res result, maxWait time.D
 	timer := time.NewTimer(maxWait)
 	defer timer.Stop()
 	q = q.target()
-	p := ps.join(q, res)
+	p := ps.join(ctx, q, res)
 	select {
 	case <-p.done:
 	case <-timer.C:
 	case <-ctx.Done():
 	}
 	res, err := ps.leave(q, p)
+	linkSpan(ctx, res.span)
 	if ctx.Err() != nil {
 		err = context.Cause(ctx)
 	}
@@ -52,7 +53,7 @@ func (ps *pollers) wait(ctx context.Context, q query, res result, maxWait time.D
 }
 
 // join adds a caller, with its own result, to those that wait for q. It starts a poller for the first one.
-func (ps *pollers) join(q query, res result) *poller {
+func (ps *pollers) join(caller context.Context, q query, res result) *poller {
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
 	p := ps.byQuery[q]
@@ -60,7 +61,7 @@ func (ps *pollers) join(q query, res result) *poller {
 		ctx, cancel := context.WithCancel(ps.ctx)
 		p = &poller{result: res, cancel: cancel, done: make(chan struct{})}
 		ps.byQuery[q] = p
-		go ps.poll(ctx, q, p, res)
+		go ps.poll(withSpanOf(ctx, caller), q, p, res)
 	} else if res.at().After(p.result.at()) {
 		p.result = res
 	}
@@ -84,7 +85,7 @@ func (ps *pollers) record(q query, p *poller, res result, err error) (over bool)
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
 	p.result, p.err = res, err
-	if over = err != nil || res.entry.report().Finished(); over {
+	if over = err != nil || res.entry.report.Finished(); over {
 		ps.forget(q, p)
 	}
 	return over
@@ -125,4 +126,4 @@ func (ps *pollers) pause(res result) time.Duration {
 }
 
 // at returns when the upstream answered.
-func (r result) at() time.Time { return r.entry.value.At() }
+func (r result) at() time.Time { return r.entry.report.At() }

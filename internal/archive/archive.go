@@ -1,5 +1,5 @@
-// Package archive is the storage tier: it keeps finished reports, and what became of submissions, in a storage, where
-// they outlive the process and other instances find them.
+// Package archive is the storage tier: it keeps finished reports in a storage, where they outlive the process and other
+// instances find them.
 //
 // Writes are asynchronous and never delay a response: a storage that fails costs only what it would have kept. The
 // package does not know Caddy's HTTP handlers, upstreams or callers.
@@ -138,16 +138,16 @@ func (a *Archive) try(ctx context.Context, op func(context.Context, certmagic.St
 	}
 }
 
-// Load returns the value that is stored or queued under k, and how long it may still be kept. It returns nil if there is
+// Load returns the report that is stored or queued under k, and how long it may still be kept. It returns nil if there is
 // none. After a failed read, reads fail for the duration of pause, so callers do not queue up behind a storage that is
 // unavailable.
-func (a *Archive) Load(ctx context.Context, k task.Key, pause time.Duration) (value task.Value, ttl time.Duration, err error) {
+func (a *Archive) Load(ctx context.Context, k task.Key, pause time.Duration) (report *task.Report, ttl time.Duration, err error) {
 	b := a.backend()
 	if b == nil {
 		return nil, 0, ErrUnreadable
 	}
-	if value = a.queuedValue(k); value != nil {
-		return value, b.Retention, nil
+	if report = a.queued(k); report != nil {
+		return report, b.Retention, nil
 	}
 	if a.reads.open(time.Now()) {
 		return nil, 0, ErrUnreadable
@@ -170,16 +170,16 @@ func (a *Archive) Load(ctx context.Context, k task.Key, pause time.Duration) (va
 		a.setFailing(b, err)
 		return nil, 0, ErrUnreadable
 	}
-	value, err = Decode(k, stored)
+	report, err = Decode(k, stored)
 	if err != nil {
 		b.Logger.Warn("a stored value is damaged and is set aside", zap.String("key", storageKey(k)), zap.Error(err))
 		a.setAside(k, stored)
 		return nil, 0, nil
 	}
-	if ttl = b.Retention - time.Since(value.At()); ttl <= 0 {
+	if ttl = b.Retention - time.Since(report.At()); ttl <= 0 {
 		return nil, 0, nil
 	}
-	return value, ttl, nil
+	return report, ttl, nil
 }
 
 // setAside moves a damaged value to a place where it can be examined until the sweep deletes it.
@@ -197,14 +197,14 @@ func (a *Archive) setAside(k task.Key, value []byte) {
 	}
 }
 
-// Save queues a value to be stored. It replaces an older value that is queued under k. It reports whether there is room.
-func (a *Archive) Save(k task.Key, value task.Value) bool {
+// Save queues a report to be stored. It replaces an older one that is queued under k. It reports whether there is room.
+func (a *Archive) Save(k task.Key, report *task.Report) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if len(a.backends) == 0 {
 		return false
 	}
-	if a.queue.push(k, value) {
+	if a.queue.push(k, report) {
 		signal(a.wake)
 		return true
 	}
@@ -216,12 +216,12 @@ func (a *Archive) Save(k task.Key, value task.Value) bool {
 	return false
 }
 
-// queuedValue returns the value that is queued under k, which may have left memory.
-func (a *Archive) queuedValue(k task.Key) task.Value {
+// queued returns the report that is queued under k, which may have left memory.
+func (a *Archive) queued(k task.Key) *task.Report {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if w := a.queue.get(k); w != nil {
-		return w.value
+		return w.report
 	}
 	return nil
 }

@@ -21,18 +21,18 @@ func TestSaveAndLoad(t *testing.T) {
 			t.Fatal("there is no room")
 		}
 		// While it is queued, it is read from the queue.
-		if value, ttl, err := f.Load(t.Context(), numbered(1), time.Second); value != task.Value(want) || ttl != 24*time.Hour || err != nil {
-			t.Errorf("queued: %v, %s, %v", value, ttl, err)
+		if got, ttl, err := f.Load(t.Context(), numbered(1), time.Second); got != want || ttl != 24*time.Hour || err != nil {
+			t.Errorf("queued: %v, %s, %v", got, ttl, err)
 		}
 		time.Sleep(time.Hour)
 		if stats := f.Stats(); stats != (Stats{}) {
 			t.Errorf("the queue is %+v", stats)
 		}
-		value, ttl, err := f.Load(t.Context(), numbered(1), time.Second)
+		r, ttl, err := f.Load(t.Context(), numbered(1), time.Second)
 		if err != nil || ttl > 23*time.Hour || ttl < 22*time.Hour {
 			t.Fatalf("stored: %s, %v", ttl, err)
 		}
-		if got := value.(*task.Report).Document(); !bytes.Equal(got.Body, want.Document().Body) || !got.At.Equal(want.At()) {
+		if got := r.Document(); !bytes.Equal(got.Body, want.Document().Body) || !got.At.Equal(want.At()) {
 			t.Errorf("got %+v", got)
 		}
 		if value, _, err := f.Load(t.Context(), numbered(2), time.Second); value != nil || err != nil {

@@ -13,10 +13,10 @@ const (
 	maxQueueBytes = 64 << 20
 )
 
-// write is a value that waits to be stored.
+// write is a report that waits to be stored.
 type write struct {
-	key   task.Key
-	value task.Value
+	key    task.Key
+	report *task.Report
 }
 
 // queue holds the values that wait to be stored, at most one for each key. The zero value is empty. It is not safe for
@@ -30,20 +30,20 @@ type queue struct {
 func (q *queue) len() int { return q.order.Len() }
 
 // push adds a value, or replaces the one under the same key. It reports whether there is room.
-func (q *queue) push(k task.Key, value task.Value) bool {
+func (q *queue) push(k task.Key, report *task.Report) bool {
 	if element, ok := q.byKey[k]; ok {
-		q.bytes += value.Size() - element.Value.(*write).value.Size()
-		element.Value = &write{key: k, value: value}
+		q.bytes += report.Size() - element.Value.(*write).report.Size()
+		element.Value = &write{key: k, report: report}
 		return true
 	}
-	if q.len() >= maxQueue || q.bytes+value.Size() > maxQueueBytes {
+	if q.len() >= maxQueue || q.bytes+report.Size() > maxQueueBytes {
 		return false
 	}
 	if q.byKey == nil {
 		q.byKey = make(map[task.Key]*list.Element)
 	}
-	q.byKey[k] = q.order.PushBack(&write{key: k, value: value})
-	q.bytes += value.Size()
+	q.byKey[k] = q.order.PushBack(&write{key: k, report: report})
+	q.bytes += report.Size()
 	return true
 }
 
@@ -78,7 +78,7 @@ func (q *queue) remove(k task.Key) bool {
 	}
 	q.order.Remove(element)
 	delete(q.byKey, k)
-	q.bytes -= element.Value.(*write).value.Size()
+	q.bytes -= element.Value.(*write).report.Size()
 	return true
 }
 

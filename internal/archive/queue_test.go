@@ -17,7 +17,7 @@ func TestQueueOrder(t *testing.T) {
 	}
 	newer := report(50)
 	q.push(numbered(0), newer) // takes the place of the older value
-	if w := q.front(); w.key != numbered(0) || w.value != newer || q.len() != 3 || q.bytes != 250 {
+	if w := q.front(); w.key != numbered(0) || w.report != newer || q.len() != 3 || q.bytes != 250 {
 		t.Errorf("%d values of %d bytes, the first is %v", q.len(), q.bytes, w)
 	}
 	q.postpone(numbered(0))

@@ -66,7 +66,7 @@ func (a *Archive) store(w *write) bool {
 	if b == nil {
 		return false
 	}
-	value, err := Encode(w.key, w.value)
+	value, err := Encode(w.key, w.report)
 	if err == nil {
 		ctx, cancel := context.WithTimeout(a.ctx, writeTimeout)
 		defer cancel()

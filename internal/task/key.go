@@ -3,19 +3,11 @@ package task
 import (
 	"crypto/sha256"
 	"encoding/binary"
+	"strconv"
 	"strings"
-	"time"
 	"unicode"
 	"unicode/utf8"
 )
-
-// Value is what is kept under a key: a *Report or a *Submission.
-type Value interface {
-	// At returns when the upstream answered.
-	At() time.Time
-	// Size returns the memory that the value takes, in bytes, without fixed overhead.
-	Size() int
-}
 
 // MaxIDLength is the maximum length of a submission, node or task ID, in bytes. Real IDs are UUIDs.
 const MaxIDLength = 256
@@ -25,7 +17,7 @@ func ValidID(id string) bool {
 	return id != "" && len(id) <= MaxIDLength && utf8.ValidString(id) && !strings.ContainsFunc(id, unicode.IsControl)
 }
 
-// Key identifies a value. It is a hash, so every key has the same size however long the IDs in it are.
+// Key identifies a report. It is a hash, so every key has the same size however long the IDs in it are.
 type Key [sha256.Size]byte
 
 // NewKey returns the key of a list of parts. Different lists have different keys.
@@ -38,16 +30,13 @@ func NewKey(parts ...string) Key {
 	return sha256.Sum256(buf)
 }
 
-// ReportKey returns the key of a report. The high-level report and the complete report of a task are two reports. The
-// node is identified by its address, because two sites may give different nodes the same name.
-func ReportKey(nodeAddress, taskID string, all bool) Key {
-	if all {
-		return NewKey("complete report", nodeAddress, taskID)
-	}
-	return NewKey("report", nodeAddress, taskID)
+// TaskKey returns the key of a report by its node and task. The high-level report and the complete report of a task are
+// two reports. Equal IDs in different scopes have different keys.
+func TaskKey(scope, appServerID, taskID string, all bool) Key {
+	return NewKey("task", scope, appServerID, taskID, strconv.FormatBool(all))
 }
 
-// SubmissionKey returns the key of a submission.
-func SubmissionKey(brokerAddress, submitID string) Key {
-	return NewKey("submission", brokerAddress, submitID)
+// SubmissionKey returns the key of a report by its submission.
+func SubmissionKey(scope, submitID string, all bool) Key {
+	return NewKey("submission", scope, submitID, strconv.FormatBool(all))
 }

@@ -14,10 +14,13 @@ func TestKeysDiffer(t *testing.T) {
 		"ab":                 NewKey("ab"),
 		"a, b":               NewKey("a", "b"),
 		"a, b, empty":        NewKey("a", "b", ""),
-		"high-level report":  ReportKey("a", "b", false),
-		"complete report":    ReportKey("a", "b", true),
-		"submission":         SubmissionKey("a", "b"),
-		"another submission": SubmissionKey("ab", ""),
+		"high-level report":  TaskKey("a", "b", "c", false),
+		"complete report":    TaskKey("a", "b", "c", true),
+		"in another scope":   TaskKey("b", "b", "c", false),
+		"of another node":    TaskKey("a", "bc", "", false),
+		"submission":         SubmissionKey("a", "b", false),
+		"complete":           SubmissionKey("a", "b", true),
+		"another submission": SubmissionKey("ab", "", false),
 	} {
 		if other, ok := seen[k]; ok {
 			t.Errorf("%s and %s have the same key", name, other)

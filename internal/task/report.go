@@ -108,7 +108,7 @@ func (r *Report) Document() Document {
 	return d
 }
 
-// At implements Value.
+// At returns when the upstream answered.
 func (r *Report) At() time.Time { return r.at }
 
 // Finished reports whether the report is final.
@@ -117,7 +117,7 @@ func (r *Report) Finished() bool { return r.finished }
 // IsEmpty reports whether there is nothing to report yet.
 func (r *Report) IsEmpty() bool { return r.hash == "" }
 
-// Size implements Value. It counts the representation that is held from the start, by its capacity, because Go's
+// Size returns the memory that the report takes, in bytes, without fixed overhead. It counts the representation that is held from the start, by its capacity, because Go's
 // allocator rounds lengths up. An inflated copy beside it is not counted.
 func (r *Report) Size() int {
 	for _, rep := range [...]*Representation{r.gzipped.Load(), r.inflated.Load()} {

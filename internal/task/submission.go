@@ -1,76 +1,55 @@
 package task
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/json"
-	"errors"
 	"io"
 	"strings"
-	"time"
 )
 
-// Submission is what became of a submission: it is queued, or it is a task of a node.
+// Submission is what a broker's /submit-result says about a submission. The zero value says nothing.
 type Submission struct {
-	at          time.Time
-	appServerID string
-	taskID      string
+	Queued bool // no node has it yet
+	Failed bool // no node will have it
+
+	// The node and the task, if the answer names both.
+	AppServerID, TaskID string
 }
 
-// NewSubmission returns a submission that became a task of a node.
-func NewSubmission(at time.Time, appServerID, taskID string) *Submission {
-	return &Submission{at: at, appServerID: appServerID, taskID: taskID}
-}
-
-// QueuedSubmission returns a submission that no node has yet.
-func QueuedSubmission(at time.Time) *Submission { return &Submission{at: at} }
-
-// At implements Value.
-func (s *Submission) At() time.Time { return s.at }
-
-// Size implements Value.
-func (s *Submission) Size() int { return len(s.appServerID) + len(s.taskID) }
-
-// Queued reports whether no node has the submission yet.
-func (s *Submission) Queued() bool { return s.taskID == "" }
-
-// AppServerID returns the node that has the submission. It is empty while the submission is queued.
-func (s *Submission) AppServerID() string { return s.appServerID }
-
-// TaskID returns the submission's task. It is empty while the submission is queued.
-func (s *Submission) TaskID() string { return s.taskID }
-
-// ErrSubmissionFailed means that the broker could not give a submission to a node. That is final.
-var ErrSubmissionFailed = errors.New("the submission failed")
-
-// ReadSubmission reads the broker's answer about a submission. Its exact form is not documented, so each fact is looked
-// for in every place where brokers are known or likely to have it. The error says why the answer cannot be used and shows
-// nothing of it.
-func ReadSubmission(body io.Reader) (*Submission, error) {
+// ReadSubmission reads what a broker says about a submission. The documentation shows the JSON of another endpoint, so
+// each fact is looked for in every place where brokers are known or likely to have it. What cannot be read says nothing.
+// An error is an error of body.
+func ReadSubmission(body io.Reader) (Submission, error) {
 	text, err := io.ReadAll(body)
 	if err != nil {
-		return nil, err
+		return Submission{}, err
 	}
+	decoder := json.NewDecoder(bytes.NewReader(text))
+	decoder.UseNumber()
 	var doc object
-	if err := json.Unmarshal(text, &doc); err != nil || doc == nil {
-		return nil, errors.New("it is not a JSON object")
+	if err := decoder.Decode(&doc); err != nil {
+		return Submission{}, nil //nolint:nilerr // it says nothing
 	}
 	result := doc.object("result")
 	s := state(cmp.Or(doc.id("state"), result.id("state")))
+	if s == "" {
+		s = state(cmp.Or(doc.id("status"), result.id("status"))) // in the manual's words: QUEUED, FAILED, SUCCESS
+	}
 	if strings.EqualFold(string(s), "FAILED") {
-		return nil, ErrSubmissionFailed
+		return Submission{Failed: true}, nil
 	}
 	if s != "" && !s.finished() {
-		return QueuedSubmission(time.Now()), nil
+		return Submission{Queued: true}, nil
 	}
-	appServerID := cmp.Or(doc.id("appServerID"), result.id("appServerID"))
-	taskID := cmp.Or(doc.id("taskID"), result.id("taskID"), scanTaskID(doc))
-	switch {
-	case !ValidID(appServerID):
-		return nil, errors.New("it names no node: appServerID is missing or is not an ID")
-	case !ValidID(taskID):
-		return nil, errors.New("it names no task: there is no ID at taskID, result.taskID or scanTasks[0].taskReference.ID")
+	sub := Submission{
+		AppServerID: cmp.Or(doc.id("appServerID"), result.id("appServerID")),
+		TaskID:      cmp.Or(doc.id("taskID"), result.id("taskID"), scanTaskID(doc)),
 	}
-	return NewSubmission(time.Now(), appServerID, taskID), nil
+	if !ValidID(sub.AppServerID) || !ValidID(sub.TaskID) {
+		return Submission{}, nil
+	}
+	return sub, nil
 }
 
 // object is a JSON object of an undocumented form. A nil object has no members.
@@ -94,10 +73,15 @@ func (o object) object(name string) object {
 	return child
 }
 
-// id returns a member that is a string, or an empty string.
+// id returns a member that is a string or a number, or an empty string.
 func (o object) id(name string) string {
-	s, _ := o.member(name).(string)
-	return s
+	switch v := o.member(name).(type) {
+	case string:
+		return v
+	case json.Number:
+		return v.String()
+	}
+	return ""
 }
 
 // scanTaskID returns scanTasks[0].taskReference.ID, however deep the scanTasks are.
