@@ -2,7 +2,6 @@
 package clients_test
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -14,20 +13,50 @@ import (
 	"time"
 )
 
-// The commands that generate the clients, as docs/CLIENTS.md has them.
+// The commands that generate and compile the clients, as docs/CLIENTS.md has them.
 const (
-	generateGo         = "go tool oapi-codegen -generate types,client -package api -o client.gen.go"
+	generateGo         = "go tool oapi-codegen -generate types,client -package api -o api/client.gen.go openapi.yaml"
 	generateTypeScript = "npx openapi-ts -i openapi.yaml -o client"
+	compileTypeScript  = "npx tsc"
 )
+
+// checked is how long an analysis takes that the generated clients are checked with: longer than their first wait.
+const checked = 5 * time.Second
 
 var openAPI = filepath.Join("..", "..", "openapi.yaml")
 
-// need skips the test where a tool is missing.
-func need(t *testing.T, tool string, args ...string) {
+// need returns the first of several commands that runs with args. It skips the test if there is none, and says what is
+// missing.
+func need(t *testing.T, what string, args []string, commands ...string) string {
 	t.Helper()
-	if out, err := exec.CommandContext(t.Context(), tool, args...).CombinedOutput(); err != nil {
-		t.Skipf("SKIPPED: this needs %s, but %q fails: %v %s", tool, append([]string{tool}, args...), err, bytes.TrimSpace(out))
+	var failure error
+	for _, command := range commands {
+		if failure = exec.CommandContext(t.Context(), command, args...).Run(); failure == nil {
+			return command
+		}
 	}
+	t.Skipf("SKIPPED: %s is missing (%v)", what, failure)
+	return ""
+}
+
+// needPython prefers the interpreter that comes first in PATH, but only that of the system has packages of the system.
+func needPython(t *testing.T) string {
+	t.Helper()
+	return need(t, "Python with the package requests", []string{"-c", "import requests"}, "python3", "/usr/bin/python3")
+}
+
+// needNode needs the version that openapi-ts requires.
+func needNode(t *testing.T) string {
+	t.Helper()
+	const check = "const [major, minor] = process.versions.node.split('.').map(Number);" +
+		"process.exit(major > 20 || major === 20 && minor >= 19 ? 0 : 1)"
+	return need(t, "Node 20.19 or newer", []string{"-e", check}, "node")
+}
+
+func needShell(t *testing.T) string {
+	t.Helper()
+	need(t, "curl", []string{"--version"}, "curl")
+	return need(t, "a shell", []string{"-c", "true"}, "sh")
 }
 
 // run runs a command. It returns the standard output, and what went wrong with the standard error.
@@ -85,8 +114,8 @@ func TestGo(t *testing.T) {
 		return path
 	}
 	generated := filepath.Join(dir, "client.gen.go")
-	command := strings.Fields(strings.Replace(generateGo, "client.gen.go", generated, 1))
-	mustRun(t, ".", nil, append(command, openAPI)...)
+	command := strings.NewReplacer("api/client.gen.go", generated, "openapi.yaml", openAPI).Replace(generateGo)
+	mustRun(t, ".", nil, strings.Fields(command)...)
 	overlay, err := json.Marshal(map[string]any{"Replace": map[string]string{file("go/api/client.gen.go"): generated}})
 	if err != nil {
 		t.Fatal(err)
@@ -99,16 +128,16 @@ func TestGo(t *testing.T) {
 	mustRun(t, ".", nil, "go", "build", "-overlay", overlayFile, "-tags", "generated", "-o", program, "./go")
 	mustRun(t, ".", nil, "go", "test", "-overlay", overlayFile, "-tags", "generated", "-c", "-o", test, "./go")
 
-	s := startSite(t, true)
+	s := startSite(t, checked)
 	mustRun(t, dir, s.env("FSBROKER_SUBMIT_ID="+s.submit(t)), test, "-test.v")
 
-	s = startSite(t, true)
+	s = startSite(t, time.Second)
 	checkReport(t, mustRun(t, dir, s.env(), program, s.url, s.submit(t)))
 }
 
 func TestTypeScript(t *testing.T) {
-	need(t, "node", "-e", "const [major, minor] = process.versions.node.split('.').map(Number); if (major < 20 || major === 20 && minor < 19) throw `node ${process.version} is older than 20.19, which openapi-ts requires`")
-	need(t, "npm", "--version")
+	node := needNode(t)
+	need(t, "npm", []string{"--version"}, "npm")
 	dir := t.TempDir()
 	if err := os.CopyFS(dir, os.DirFS("typescript")); err != nil {
 		t.Fatal(err)
@@ -122,35 +151,35 @@ func TestTypeScript(t *testing.T) {
 	}
 	mustRun(t, dir, nil, "npm", "ci", "--prefer-offline", "--ignore-scripts", "--no-audit", "--no-fund")
 	mustRun(t, dir, nil, strings.Fields(generateTypeScript)...)
-	mustRun(t, dir, nil, "npx", "tsc")
+	mustRun(t, dir, nil, strings.Fields(compileTypeScript)...)
 
-	s := startSite(t, true)
-	mustRun(t, dir, s.env("FSBROKER_SUBMIT_ID="+s.submit(t)), "node", "dist/check.js")
+	s := startSite(t, checked)
+	mustRun(t, dir, s.env("FSBROKER_SUBMIT_ID="+s.submit(t)), node, "dist/check.js")
 
-	s = startSite(t, true)
-	checkReport(t, mustRun(t, dir, s.env(), "node", "dist/main.js", s.url, s.submit(t)))
+	s = startSite(t, time.Second)
+	checkReport(t, mustRun(t, dir, s.env(), node, "dist/main.js", s.url, s.submit(t)))
 }
 
 // scripts submit a file and poll for its report.
 var scripts = []struct {
-	name    string
-	needs   []string
-	command []string
+	name string
+	tool func(*testing.T) string
+	file string
 }{
-	{"curl", []string{"curl", "--version"}, []string{"sh", "curl/poll.sh"}},
-	{"Python", []string{"python3", "-c", "import requests"}, []string{"python3", "python/poll.py"}},
-	{"Node", []string{"node", "-e", "fetch"}, []string{"node", "node/poll.mjs"}},
+	{"curl", needShell, "curl/poll.sh"},
+	{"Python", needPython, "python/poll.py"},
+	{"Node", needNode, "node/poll.mjs"},
 }
 
 func TestScripts(t *testing.T) {
 	for _, script := range scripts {
 		t.Run(script.name, func(t *testing.T) {
-			need(t, script.needs[0], script.needs[1:]...)
-			s := startSite(t, true)
-			checkReport(t, mustRun(t, ".", s.env(), append(script.command, s.url, "Caddyfile")...))
+			tool := script.tool(t)
+			s := startSite(t, time.Second)
+			checkReport(t, mustRun(t, ".", s.env(), tool, script.file, s.url, "Caddyfile"))
 
 			// A problem that no polling can cure ends the script.
-			out, err := run(t, ".", append(s.env(), "FSBROKER_SECRET=wrong"), append(script.command, s.url, "Caddyfile")...)
+			out, err := run(t, ".", append(s.env(), "FSBROKER_SECRET=wrong"), tool, script.file, s.url, "Caddyfile")
 			if err == nil || !strings.Contains(err.Error(), `"code":"unauthorized"`) {
 				t.Errorf("with a wrong secret, the script ends with %v: %s", err, out)
 			}

@@ -35,9 +35,6 @@ import (
 //go:embed Caddyfile
 var caddyfile []byte
 
-// analysis is how long the node takes for a file: longer than the wait that the generated clients begin with.
-const analysis = 2 * time.Second
-
 // site is a Caddy with the module, in front of a broker and a node. It runs until the test ends.
 type site struct {
 	url    string
@@ -46,12 +43,12 @@ type site struct {
 	client *http.Client
 
 	broker, node *upstream
-	dispatch     func() // has the broker hand its queued files to the node
 }
 
-// startSite starts a site. Submitted files are queued. If dispatches, the broker hands them to the node as soon as it
-// has answered the first request for a report, so a client that polls sees each state; otherwise they stay queued.
-func startSite(t *testing.T, dispatches bool) *site {
+// startSite starts a site. The broker hands submitted files to the node as soon as it has answered the first request for
+// a report, so a client that polls sees each state. The node then takes as long as analysis says. If that is 0, the files
+// stay queued.
+func startSite(t *testing.T, analysis time.Duration) *site {
 	t.Helper()
 	dir := t.TempDir()
 	s := &site{ca: filepath.Join(dir, "cert.pem"), secret: rand.Text()}
@@ -67,15 +64,18 @@ func startSite(t *testing.T, dispatches bool) *site {
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	t.Cleanup(func() { cancel(); running.Wait() })
-	s.dispatch = sync.OnceFunc(func() { running.Go(func() { broker.Run(ctx) }) })
+	dispatch := sync.OnceFunc(func() { running.Go(func() { broker.Run(ctx) }) })
 	s.broker = startUpstream(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		broker.ServeHTTP(w, r)
-		if dispatches && (r.URL.Path == "/task" || r.URL.Path == "/submit-result") {
-			s.dispatch()
+		if analysis > 0 && (r.URL.Path == "/task" || r.URL.Path == "/submit-result") {
+			dispatch()
 		}
 	}))
 
-	l := listen(t, "127.0.0.1:0")
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
 	port := strconv.Itoa(l.Addr().(*net.TCPAddr).Port)
 	_ = l.Close()
 	s.url = "https://localhost:" + port
@@ -174,26 +174,23 @@ type upstream struct {
 func startUpstream(t *testing.T, handler http.Handler) *upstream {
 	t.Helper()
 	u := &upstream{address: "127.0.0.1:0", handler: handler}
-	u.start(t)
+	if err := u.start(); err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(u.stop)
 	return u
 }
 
-func (u *upstream) start(t *testing.T) {
-	t.Helper()
-	l := listen(t, u.address)
+func (u *upstream) start() error {
+	l, err := net.Listen("tcp", u.address)
+	if err != nil {
+		return err
+	}
 	u.address = l.Addr().String()
-	u.server = &http.Server{Handler: u.handler}
-	go func(s *http.Server) { _ = s.Serve(l) }(u.server)
+	s := &http.Server{Handler: u.handler}
+	u.server = s
+	go func() { _ = s.Serve(l) }()
+	return nil
 }
 
 func (u *upstream) stop() { _ = u.server.Close() }
-
-func listen(t *testing.T, address string) net.Listener {
-	t.Helper()
-	l, err := net.Listen("tcp", address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return l
-}

@@ -10,12 +10,14 @@ call() {
 }
 
 id=$(call --fail -F "file=@$file" "$site/submit" | sed 's/.*"ID":"\([^"]*\)".*/\1/')
-while true; do
+deadline=$(($(date +%s) + 600))
+while [ "$(date +%s)" -lt "$deadline" ]; do
 	got=$(call -o "$report" -w '%{http_code} %header{cache-control}' "$site/task?submitID=$id&wait=30")
 	case $got in
-	"200 private"*) break ;;                # the report is finished
+	"200 private"*) cat "$report" && exit ;;     # the report is finished
 	200* | 204* | 502* | 503* | 504*) sleep 2 ;; # not yet
-	*) cat "$report" >&2 && exit 1 ;;       # a problem
+	*) cat "$report" >&2 && exit 1 ;;            # a problem
 	esac
 done
-cat "$report"
+echo "the report is not finished" >&2
+exit 1

@@ -13,6 +13,7 @@ if (submitted.status !== 200) throw new Error(`${submitted.status}: ${await subm
 const submitID = (await submitted.json()).acceptedFiles[0].ID;
 
 const query = new URLSearchParams({ submitID, wait: "30" });
+const deadline = Date.now() + 600_000;
 for (;;) {
   // The timeout must be longer than the wait.
   const response = await fetch(`${site}/task?${query}`, { headers, signal: AbortSignal.timeout(60_000) });
@@ -21,6 +22,7 @@ for (;;) {
     console.log(body); // the report is finished
     break;
   }
-  if (![200, 204, 502, 503, 504].includes(response.status)) throw new Error(`${response.status}: ${body}`);
+  const again = [200, 204, 502, 503, 504].includes(response.status) && Date.now() < deadline;
+  if (!again) throw new Error(`${response.status}: ${body}`);
   await sleep(1000 * (response.headers.get("Retry-After") ?? 2));
 }

@@ -21,11 +21,13 @@ with open(name, "rb") as file:
 assert response.status_code == 200, response.text
 submit_id = response.json()["acceptedFiles"][0]["ID"]
 
+deadline = time.monotonic() + 600
 while True:
     # The timeout must be longer than the wait.
     response = session.get(f"{site}/task", params={"submitID": submit_id, "wait": 30}, timeout=60)
     assert response.status_code == 200, response.text
     if response.headers["Cache-Control"] != "no-store":
         break  # the report is finished
+    assert time.monotonic() < deadline, "the report is not finished"
     time.sleep(int(response.headers.get("Retry-After", 2)))
 print(response.text)

@@ -56,6 +56,12 @@ for (const { place, name } of [
   assert.equal(got.request.url.includes(secret), place === "query");
 }
 
+// With a string instead of a function, the secret is in all places, and in the caller's own object.
+const careless = createClient({ baseUrl, auth: secret });
+const query = { submitID };
+const everywhere = await getTask({ client: careless, query });
+assert(everywhere.request.url.includes(secret) && JSON.stringify(query).includes(secret));
+
 // Problems.
 function check(got: { response?: Response; error?: GetTaskError }, status: number, code: GetTaskError["code"]) {
   assert.equal(got.response?.status, status);

@@ -11,12 +11,14 @@ client.setConfig({
 });
 
 async function finished(submitID: string): Promise<Report> {
+  const deadline = Date.now() + 600_000;
   for (;;) {
     const { data, error, response } = await getTask({ query: { submitID, wait: 30 } });
     if (!response) throw error; // there is no connection
     // For 204, data is an empty object.
     if (data && response.status === 200 && response.headers.get("Cache-Control") !== "no-store") return data;
-    if (![200, 204, 502, 503, 504].includes(response.status)) throw new Error(JSON.stringify(error));
+    const again = [200, 204, 502, 503, 504].includes(response.status) && Date.now() < deadline;
+    if (!again) throw new Error(`${response.status}: ${JSON.stringify(error)}`);
     await sleep(1000 * Number(response.headers.get("Retry-After") ?? 2));
   }
 }
