@@ -82,9 +82,9 @@ func (d openAPI) check(below any, name string, value any) error {
 				_, exists := object[name.(string)]
 				ok = ok && exists
 			}
-		case "additionalProperties": // false
+		case "additionalProperties":
 			for name := range object {
-				ok = ok && properties[name] != nil
+				ok = ok && (want == true || properties[name] != nil)
 			}
 		case "items":
 			for _, item := range value.([]any) {
@@ -299,6 +299,65 @@ func TestOpenAPIDescribesEveryParameter(t *testing.T) {
 	for _, match := range found {
 		if !described[string(match[1])] {
 			t.Errorf("%s is not described", match[1])
+		}
+	}
+}
+
+// Every security scheme lets a caller in, and the description has every header that the handler takes a secret from.
+func TestOpenAPIDescribesAuthentication(t *testing.T) {
+	d := readOpenAPI(t)
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	s := startSite(t, options(node, ""))
+	schemes := d.object("components", "securitySchemes")
+
+	var required []string
+	alternatives, _ := d["security"].([]any)
+	for _, alternative := range alternatives {
+		for name := range alternative.(map[string]any) {
+			required = append(required, name)
+		}
+	}
+	slices.Sort(required)
+	if want := slices.Sorted(maps.Keys(schemes)); !slices.Equal(required, want) {
+		t.Errorf("the schemes are %v, but security has %v", want, required)
+	}
+
+	described := make(map[string]bool) // headers
+	for name := range schemes {
+		t.Run(name, func(t *testing.T) {
+			scheme := d.object("components", "securitySchemes", name)
+			for secret, status := range map[string]int{callerSecret: http.StatusOK, "wrong": http.StatusUnauthorized} {
+				path, header := pair, []string(nil)
+				field, _ := scheme["name"].(string)
+				switch {
+				case scheme["type"] == "http" && scheme["scheme"] == "bearer":
+					header = append(header, "Authorization: Bearer "+secret)
+				case scheme["type"] == "apiKey" && scheme["in"] == "header":
+					described[http.CanonicalHeaderKey(field)] = true
+					header = append(header, field+": "+secret)
+				case scheme["type"] == "apiKey" && scheme["in"] == "query":
+					path += "&" + field + "=" + secret
+				default:
+					t.Fatalf("this test does not know the scheme %v", scheme)
+				}
+				r := s.in(t).do(t.Context(), http.MethodGet, path, header...)
+				r.wantStatus(t, status)
+				d.checkResponse(t, http.MethodGet, r)
+			}
+		})
+	}
+
+	source, err := os.ReadFile("auth.go")
+	if err != nil {
+		t.Fatal(err)
+	}
+	list := regexp.MustCompile(`secretHeaders = .*{(.*)}`).FindSubmatch(source)
+	if list == nil {
+		t.Fatal("the source has no list of headers")
+	}
+	for _, match := range regexp.MustCompile(`"([^"]+)"`).FindAllSubmatch(list[1], -1) {
+		if !described[string(match[1])] {
+			t.Errorf("the header %s is not described", match[1])
 		}
 	}
 }

@@ -1,0 +1,196 @@
+package clients_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	_ "embed"
+	"encoding/json"
+	"encoding/pem"
+	"io"
+	"math/big"
+	"mime/multipart"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strconv"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
+	_ "github.com/caddyserver/caddy/v2/modules/standard"
+
+	_ "github.com/caddy-fsbroker/caddy-fsbroker"
+	"github.com/caddy-fsbroker/caddy-fsbroker/examples/quickstart/backend"
+)
+
+//go:embed Caddyfile
+var caddyfile []byte
+
+// site is a Caddy with the module, in front of a broker and a node. It runs until the test ends.
+type site struct {
+	url    string
+	ca     string // the file of the certificate that a client must trust
+	secret string
+	client *http.Client
+
+	broker, node *upstream
+}
+
+// startSite starts a site. The broker hands submitted files to the node as soon as it has answered the first request for
+// a report, so a client that polls sees each state. The node then takes as long as analysis says. If that is 0, the files
+// stay queued.
+func startSite(t *testing.T, analysis time.Duration) *site {
+	t.Helper()
+	dir := t.TempDir()
+	s := &site{ca: filepath.Join(dir, "cert.pem"), secret: rand.Text()}
+	for name, content := range map[string][]byte{"cert.pem": certificate().pem, "key.pem": certificate().key} {
+		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	nodeSecret, brokerSecret := rand.Text(), rand.Text()
+
+	s.node = startUpstream(t, backend.NewNode(nodeSecret, analysis, time.Minute))
+	broker := backend.NewBroker(brokerSecret, backend.NodeRef{AppServerID: "node-1", Address: "http://" + s.node.address, Secret: nodeSecret})
+	ctx, cancel := context.WithCancel(context.Background())
+	var running sync.WaitGroup
+	t.Cleanup(func() { cancel(); running.Wait() })
+	dispatch := sync.OnceFunc(func() { running.Go(func() { broker.Run(ctx) }) })
+	s.broker = startUpstream(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		broker.ServeHTTP(w, r)
+		if analysis > 0 && (r.URL.Path == "/task" || r.URL.Path == "/submit-result") {
+			dispatch()
+		}
+	}))
+
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	port := strconv.Itoa(l.Addr().(*net.TCPAddr).Port)
+	_ = l.Close()
+	s.url = "https://localhost:" + port
+	for name, value := range map[string]string{
+		"CLIENTS_DIR": filepath.ToSlash(dir), "CLIENTS_PORT": port, "XDG_DATA_HOME": dir, // Caddy writes its instance ID there
+		"NODE_ADDRESS": s.node.address, "BROKER_ADDRESS": s.broker.address,
+		"CALLER_SECRET": s.secret, "NODE_SECRET": nodeSecret, "BROKER_SECRET": brokerSecret,
+	} {
+		t.Setenv(name, value)
+	}
+	config, _, err := caddyconfig.GetAdapter("caddyfile").Adapt(caddyfile, map[string]any{"filename": "Caddyfile"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := caddy.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := caddy.Load(config, true); err != nil {
+		t.Fatal(err)
+	}
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM(certificate().pem)
+	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}}
+	t.Cleanup(transport.CloseIdleConnections)
+	s.client = &http.Client{Transport: transport, Timeout: time.Minute}
+	return s
+}
+
+// certificate returns a self-signed certificate for localhost. All sites have it, since Caddy keeps certificates for as
+// long as the process lives.
+var certificate = sync.OnceValue(func() (c struct{ pem, key []byte }) {
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		panic(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "localhost"}, DNSNames: []string{"localhost"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
+	if err != nil {
+		panic(err)
+	}
+	key, err := x509.MarshalPKCS8PrivateKey(private)
+	if err != nil {
+		panic(err)
+	}
+	c.pem = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+	c.key = pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})
+	return c
+})
+
+// submit submits a file and returns the submission's ID.
+func (s *site) submit(t *testing.T) string {
+	t.Helper()
+	var form bytes.Buffer
+	writer := multipart.NewWriter(&form)
+	part, err := writer.CreateFormFile("file", "hello.txt")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := part.Write([]byte("hello")); err != nil {
+		t.Fatal(err)
+	}
+	if err := writer.Close(); err != nil {
+		t.Fatal(err)
+	}
+	resp, err := s.client.Post(s.url+"/submit", writer.FormDataContentType(), &form)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	body, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var answer struct {
+		AcceptedFiles []struct{ ID string }
+	}
+	if err := json.Unmarshal(body, &answer); err != nil || len(answer.AcceptedFiles) != 1 {
+		t.Fatalf("%s: %v: %s", resp.Status, err, body)
+	}
+	return answer.AcceptedFiles[0].ID
+}
+
+// upstream is a server that can be stopped, and started again at the same address.
+type upstream struct {
+	address string
+	handler http.Handler
+	server  *http.Server
+}
+
+func startUpstream(t *testing.T, handler http.Handler) *upstream {
+	t.Helper()
+	u := &upstream{address: "127.0.0.1:0", handler: handler}
+	if err := u.start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(u.stop)
+	return u
+}
+
+func (u *upstream) start() error {
+	l, err := net.Listen("tcp", u.address)
+	if err != nil {
+		return err
+	}
+	u.address = l.Addr().String()
+	s := &http.Server{Handler: u.handler}
+	u.server = s
+	go func() { _ = s.Serve(l) }()
+	return nil
+}
+
+func (u *upstream) stop() { _ = u.server.Close() }
