@@ -139,14 +139,7 @@ func (s *site) caddyfile(directives string) string {
 			roll_disabled
 		}
 		level DEBUG
-		format filter {
-			request>uri query {
-				replace serect REDACTED
-				replace secret REDACTED
-			}
-			request>headers>Secret delete
-			request>headers>X-Api-Key delete
-		}
+		format fsbroker
 	}
 }
 

@@ -5,7 +5,9 @@ package examples_test
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -13,6 +15,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -41,6 +44,20 @@ func TestMain(m *testing.M) {
 }
 
 func TestExamples(t *testing.T) {
+	for _, path := range configs(t) {
+		t.Run(path, func(t *testing.T) {
+			if filepath.Base(path) == "Caddyfile" {
+				testCaddyfile(t, path)
+			} else {
+				validate(t, readFile(t, path))
+			}
+		})
+	}
+}
+
+// configs returns the paths of all examples' configurations.
+func configs(t *testing.T) (paths []string) {
+	t.Helper()
 	err := filepath.WalkDir(".", func(path string, entry fs.DirEntry, err error) error {
 		if err != nil {
 			return err
@@ -48,17 +65,15 @@ func TestExamples(t *testing.T) {
 		if _, err := os.Stat(filepath.Join(path, "go.mod")); err == nil {
 			return fs.SkipDir // a nested module, which may use another Caddy
 		}
-		switch entry.Name() {
-		case "Caddyfile":
-			t.Run(path, func(t *testing.T) { testCaddyfile(t, path) })
-		case "caddy.json":
-			t.Run(path, func(t *testing.T) { validate(t, readFile(t, path)) })
+		if name := entry.Name(); name == "Caddyfile" || name == "caddy.json" {
+			paths = append(paths, path)
 		}
 		return nil
 	})
 	if err != nil {
 		t.Fatal(err)
 	}
+	return paths
 }
 
 func testCaddyfile(t *testing.T, path string) {
@@ -94,7 +109,7 @@ func withSecrets(t *testing.T, config []byte) (path string, secrets map[string]s
 	secrets = make(map[string]string)
 	config = placeholder.ReplaceAllFunc(config, func(found []byte) []byte {
 		name := string(placeholder.FindSubmatch(found)[1])
-		secrets[name] = "the-secret-of-" + name
+		secrets[name] = configuredMark + name
 		file := filepath.Join(dir, name)
 		writeFile(t, file, secrets[name]+"\n")
 		return []byte("{file." + filepath.ToSlash(file) + "}")
@@ -245,6 +260,298 @@ func TestMigration(t *testing.T) {
 			}
 		})
 	}
+}
+
+// plantedMark is a part of each secret that TestNoSecretIsLogged plants. configuredMark is a part of each configured one.
+const (
+	plantedMark    = "planted-"
+	configuredMark = "the-secret-of-"
+)
+
+// waysIn are the places of a request in which a caller may send a secret, as a query or a header field. Some of them are
+// no way in: they are mistakes that callers make.
+var waysIn = []struct{ query, name, value string }{
+	{query: "secret=%s"},
+	{query: "serect=%s&all=true"},
+	{query: "all=true&%%73ecre%%74=%s"},
+	{query: "SECRET=%s"},
+	{query: "all=true;secret=%s"},
+	{query: "next=%%2Ftask%%3Fsecret%%3D%s"},
+	{name: "Authorization", value: "Bearer %s"},
+	{name: "Secret", value: "%s"},
+	{name: "X-Api-Key", value: "%s"},
+	{name: "Referer", value: "https://portal.example.com/?id=1&secret=%s"},
+	{name: "Referer", value: "/?serect=%s#top"},
+}
+
+// TestNoSecretIsLogged runs every example with all loggers at level DEBUG, sends requests with secrets in all ways, and
+// searches all logs for them. The requests are answered by all kinds of handlers, with a broker that answers and without.
+func TestNoSecretIsLogged(t *testing.T) {
+	for _, path := range configs(t) {
+		t.Run(path, func(t *testing.T) {
+			t.Parallel()
+			testNoSecretIsLogged(t, path)
+		})
+	}
+	t.Run("README.md", func(t *testing.T) {
+		caddyfile := regexp.MustCompile("(?s)## Configure\n\n```caddyfile\n(.*?)```").FindSubmatch(readFile(t, "../README.md"))
+		if caddyfile == nil {
+			t.Fatal("the README has no Caddyfile")
+		}
+		path := filepath.Join(t.TempDir(), "Caddyfile")
+		writeFile(t, path, string(caddyfile[1]))
+		testCaddyfile(t, path)
+		testNoSecretIsLogged(t, path)
+	})
+}
+
+func testNoSecretIsLogged(t *testing.T, path string) {
+	// The broker repeats the query in its response, like a redirect, or ends the connection. No node is running.
+	broker := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if strings.HasPrefix(r.URL.Path, "/submit") {
+			panic(http.ErrAbortHandler)
+		}
+		http.Redirect(w, r, "https://broker.example.com"+r.RequestURI, http.StatusFound)
+	}))
+	defer broker.Close()
+	e := prepare(t, path, strings.TrimPrefix(broker.URL, "http://"))
+
+	var stderr bytes.Buffer
+	command := caddyCommand(t.Context(), t, nil, "run", "--config", e.config)
+	command.Stderr = &stderr
+	if err := command.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = command.Process.Kill() })
+	e.await(t, &stderr)
+
+	statuses := make(map[int]int)
+	for range 2 {
+		for _, path := range []string{"/task?appServerID=node-1&taskID=1", "/submit", "/submit-result", "/file", "/", "/error", "/rewrite"} {
+			e.sendSecrets(t, statuses, e.site+path)
+		}
+		broker.Close()
+	}
+	if e.redirects != "" {
+		e.sendSecrets(t, statuses, e.redirects+"/task")
+		if statuses[http.StatusPermanentRedirect] == 0 {
+			t.Error("nothing was redirected from http to https")
+		}
+	}
+	for _, status := range []int{http.StatusInternalServerError, http.StatusBadGateway} {
+		if statuses[status] == 0 {
+			t.Errorf("no response had status %d: %v", status, statuses)
+		}
+	}
+	sent := 0
+	for _, count := range statuses {
+		sent += count
+	}
+	e.stop(t)
+	if err := command.Wait(); err != nil {
+		t.Errorf("Caddy ended with %v: %s", err, &stderr)
+	}
+
+	logs := stderr.String()
+	files, err := filepath.Glob(filepath.Join(e.logs, "*"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, file := range files {
+		logs += string(readFile(t, file))
+	}
+	leaks := 0
+	for line := range strings.Lines(logs) {
+		if i := max(strings.Index(line, plantedMark), strings.Index(line, configuredMark)); i >= 0 {
+			if leaks++; leaks <= 5 {
+				t.Errorf("a secret is logged: %s … %s", line[:min(len(line), 150)], line[max(0, i-100):min(len(line), i+30)])
+			}
+		}
+	}
+	if leaks > 0 {
+		t.Errorf("%d lines of the logs have a secret", leaks)
+	}
+	wanted := map[string]int{"rewrote request": len(waysIn), "http.log.error": len(waysIn), "received request": 1}
+	if strings.Contains(string(readFile(t, e.config)), "reverse_proxy") {
+		wanted["upstream roundtrip"] = len(waysIn)
+	}
+	if e.accessLog {
+		wanted[`"logger":"http.log.access`] = sent
+	}
+	for text, want := range wanted {
+		if got := strings.Count(logs, text); got < want {
+			t.Errorf("%q is logged %d times, want %d", text, got, want)
+		}
+	}
+}
+
+// example is an example that runs with all of its logs at level DEBUG.
+type example struct {
+	config    string // the file
+	logs      string // the folder
+	site      string // its URL
+	redirects string // the URL that redirects to the site, if there is one
+	admin     string // the address of the admin API
+	accessLog bool
+	secret    string // of a client; empty if there are no clients
+	client    *http.Client
+}
+
+// prepare writes a configuration that runs anywhere: with other addresses, and a certificate authority of its own.
+// It also adds routes for the paths /error and /rewrite. It leaves the formats of the logs as they are.
+func prepare(t *testing.T, path, broker string) *example {
+	dir := filepath.ToSlash(t.TempDir())
+	raw := readFile(t, path)
+	if filepath.Base(path) == "Caddyfile" {
+		raw = caddy(t, []string{
+			"LOGS_DIRECTORY=" + dir, "FSBROKER_SHARED=" + dir + "/shared", "QUICKSTART_DIR=" + dir, "CLIENTS=127.0.0.0/8",
+		}, "adapt", "--config", absolute(t, path))
+	}
+	upstream := regexp.MustCompile(`(?:10\.0\.0\.\d+|127\.0\.0\.1):2[23]\d{3}`)
+	dead := freeAddress(t)
+	raw = upstream.ReplaceAllFunc(raw, func(address []byte) []byte {
+		if bytes.HasPrefix(address, []byte("10.0.0.10:")) || bytes.HasSuffix(address, []byte(":22000")) {
+			return []byte(broker)
+		}
+		return []byte(dead)
+	})
+
+	var config struct {
+		Admin   map[string]any `json:"admin"`
+		Logging struct {
+			Logs map[string]map[string]any `json:"logs"`
+		} `json:"logging"`
+		Storage any                       `json:"storage,omitempty"`
+		Apps    map[string]map[string]any `json:"apps"`
+	}
+	if err := json.Unmarshal(raw, &config); err != nil {
+		t.Fatal(err)
+	}
+	_, httpPort, _ := net.SplitHostPort(freeAddress(t))
+	_, httpsPort, _ := net.SplitHostPort(freeAddress(t))
+	e := &example{logs: filepath.Join(dir, "logs"), admin: freeAddress(t)}
+	config.Admin = map[string]any{"listen": e.admin, "config": map[string]any{"persist": false}}
+
+	if config.Logging.Logs == nil {
+		config.Logging.Logs = make(map[string]map[string]any)
+	}
+	if config.Logging.Logs["default"] == nil {
+		config.Logging.Logs["default"] = make(map[string]any)
+	}
+	for name, log := range config.Logging.Logs {
+		log["level"] = "DEBUG"
+		log["writer"] = map[string]any{"output": "file", "filename": filepath.Join(e.logs, name)}
+	}
+
+	config.Apps["http"]["http_port"], config.Apps["http"]["https_port"] = json.Number(httpPort), json.Number(httpsPort)
+	config.Apps["tls"] = map[string]any{"automation": map[string]any{"policies": []any{map[string]any{"issuers": []any{map[string]any{"module": "internal"}}}}}}
+	config.Apps["pki"] = map[string]any{"certificate_authorities": map[string]any{"local": map[string]any{"install_trust": false}}}
+	for _, server := range config.Apps["http"]["servers"].(map[string]any) {
+		server := server.(map[string]any)
+		server["listen"] = []string{"127.0.0.1:" + httpsPort}
+		routes := server["routes"].([]any)
+		host := routes[0].(map[string]any)["match"].([]any)[0].(map[string]any)["host"].([]any)[0].(string)
+		e.site = "https://" + net.JoinHostPort(host, httpsPort)
+		if options, _ := server["automatic_https"].(map[string]any); options["disable_redirects"] != true {
+			e.redirects = "http://" + net.JoinHostPort(host, httpPort)
+		}
+		_, e.accessLog = server["logs"]
+		route := func(path string, handler map[string]any) any {
+			return map[string]any{"match": []any{map[string]any{"path": []string{path}}}, "handle": []any{handler}}
+		}
+		server["routes"] = append([]any{
+			route("/error", map[string]any{"handler": "error", "status_code": 500}),
+			route("/rewrite", map[string]any{"handler": "rewrite", "uri": "/rewritten?{http.request.uri.query}"}),
+		}, routes...)
+	}
+
+	raw, err := json.Marshal(config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var secrets map[string]string
+	e.config, secrets = withSecrets(t, raw)
+	for _, name := range []string{"portal", "PORTAL_SECRET", "BROKER_SECRET"} {
+		e.secret = cmp.Or(e.secret, secrets[name])
+	}
+	dialer := new(net.Dialer)
+	e.client = &http.Client{
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+		Transport: &http.Transport{
+			TLSClientConfig:   &tls.Config{InsecureSkipVerify: true},
+			ForceAttemptHTTP2: true,
+			DialContext: func(ctx context.Context, network, address string) (net.Conn, error) {
+				_, port, _ := net.SplitHostPort(address)
+				return dialer.DialContext(ctx, network, "127.0.0.1:"+port)
+			},
+		},
+		Timeout: 20 * time.Second,
+	}
+	t.Cleanup(e.client.CloseIdleConnections)
+	return e
+}
+
+// await waits until the site responds. Caddy obtains its certificate in the background.
+func (e *example) await(t *testing.T, stderr fmt.Stringer) {
+	t.Helper()
+	for deadline := time.Now().Add(30 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		response, err := e.client.Get(e.site + "/error")
+		if err == nil {
+			response.Body.Close()
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the site does not respond: %v\n%s", err, stderr)
+		}
+	}
+}
+
+// sendSecrets sends requests with a wrong and a configured secret in all ways, and counts the statuses.
+func (e *example) sendSecrets(t *testing.T, statuses map[int]int, target string) {
+	t.Helper()
+	for i, way := range waysIn {
+		mark := fmt.Sprint(plantedMark, i)
+		for _, secret := range []string{mark + ` "a\b;c" ` + mark, e.secret} {
+			if secret == "" {
+				continue
+			}
+			header := make(http.Header)
+			to := target
+			if way.query == "" {
+				header.Set(way.name, fmt.Sprintf(way.value, secret))
+			} else if query := fmt.Sprintf(way.query, url.QueryEscape(secret)); strings.Contains(target, "?") {
+				to += "&" + query
+			} else {
+				to += "?" + query
+			}
+			response := e.do(t, http.MethodGet, to, header)
+			statuses[response.StatusCode]++
+		}
+	}
+}
+
+// stop stops Caddy, with a secret for the admin API.
+func (e *example) stop(t *testing.T) {
+	t.Helper()
+	header := http.Header{"Authorization": {"Bearer " + plantedMark}, "Secret": {plantedMark}, "X-Api-Key": {plantedMark}, "Referer": {"/?secret=" + plantedMark}}
+	if response := e.do(t, http.MethodPost, "http://"+e.admin+"/stop?secret="+plantedMark, header); response.StatusCode != http.StatusOK {
+		t.Errorf("stopping Caddy: %d", response.StatusCode)
+	}
+}
+
+func (e *example) do(t *testing.T, method, url string, header http.Header) *http.Response {
+	t.Helper()
+	request, err := http.NewRequestWithContext(t.Context(), method, url, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	request.Header = header
+	response, err := e.client.Do(request)
+	if err != nil {
+		t.Fatal(err)
+	}
+	response.Body.Close()
+	return response
 }
 
 // response is an HTTP response with its body.

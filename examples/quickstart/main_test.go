@@ -11,6 +11,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"runtime"
 	"strings"
 	"testing"
@@ -83,6 +84,7 @@ func TestPrintedLines(t *testing.T) {
 		t.Errorf("4: %s", outputs[3])
 	}
 
+	plantSecrets(ctx, t, temp, lines[1])
 	checkAccessLog(t, temp, secret)
 
 	if runtime.GOOS == "windows" {
@@ -93,6 +95,9 @@ func TestPrintedLines(t *testing.T) {
 	}
 	if err := cmd.Wait(); err != nil {
 		t.Errorf("the command ended with %v: %s", err, stderr.String())
+	}
+	if log := stderr.String(); strings.Contains(log, planted) || strings.Contains(log, secret) {
+		t.Errorf("a secret is in the log: %s", log)
 	}
 	for _, folder := range []string{temp, filepath.Join(dir, "home")} {
 		if left, err := os.ReadDir(folder); len(left) > 0 {
@@ -117,19 +122,54 @@ func pasteable(t *testing.T, printed *bufio.Scanner) (lines []string, secret str
 	return lines, secret
 }
 
-// checkAccessLog checks that the access log has the requests, but not the secret.
+// planted is a wrong secret.
+const planted = "planted-secret"
+
+// planter is the User-Agent of the requests with the planted secret.
+const planter = "planter/1.0"
+
+// plantSecrets sends requests with the planted secret in all ways to the site of a printed command.
+func plantSecrets(ctx context.Context, t *testing.T, temp, line string) {
+	t.Helper()
+	site := regexp.MustCompile(`https://localhost:\d+`).FindString(line)
+	authorities, err := filepath.Glob(filepath.Join(temp, "*", "pki", "authorities", "local", "root.crt"))
+	if err != nil || len(authorities) != 1 {
+		t.Fatalf("certificates: %v (%v)", authorities, err)
+	}
+	send := func(path string, header ...string) {
+		arguments := []string{"-sS", "-o", os.DevNull, "--cacert", authorities[0], "-A", planter, site + path}
+		for _, field := range header {
+			arguments = append(arguments, "-H", field)
+		}
+		if out, err := exec.CommandContext(ctx, "curl", arguments...).CombinedOutput(); err != nil {
+			t.Fatalf("curl: %v: %s", err, out)
+		}
+	}
+	for _, path := range []string{"/task", "/submit", "/elsewhere"} {
+		send(path+"?secret="+planted+"&%73erect="+planted,
+			"Authorization: Bearer "+planted, "Secret: "+planted, "X-Api-Key: "+planted, "Referer: https://localhost/?secret="+planted)
+	}
+}
+
+// checkAccessLog checks that the access log has the requests, but no secret.
 func checkAccessLog(t *testing.T, temp, secret string) {
 	t.Helper()
 	logs, err := filepath.Glob(filepath.Join(temp, "*", "access.log"))
 	if err != nil || len(logs) != 1 {
 		t.Fatalf("access logs: %v (%v)", logs, err)
 	}
-	log, err := os.ReadFile(logs[0])
-	if err != nil {
-		t.Fatal(err)
+	var log string
+	for deadline := time.Now().Add(5 * time.Second); strings.Count(log, planter) < 3; time.Sleep(10 * time.Millisecond) {
+		content, err := os.ReadFile(logs[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		if log = string(content); time.Now().After(deadline) {
+			t.Fatalf("the access log does not have the requests: %s", log)
+		}
 	}
-	if !strings.Contains(string(log), "secret=REDACTED") || len(secret) != 26 || strings.Contains(string(log), secret) {
-		t.Errorf("the access log is wrong, or has the secret %q: %s", secret, log)
+	if !strings.Contains(log, "secret=REDACTED") || len(secret) != 26 || strings.Contains(log, secret) || strings.Contains(log, planted) {
+		t.Errorf("the access log is wrong, or has the secret %q or %q: %s", secret, planted, log)
 	}
 }
 
