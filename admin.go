@@ -16,7 +16,6 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -71,6 +70,7 @@ func adminError(status int, err error) error { return caddy.APIError{HTTPStatus:
 
 // nodeState is the state of a node or a broker.
 type nodeState struct {
+	Namespace   string      `json:"namespace"`
 	Role        string      `json:"role"`
 	Node        string      `json:"node,omitempty"`
 	Address     string      `json:"address"`
@@ -87,12 +87,12 @@ type nodeState struct {
 func showNodes(r *http.Request) (any, error) {
 	all := live.upstreams()
 	ids := slices.SortedFunc(maps.Keys(all), func(a, b upstreamID) int {
-		return cmp.Or(cmp.Compare(a.role, b.role), cmp.Compare(a.name, b.name), cmp.Compare(a.host, b.host))
+		return cmp.Or(cmp.Compare(a.namespace, b.namespace), cmp.Compare(a.role, b.role), cmp.Compare(a.name, b.name), cmp.Compare(a.host, b.host))
 	})
 	states := make([]nodeState, len(ids))
 	var fetches sync.WaitGroup
 	for i, id := range ids {
-		states[i] = nodeState{Role: id.role.String(), Node: id.name, Address: id.host}
+		states[i] = nodeState{Namespace: id.namespace, Role: id.role.String(), Node: id.name, Address: id.host}
 		fetches.Go(func() { states[i].fill(r.Context(), all[id]) })
 	}
 	fetches.Wait()
@@ -123,20 +123,8 @@ func (s *nodeState) fill(ctx context.Context, upstreams []liveUpstream) {
 	s.State = worst.String()
 }
 
-// cacheState is how full the cache is, and the queue to the storage.
-type cacheState struct {
-	memoryStats
-	Storage *archive.Stats `json:"storage,omitempty"` // if there is one
-}
-
-func showCache(*http.Request) (any, error) {
-	s := live.stats()
-	state := cacheState{memoryStats: s.memory}
-	if len(live.archives()) > 0 {
-		state.Storage = &s.storage
-	}
-	return state, nil
-}
+// showCache returns how full the cache of each namespace is, and its queue to the storage.
+func showCache(*http.Request) (any, error) { return live.stats().caches, nil }
 
 // purged counts what was removed from each tier. A report may have been in several.
 type purged struct {

@@ -41,6 +41,9 @@ func TestAdminNodes(t *testing.T) {
 	fsbroker_task /other {
 		secret {env.CALLER_SECRET}
 		node a-well %[1]s/base {env.NODE_SECRET}
+		cache {
+			namespace other
+		}
 	}`, well.URL, old.URL, slow.URL, gone.URL, broker.URL), "")
 
 	s.get("/task?submitID=s1").wantProblem(t, http.StatusBadGateway, "broker_bad_answer")
@@ -49,12 +52,14 @@ func TestAdminNodes(t *testing.T) {
 	host := func(b *backend) string { return strings.TrimPrefix(b.URL, "http://") }
 	begin := time.Now()
 	s.wantAdmin(http.MethodGet, "/fsbroker/nodes", http.StatusOK, fmt.Sprintf(`[`+
-		`{"role":"node","node":"a-well","address":"%s","state":"healthy","questions":1,`+
+		`{"namespace":"default","role":"node","node":"a-well","address":"%s","state":"healthy","questions":1,`+
 		`"system_info":{"name":"fsTransform","version":"2.1.0","queue":{"active":3,"queued":2,"completed":12345}}},`+
-		`{"role":"node","node":"b-old","address":"%s","state":"healthy","questions":0,"system_info_problem":"node_bad_answer"},`+
-		`{"role":"node","node":"c-slow","address":"%s","state":"healthy","questions":0,"system_info_problem":"node_timeout"},`+
-		`{"role":"node","node":"d-gone","address":"%s","state":"down","last_problem":{"code":"node_unreachable","at":"…"},"questions":0,"system_info_problem":"node_unreachable"},`+
-		`{"role":"broker","address":"%s","state":"healthy","last_problem":{"code":"broker_bad_answer","at":"…"},"questions":0,"system_info_problem":"broker_bad_answer"}]`,
+		`{"namespace":"default","role":"node","node":"b-old","address":"%s","state":"healthy","questions":0,"system_info_problem":"node_bad_answer"},`+
+		`{"namespace":"default","role":"node","node":"c-slow","address":"%s","state":"healthy","questions":0,"system_info_problem":"node_timeout"},`+
+		`{"namespace":"default","role":"node","node":"d-gone","address":"%s","state":"down","last_problem":{"code":"node_unreachable","at":"…"},"questions":0,"system_info_problem":"node_unreachable"},`+
+		`{"namespace":"default","role":"broker","address":"%s","state":"healthy","last_problem":{"code":"broker_bad_answer","at":"…"},"questions":0,"system_info_problem":"broker_bad_answer"},`+
+		`{"namespace":"other","role":"node","node":"a-well","address":"%[1]s","state":"healthy","questions":0,`+
+		`"system_info":{"name":"fsTransform","version":"2.1.0","queue":{"active":3,"queued":2,"completed":12345}}}]`,
 		host(well), host(old), host(slow), host(gone), host(broker)))
 	if took := time.Since(begin); took > 5*time.Second {
 		t.Errorf("the response took %s", took)
@@ -71,14 +76,14 @@ func TestAdminNodes(t *testing.T) {
 func TestAdminCache(t *testing.T) {
 	node := newBackend(t, systemInfo)
 	s := startWithAdmin(t, options(node, ""), "")
-	s.wantAdmin(http.MethodGet, "/fsbroker/cache", http.StatusOK, `{"bytes":0,"limit":268435456,"entries":0,"evictions":0,"waiters":0}`)
+	s.wantAdmin(http.MethodGet, "/fsbroker/cache", http.StatusOK, `{"default":{"bytes":0,"limit":268435456,"entries":0,"evictions":0,"waiters":0}}`)
 	s.get(pair)
-	var memory struct {
+	var caches map[string]struct {
 		Bytes   int64
 		Entries int
 	}
 	_, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache")
-	if err := json.Unmarshal([]byte(body), &memory); err != nil || memory.Entries != 1 || memory.Bytes < 1000 {
+	if err := json.Unmarshal([]byte(body), &caches); err != nil || caches["default"].Entries != 1 || caches["default"].Bytes < 1000 {
 		t.Errorf("%v: %s", err, body)
 	}
 
@@ -89,10 +94,10 @@ func TestAdminCache(t *testing.T) {
 		return strings.Contains(body, `"queued":0`)
 	})
 	s.wantAdmin(http.MethodGet, "/fsbroker/cache", http.StatusOK,
-		`{"bytes":0,"limit":1,"entries":0,"evictions":1,"waiters":0,"storage":{"queued":0,"queued_bytes":0,"failing":false}}`)
+		`{"default":{"bytes":0,"limit":1,"entries":0,"evictions":1,"waiters":0,"storage":{"queued":0,"queued_bytes":0,"failing":false}}}`)
 
 	s.load("respond 404") // without the handler, there is nothing to show
-	s.wantAdmin(http.MethodGet, "/fsbroker/cache", http.StatusOK, `{"bytes":0,"limit":0,"entries":0,"evictions":0,"waiters":0}`)
+	s.wantAdmin(http.MethodGet, "/fsbroker/cache", http.StatusOK, `{}`)
 	s.wantAdmin(http.MethodGet, "/fsbroker/nodes", http.StatusOK, `[]`)
 	s.wantAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusOK, `{"memory":0,"queue":0,"storage":0}`)
 }

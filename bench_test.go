@@ -28,7 +28,7 @@ func benchHandler(b *testing.B, nodes, reports, size int) *Handler {
 		Secrets: []Secret{{Client: "bench", Secret: "bench-secret"}},
 		Broker:  &Endpoint{Address: "127.0.0.1:1"},
 		Cache:   &Cache{MaxSize: 16 << 30},
-		logger:  zap.NewNop(), transport: &reverseproxy.HTTPTransport{Transport: new(http.Transport)},
+		logger:  zap.NewNop(),
 	}
 	for i := range nodes {
 		h.Nodes = append(h.Nodes, Node{AppServerID: fmt.Sprintf("node-%d", i), Endpoint: Endpoint{Address: fmt.Sprintf("10.0.0.1:%d", i+1)}})
@@ -39,20 +39,22 @@ func benchHandler(b *testing.B, nodes, reports, size int) *Handler {
 	if h.clients, err = newClients(repl, h.Secrets); err != nil {
 		b.Fatal(err)
 	}
-	if err := h.provisionResolver(repl); err != nil {
+	h.namespace = &namespace{name: defaultNamespace, options: h}
+	if err := h.namespace.setUp(&reverseproxy.HTTPTransport{Transport: new(http.Transport)}, h.logger, nil); err != nil {
 		b.Fatal(err)
 	}
-	b.Cleanup(func() { _ = h.Cleanup() })
+	b.Cleanup(func() { _ = h.namespace.close() })
+	h.responder = responder{memory: h.namespace.member.memory, logger: h.logger}
 
 	r, err := task.ReadReport(bytes.NewReader(benchDocument(size)))
 	if err != nil {
 		b.Fatal(err)
 	}
-	rs := h.resolver
+	rs := h.namespace.resolver
 	for i := range reports {
-		rs.shared.put(task.TaskKey(rs.nodes["node-0"].scope, "node-0", fmt.Sprintf("t%d", i), false), task.NewReport(r.Document()), time.Hour)
+		rs.shared.put(task.TaskKey(rs.namespace, "node-0", fmt.Sprintf("t%d", i), false), task.NewReport(r.Document()), time.Hour)
 	}
-	rs.shared.put(task.SubmissionKey(rs.broker.scope, "s0", false), task.NewReport(r.Document()), time.Hour)
+	rs.shared.put(task.SubmissionKey(rs.namespace, "s0", false), task.NewReport(r.Document()), time.Hour)
 	return h
 }
 
@@ -146,7 +148,7 @@ func BenchmarkMiss(b *testing.B) {
 		b.Run(fmt.Sprint(size), func(b *testing.B) {
 			h := benchHandler(b, 1, 0, size)
 			transport := &http.Transport{DisableCompression: true}
-			u := h.resolver.nodes["node-0"]
+			u := h.namespace.resolver.nodes["node-0"]
 			u.transport = transport
 			base, err := url.Parse(node.URL)
 			if err != nil {

@@ -17,14 +17,22 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
-// Cache configures what is kept of the upstreams' answers, and for how long. All `fsbroker_task` handlers of a process
-// share one cache in memory, which outlives a reload of the configuration.
+// Cache configures what is kept of the upstreams' answers, and for how long. All handlers of a namespace share one cache
+// in memory, which outlives a reload of the configuration.
 type Cache struct {
+	// The namespace. All `fsbroker_task` handlers of a configuration with the same namespace share its upstreams, their
+	// health, the cache and the storage, so they must be configured alike in everything but `secrets` and `max_wait`. Two
+	// namespaces share nothing, whatever their nodes are called and however they are reached. Reports are kept under the
+	// namespace and not under an address, so a node that moves keeps its reports. Installations that use one storage for
+	// different upstreams need different namespaces. 1 to 64 letters, digits, dots, dashes or underscores. Default:
+	// `default`
+	Namespace string `json:"namespace,omitempty"`
+
 	// How long a finished report is kept in memory. It never changes: the TTL only bounds memory. Default: `24h`
 	TTL caddy.Duration `json:"ttl,omitempty"`
 
 	// The maximum size of the cache in memory, in bytes, bookkeeping included. What is requested least is evicted first.
-	// If handlers differ, the largest value counts. Default: 268435456 (256 MiB)
+	// Default: 268435456 (256 MiB)
 	MaxSize int64 `json:"max_size,omitempty"`
 
 	// A storage that keeps finished reports beyond the process, and shares them with all instances that use it: any `caddy.storage` module, or `{}` for the storage that the server is configured with.
@@ -36,6 +44,7 @@ type Cache struct {
 }
 
 const (
+	defaultNamespace = "default"
 	defaultTTL       = 24 * time.Hour
 	defaultMaxSize   = 256 << 20
 	defaultRetention = 30 * 24 * time.Hour
@@ -276,8 +285,8 @@ func (s *sieve) next() *sieveNode {
 	}
 }
 
-// shared is what all handlers of a process share: the memory tier, the calls under way that fill it, and the budget for
-// answers that are being read. It holds nothing of a configuration, so it outlives each of them.
+// shared is what a namespace shares across configurations: the memory tier, the calls under way that fill it, and the
+// budget for answers that are being read. It holds nothing of a configuration, so it outlives each of them.
 type shared struct {
 	*memory
 	calls coalesce.Group[callKey, fetchResult]
@@ -289,8 +298,8 @@ type shared struct {
 	waiters atomic.Int64 // callers that wait for a report to be finished
 }
 
-// callKey is the key of a call: what is fetched, and the identity of the upstreams. Handlers that use the same upstreams in
-// the same way share a call, and a wrong secret of one does not affect the others.
+// callKey is the key of a call: what is fetched, and the identity of the upstreams. Two configurations that use the same
+// upstreams in the same way share a call. A wrong secret of an old configuration does not affect a new one.
 type callKey struct{ report, upstreams task.Key }
 
 // fetchResult is what a call gives to all its callers.
@@ -301,27 +310,27 @@ type fetchResult struct {
 	span   *trace.SpanContext // of the request to the upstream; nil if nothing is traced
 }
 
-// pool holds the one shared value, for as long as a configuration uses it: a new configuration is provisioned before the
-// old one is cleaned up.
+// pool holds the shared value of each namespace, for as long as a configuration uses it: a new configuration is
+// provisioned before the old one is cleaned up.
 var pool = caddy.NewUsagePool()
 
-const poolKey = "fsbroker"
-
-// member is a user of the shared value.
+// member is a configuration that uses a shared value.
 type member struct {
 	*shared
-	limit int64
+	namespace string
+	limit     int64
 }
 
-// joinShared returns a new member, whose cache may have maxSize bytes. The largest limit of all members counts.
-func joinShared(maxSize int64) (*member, error) {
-	v, _, err := pool.LoadOrNew(poolKey, func() (caddy.Destructor, error) {
+// joinShared returns a new member of a namespace, whose cache may have maxSize bytes. The largest limit of all members
+// counts.
+func joinShared(namespace string, maxSize int64) (*member, error) {
+	v, _, err := pool.LoadOrNew(namespace, func() (caddy.Destructor, error) {
 		return &shared{memory: newMemory(0), members: make(map[*member]struct{})}, nil
 	})
 	if err != nil {
 		return nil, err
 	}
-	m := &member{shared: v.(*shared), limit: maxSize}
+	m := &member{shared: v.(*shared), namespace: namespace, limit: maxSize}
 	m.membersMu.Lock()
 	defer m.membersMu.Unlock()
 	m.members[m] = struct{}{}
@@ -337,7 +346,7 @@ func (m *member) leave() error {
 		m.applyLimit()
 	}
 	m.membersMu.Unlock()
-	_, err := pool.Delete(poolKey)
+	_, err := pool.Delete(m.namespace)
 	return err
 }
 

@@ -3,6 +3,7 @@ package fsbroker
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"math"
 	"strings"
 
@@ -26,6 +27,7 @@ func init() {
 // parseDirective returns a route for the directive. Without a matcher it matches the path /task only.
 func parseDirective(helper httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, error) {
 	helper.Next() // the directive's name
+	place := fmt.Sprintf("%s:%d", helper.File(), helper.Line())
 	matchers, given, err := helper.MatcherToken()
 	if err != nil {
 		return nil, err
@@ -41,7 +43,39 @@ func parseDirective(helper httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, e
 	if err := h.UnmarshalCaddyfile(helper.Dispenser); err != nil {
 		return nil, err
 	}
+	if err := compareWithOthers(helper, h, place); err != nil {
+		return nil, err
+	}
 	return helper.NewRoute(matchers, h), nil
+}
+
+// configured is a handler in a Caddyfile, for comparison with others of its namespace.
+type configured struct {
+	settings settings
+	place    string
+}
+
+// compareWithOthers checks that a handler is configured like the others of its namespace. The handlers check that again
+// when they are provisioned, but know no lines then.
+func compareWithOthers(helper httpcaddyfile.Helper, h *Handler, place string) error {
+	namespace := defaultNamespace
+	if h.Cache != nil && h.Cache.Namespace != "" {
+		namespace = h.Cache.Namespace
+	}
+	s, err := newSettings(h)
+	if err != nil {
+		return err
+	}
+	key := "fsbroker namespace " + namespace
+	first, ok := helper.State[key].(configured)
+	if !ok {
+		helper.State[key] = configured{s, place}
+		return nil
+	}
+	if option := s.differsIn(first.settings); option != "" {
+		return errDiffers(namespace, option, first.place, place)
+	}
+	return nil
 }
 
 // UnmarshalCaddyfile sets up the handler from Caddyfile tokens. Syntax:
@@ -65,6 +99,7 @@ func parseDirective(helper httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, e
 //	    health_interval <duration>
 //	    health_timeout  <duration>
 //	    cache {
+//	        namespace <name>
 //	        ttl       <duration>
 //	        max_size  <size>
 //	        storage   [<module> { ... }]
@@ -256,6 +291,8 @@ func (h *Handler) unmarshalCache(d *caddyfile.Dispenser) error {
 	for nesting := d.Nesting(); d.NextBlock(nesting); {
 		var err error
 		switch option := d.Val(); option {
+		case "namespace":
+			err = h.Cache.unmarshalNamespace(d)
 		case "ttl":
 			err = unmarshalDuration(d, &h.Cache.TTL)
 		case "max_size":
@@ -265,7 +302,7 @@ func (h *Handler) unmarshalCache(d *caddyfile.Dispenser) error {
 		case "retention":
 			err = unmarshalDuration(d, &h.Cache.Retention)
 		default:
-			err = d.Errf("unknown option %s: the options of cache are ttl, max_size, storage and retention", option)
+			err = d.Errf("unknown option %s: the options of cache are namespace, ttl, max_size, storage and retention", option)
 		}
 		if err != nil {
 			return err
@@ -275,6 +312,20 @@ func (h *Handler) unmarshalCache(d *caddyfile.Dispenser) error {
 		return d.WrapErr(errRetention)
 	}
 	return nil
+}
+
+func (c *Cache) unmarshalNamespace(d *caddyfile.Dispenser) error {
+	if c.Namespace != "" {
+		return d.Err("namespace is given more than once")
+	}
+	args, err := arguments(d, 1, 1, "namespace <name>")
+	if err != nil {
+		return err
+	}
+	if c.Namespace = args[0]; !namespaceName.MatchString(c.Namespace) {
+		return d.WrapErr(errNamespace)
+	}
+	return noBlock(d, "namespace")
 }
 
 // unmarshalStorage reads the storage. Without a name it is the one that the server is configured with.

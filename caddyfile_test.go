@@ -149,7 +149,10 @@ func TestCaddyfileErrors(t *testing.T) {
 		"cache {\nttl 1h\n}\ncache {\nttl 1h\n}":              "cache is given more than once",
 		"cache {\nttl x\n}":                                   "ttl must be a duration of more than 0, such as 30s or 24h, not x",
 		"cache {\nmax_size x\n}":                              "max_size must be a size of more than 0, such as 64MiB, not x",
-		"cache {\nsize 1\n}":                                  "unknown option size: the options of cache are ttl, max_size, storage and retention",
+		"cache {\nsize 1\n}":                                  "unknown option size: the options of cache are namespace, ttl, max_size, storage and retention",
+		"cache {\nnamespace\n}":                               "wrong number of arguments: expected namespace <name>",
+		"cache {\nnamespace a/b\n}":                           "namespace must be 1 to 64 letters, digits, dots, dashes or underscores",
+		"cache {\nnamespace a\nnamespace a\n}":                "namespace is given more than once",
 		"cache {\nretention 1d\n}":                            "retention needs a storage: configure storage as well",
 		"cache {\nretention 0\n}":                             "retention must be a duration of more than 0, such as 30s or 24h, not 0",
 		"cache {\nstorage\nstorage\n}":                        "storage is given more than once",
@@ -235,7 +238,7 @@ func FuzzCaddyfile(f *testing.F) {
 		if err := json.Unmarshal(text, &again); err != nil {
 			t.Fatalf("%s: %v", text, err)
 		}
-		if err := func() error { again.setDefaults(); return again.Validate() }(); err != nil {
+		if err := func() error { again.setDefaults(); return again.validate() }(); err != nil {
 			t.Errorf("%s: %v", text, err)
 		}
 	})

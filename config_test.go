@@ -28,36 +28,6 @@ func TestOtherPathsPass(t *testing.T) {
 	s.get("/task").wantProblem(t, http.StatusBadRequest, "missing_parameter")
 }
 
-func TestSitesThatNameNodesAlike(t *testing.T) {
-	one := newBackend(t, responds(http.StatusOK, reportOf("one", "SUCCESS")))
-	other := newBackend(t, responds(http.StatusOK, reportOf("other", "SUCCESS")))
-	s := startSite(t, strings.Replace(options(one, ""), "fsbroker_task", "fsbroker_task /one", 1)+"\n"+
-		strings.Replace(options(other, ""), "fsbroker_task", "fsbroker_task /other", 1)+"\n"+
-		strings.Replace(options(one, ""), "fsbroker_task", "fsbroker_task /same", 1))
-	for range 2 {
-		for _, name := range []string{"one", "other"} {
-			if r := s.get("/" + name + "?appServerID=node-1&taskID=t1"); string(r.body) != reportOf(name, "SUCCESS") {
-				t.Errorf("%s got %s", name, r.body)
-			}
-		}
-	}
-	s.get("/same?appServerID=node-1&taskID=t1").wantHeader(t, "Cache-Status", "fsbroker; hit")
-}
-
-// A site with a small max_report does not fail the requests of a site with a large one.
-func TestSitesWithOtherBounds(t *testing.T) {
-	g := newGate()
-	node := newBackend(t, g.then(responds(http.StatusOK, dense(100<<10))))
-	s := startSite(t, "handle_path /strict/* {\n"+options(node, "max_report 1KiB")+"\n}\n"+options(node, ""))
-	strict := s.goGet("/strict" + pair)
-	within(t, "the first request", g.entered)
-	lax := s.goGet(pair)
-	wantHeld(t, 2)
-	close(g.open)
-	(<-strict).wantProblem(t, http.StatusBadGateway, "node_answer_too_large")
-	(<-lax).wantStatus(t, http.StatusOK)
-}
-
 func TestJSON(t *testing.T) {
 	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	broker := newBackend(t, explains(`{"appServerID":"node-1","taskID":"t1"}`))

@@ -9,16 +9,16 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
-// StoreUsers returns the number of handlers that use what a process shares.
-func StoreUsers() int {
-	n, _ := pool.References(poolKey)
+// StoreUsers returns the number of configurations that use what a namespace shares.
+func StoreUsers(namespace string) int {
+	n, _ := pool.References(namespace)
 	return n
 }
 
 // Waiters returns the number of callers that wait for a report to be finished.
 func Waiters() (n int) {
 	pool.Range(func(_, s any) bool {
-		n = int(s.(*shared).waiters.Load())
+		n += int(s.(*shared).waiters.Load())
 		return true
 	})
 	return n

@@ -6,23 +6,16 @@
 package fsbroker
 
 import (
-	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"net/http"
-	"sync/atomic"
 	"time"
 
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
-	"github.com/caddyserver/caddy/v2/modules/caddyevents"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
-	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
-
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
 func init() {
@@ -96,20 +89,10 @@ type Handler struct {
 	// What is kept, and for how long.
 	Cache *Cache `json:"cache,omitempty"`
 
-	ctx       caddy.Context
-	events    *caddyevents.App
-	started   atomic.Bool        // the configuration runs; no events are emitted before
-	checks    context.Context    // of the health checks; ends with the handler
-	endChecks context.CancelFunc // nil until checks can begin
 	logger    *zap.Logger
-	transport *reverseproxy.HTTPTransport
 	clients   clients
-	member    *member
-	resolver  *resolver
-	pollers   *pollers
+	namespace *namespace
 	responder responder
-	archiveID string // in the pool of archives
-	backend   *archive.Backend
 }
 
 const (
@@ -132,32 +115,29 @@ func (*Handler) CaddyModule() caddy.ModuleInfo {
 
 // Provision sets up the handler.
 func (h *Handler) Provision(ctx caddy.Context) error {
-	h.ctx = ctx
 	h.logger = ctx.Logger()
 	h.setDefaults()
-	if err := h.provisionTransport(ctx); err != nil {
+	if err := h.validate(); err != nil {
 		return err
 	}
-	repl := caddy.NewReplacer()
 	var err error
-	if h.clients, err = newClients(repl, h.Secrets); err != nil {
+	if h.clients, err = newClients(caddy.NewReplacer(), h.Secrets); err != nil {
 		return err
 	}
-	if err := h.provisionResolver(repl); err != nil {
+	app, err := ctx.App("fsbroker")
+	if err != nil {
+		return fmt.Errorf("getting the fsbroker app: %w", err)
+	}
+	if h.namespace, err = app.(*App).namespaceOf(ctx, h); err != nil {
 		return err
 	}
-	if err := h.provisionArchive(ctx); err != nil {
-		return err
-	}
-	if err := registerMetrics(ctx.GetMetricsRegistry(), live.stats); err != nil {
-		return err
-	}
-	// Cleanup comes only after the grace period, which waiting callers would use up.
+	h.responder = responder{memory: h.namespace.member.memory, retryAfter: time.Duration(h.PollInterval), logger: h.logger}
 	if server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
-		server.RegisterOnShutdown(h.pollers.stop)
+		// Cleanup comes only after the grace period, which waiting callers would use up.
+		server.RegisterOnShutdown(h.namespace.pollers.stop)
+		server.RegisterOnStop(h.namespace.drain)
 	}
-	live.add(h.resolver)
-	return h.provisionEvents(ctx)
+	return nil
 }
 
 func (h *Handler) setDefaults() {
@@ -170,6 +150,10 @@ func (h *Handler) setDefaults() {
 	setDefault(&h.MaxReport, defaultMaxReport)
 	setDefault(&h.FailDuration, caddy.Duration(defaultFailDuration))
 	setDefault(&h.HealthTimeout, caddy.Duration(defaultHealthTimeout))
+	if h.TransportRaw == nil {
+		h.TransportRaw = json.RawMessage(`{"protocol":"http"}`)
+	}
+	setDefault(&h.Cache.Namespace, defaultNamespace)
 	setDefault(&h.Cache.TTL, caddy.Duration(defaultTTL))
 	setDefault(&h.Cache.MaxSize, defaultMaxSize)
 	if h.Cache.StorageRaw != nil {
@@ -184,157 +168,8 @@ func setDefault[T comparable](option *T, value T) {
 	}
 }
 
-func (h *Handler) provisionTransport(ctx caddy.Context) error {
-	if h.TransportRaw == nil {
-		h.TransportRaw = json.RawMessage(`{"protocol":"http"}`)
-	}
-	mod, err := ctx.LoadModule(h, "TransportRaw")
-	if err != nil {
-		return fmt.Errorf("loading the transport: %w", err)
-	}
-	transport, ok := mod.(*reverseproxy.HTTPTransport)
-	if !ok { // other transports need the request of a caller
-		return fmt.Errorf("the transport %T is not supported: use http", mod)
-	}
-	if transport.ProxyProtocolEnabled() {
-		return errors.New("the transport's proxy_protocol is not supported: a request to a node has no single client whose address could be sent")
-	}
-	h.transport = transport
-	return nil
-}
-
-// provisionResolver joins what the process shares, and builds the resolver, and what responds with its results.
-func (h *Handler) provisionResolver(repl *caddy.Replacer) error {
-	nodes, broker, err := h.newUpstreams(repl)
-	if err != nil {
-		return err
-	}
-	if h.member, err = joinShared(h.Cache.MaxSize); err != nil {
-		return err
-	}
-	h.resolver = newResolver(nodes, broker, h.member.shared, resolverOptions{
-		ttl:                  time.Duration(h.Cache.TTL),
-		pollInterval:         time.Duration(h.PollInterval),
-		failDuration:         time.Duration(h.FailDuration),
-		healthTimeout:        time.Duration(h.HealthTimeout),
-		closeIdleConnections: h.transport.Transport.CloseIdleConnections,
-	})
-	h.pollers = newPollers(h.resolver.resolve, time.Duration(h.PollInterval))
-	h.responder = responder{memory: h.member.memory, retryAfter: time.Duration(h.PollInterval), logger: h.logger}
-	return nil
-}
-
-// newUpstreams returns the nodes by their application server IDs, and the broker if there is one.
-func (h *Handler) newUpstreams(repl *caddy.Replacer) (nodes map[string]*upstream, broker *upstream, err error) {
-	if len(h.Nodes) == 0 && h.Broker == nil {
-		return nil, nil, errNoUpstream
-	}
-	options := endpointOptions{
-		upstreamOptions: upstreamOptions{
-			transport: h.transport, timeout: time.Duration(h.Timeout), maxAnswer: h.MaxReport, logger: h.logger,
-		},
-		tls:          h.transport.TLS,
-		failDuration: time.Duration(h.FailDuration),
-		notify:       h.emit,
-	}
-	nodes = make(map[string]*upstream, len(h.Nodes))
-	for i, n := range h.Nodes {
-		if !task.ValidID(n.AppServerID) {
-			return nil, nil, fmt.Errorf("node %d: the application server ID must be 1 to %d bytes without control characters", i+1, task.MaxIDLength)
-		}
-		if _, exists := nodes[n.AppServerID]; exists {
-			return nil, nil, fmt.Errorf("node %q is configured twice", n.AppServerID)
-		}
-		if nodes[n.AppServerID], err = n.newUpstream(repl, roleNode, n.AppServerID, options); err != nil {
-			return nil, nil, fmt.Errorf("node %q: %w", n.AppServerID, err)
-		}
-	}
-	if h.Broker == nil {
-		return nodes, nil, nil
-	}
-	if broker, err = h.Broker.newUpstream(repl, roleBroker, "", options); err != nil {
-		return nil, nil, fmt.Errorf("broker: %w", err)
-	}
-	return nodes, broker, nil
-}
-
-// provisionArchive opens the archive if a storage is configured for it.
-func (h *Handler) provisionArchive(ctx caddy.Context) error {
-	if h.Cache.StorageRaw == nil {
-		return nil
-	}
-	id, storage := string(h.Cache.StorageRaw), ctx.Storage()
-	var module struct {
-		Name string `json:"module"`
-	}
-	if err := json.Unmarshal(h.Cache.StorageRaw, &module); err != nil {
-		return fmt.Errorf("cache.storage must be an object: %w", err)
-	}
-	if module.Name != "" {
-		mod, err := ctx.LoadModule(h.Cache, "StorageRaw")
-		if err != nil {
-			return fmt.Errorf("loading the storage: %w", err)
-		}
-		if storage, err = mod.(caddy.StorageConverter).CertMagicStorage(); err != nil {
-			return fmt.Errorf("opening the storage: %w", err)
-		}
-	}
-	backend := &archive.Backend{Storage: storage, Logger: h.logger, Retention: time.Duration(h.Cache.Retention)}
-	a, err := openArchive(id, backend)
-	if err != nil {
-		return err
-	}
-	h.resolver.archive, h.archiveID, h.backend = a, id, backend
-	// The server calls this within its grace period, while modules can still be used.
-	if server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
-		server.RegisterOnStop(func(ctx context.Context) error { return a.Drain(ctx, backend) })
-	}
-	return nil
-}
-
-// provisionEvents prepares health checks and events, which begin when all apps have started: before, no event handler
-// could receive an event.
-func (h *Handler) provisionEvents(ctx caddy.Context) error {
-	app, err := ctx.App("events")
-	if err != nil {
-		return fmt.Errorf("getting the events app: %w", err)
-	}
-	h.events = app.(*caddyevents.App)
-	h.checks, h.endChecks = context.WithCancel(context.Background())
-	if err := h.events.On("started", starter{h}); err != nil {
-		return fmt.Errorf("subscribing to the start: %w", err)
-	}
-	return nil
-}
-
-// starter handles the event that the configuration of a handler has started.
-type starter struct{ handler *Handler }
-
-// Handle implements caddyevents.Handler.
-func (s starter) Handle(context.Context, caddy.Event) error {
-	h := s.handler
-	h.started.Store(true)
-	if h.HealthInterval > 0 {
-		for u := range h.resolver.upstreams() {
-			// Cleanup does not wait for the checks: an event handler may be waiting for a new configuration.
-			go func() {
-				defer h.resolver.closeIdleConnections()
-				checkRegularly(h.checks, time.Duration(h.HealthInterval), func(ctx context.Context) { h.resolver.check(ctx, u) })
-			}()
-		}
-	}
-	return nil
-}
-
-// emit emits an event about an upstream. The reason is the code of the failure that began or ended.
-func (h *Handler) emit(u *upstream, event, reason string) {
-	if h.started.Load() && !h.resolver.retired.Load() {
-		h.events.Emit(h.ctx, event, map[string]any{"role": u.role.String(), "node": u.name, "address": u.base.Host, "reason": reason})
-	}
-}
-
-// Validate checks the numbers, which a JSON configuration may have wrong.
-func (h *Handler) Validate() error {
+// validate checks the options. Those of a Caddyfile have been checked before.
+func (h *Handler) validate() error {
 	for name, value := range map[string]int64{
 		"timeout":         int64(h.Timeout),
 		"poll_interval":   int64(h.PollInterval),
@@ -351,7 +186,7 @@ func (h *Handler) Validate() error {
 			return fmt.Errorf("%s must be more than 0 (or left out, for its default)", name)
 		}
 	}
-	if h.Cache.Retention > 0 && h.backend == nil {
+	if h.Cache.Retention > 0 && h.Cache.StorageRaw == nil {
 		return errRetention
 	}
 	return nil
@@ -360,26 +195,6 @@ func (h *Handler) Validate() error {
 var errNoUpstream = errors.New("no upstream is configured: at least one node or broker is required")
 
 var errRetention = errors.New("retention needs a storage: configure storage as well")
-
-// Cleanup releases what the handler shares with others. Requests under way are still answered.
-func (h *Handler) Cleanup() error {
-	if h.endChecks != nil {
-		h.endChecks()
-	}
-	var err error
-	if h.resolver != nil {
-		h.resolver.retired.Store(true)
-		h.pollers.stop()
-		live.remove(h.resolver)
-	}
-	if h.backend != nil {
-		err = closeArchive(h.archiveID, h.resolver.archive, h.backend)
-	}
-	if h.member != nil {
-		err = errors.Join(err, h.member.leave())
-	}
-	return err
-}
 
 // ServeHTTP responds with a report. It authenticates the request, parses the query, resolves it, waits for an unfinished
 // report if the caller asks for that, and writes the response.
@@ -390,7 +205,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 		h.respond(w, r, info, result{}, p)
 		return nil
 	}
-	res, err := h.resolver.resolve(r.Context(), q)
+	res, err := h.namespace.resolver.resolve(r.Context(), q)
 	if err == nil && !res.entry.report.Finished() {
 		res, err = h.wait(w, r, q, res)
 	}
@@ -424,9 +239,9 @@ func (h *Handler) wait(w http.ResponseWriter, r *http.Request, q query, res resu
 		return res, nil
 	}
 	w.Header().Set("Preference-Applied", "wait="+wholeSeconds(maxWait))
-	h.member.waiters.Add(1)
-	defer h.member.waiters.Add(-1)
-	return h.pollers.wait(r.Context(), q, res, maxWait)
+	h.namespace.member.waiters.Add(1)
+	defer h.namespace.member.waiters.Add(-1)
+	return h.namespace.pollers.wait(r.Context(), q, res, maxWait)
 }
 
 // statusClientClosedRequest is what nginx and Caddy log if the client has left before the response.
@@ -459,8 +274,5 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, info *requestI
 var (
 	_ caddy.Module                = (*Handler)(nil)
 	_ caddy.Provisioner           = (*Handler)(nil)
-	_ caddy.Validator             = (*Handler)(nil)
-	_ caddy.CleanerUpper          = (*Handler)(nil)
 	_ caddyhttp.MiddlewareHandler = (*Handler)(nil)
-	_ caddyevents.Handler         = starter{}
 )

@@ -1,7 +1,6 @@
 package fsbroker
 
 import (
-	"context"
 	"sync/atomic"
 	"time"
 
@@ -127,18 +126,4 @@ func (h *health) recover(source healthSource) {
 	}
 	h.logger.Info("answers again")
 	h.notify("fsbroker_node_healthy", known.Code)
-}
-
-// checkRegularly calls check now and at every interval, until ctx ends.
-func checkRegularly(ctx context.Context, interval time.Duration, check func(context.Context)) {
-	ticker := time.NewTicker(interval)
-	defer ticker.Stop()
-	for {
-		check(ctx)
-		select {
-		case <-ticker.C:
-		case <-ctx.Done():
-			return
-		}
-	}
 }

@@ -76,8 +76,8 @@ func TestHealthChecks(t *testing.T) {
 	host := strings.TrimPrefix(node.URL, "http://")
 	s := startWithAdmin(t, options(node, brokerOption(broker)+"\nhealth_interval 20ms\nhealth_timeout 1s"), recordEvents)
 	up := map[bool]map[string]string{
-		true:  {`node_up{address="` + host + `",node="node-1",role="node"}`: "1"},
-		false: {`node_up{address="` + host + `",node="node-1",role="node"}`: "0"},
+		true:  {`node_up{address="` + host + `",namespace="default",node="node-1",role="node"}`: "1"},
+		false: {`node_up{address="` + host + `",namespace="default",node="node-1",role="node"}`: "0"},
 	}
 	event := func(kind, reason string) string {
 		return fmt.Sprintf("fsbroker_node_%s of http.handlers.fsbroker_task: node node-1 at %s, since %s", kind, host, reason)

@@ -99,34 +99,40 @@ func countFetch(role role, node, outcome string, took time.Duration) {
 // The gauges.
 var (
 	nodeUp = prometheus.NewDesc("caddy_fsbroker_node_up",
-		"1, or 0 while a node or the broker is known to fail.", []string{"role", "node", "address"}, nil)
+		"1, or 0 while a node or the broker is known to fail.", []string{"namespace", "role", "node", "address"}, nil)
 	questionsInFlight = prometheus.NewDesc("caddy_fsbroker_questions_in_flight",
-		"Requests to a node or the broker that are under way.", []string{"role", "node", "address"}, nil)
+		"Requests to a node or the broker that are under way.", []string{"namespace", "role", "node", "address"}, nil)
 	cacheBytes = prometheus.NewDesc("caddy_fsbroker_cache_bytes",
-		"Memory that the cache uses.", nil, nil)
+		"Memory that the cache uses.", []string{"namespace"}, nil)
 	cacheLimitBytes = prometheus.NewDesc("caddy_fsbroker_cache_limit_bytes",
-		"Memory that the cache may use.", nil, nil)
+		"Memory that the cache may use.", []string{"namespace"}, nil)
 	cacheEntries = prometheus.NewDesc("caddy_fsbroker_cache_entries",
-		"Reports and submissions that are kept in memory.", nil, nil)
+		"Reports and submissions that are kept in memory.", []string{"namespace"}, nil)
 	cacheEvictionsTotal = prometheus.NewDesc("caddy_fsbroker_cache_evictions_total",
-		"Entries evicted before their TTL was over, to make room.", nil, nil)
+		"Entries evicted before their TTL was over, to make room.", []string{"namespace"}, nil)
 	waiters = prometheus.NewDesc("caddy_fsbroker_waiters",
-		"Callers that wait for a report to be finished.", nil, nil)
+		"Callers that wait for a report to be finished.", []string{"namespace"}, nil)
 	storageQueueLength = prometheus.NewDesc("caddy_fsbroker_storage_queue_length",
-		"Values that wait to be written to the storage.", nil, nil)
+		"Values that wait to be written to the storage.", []string{"namespace"}, nil)
 	storageQueueBytes = prometheus.NewDesc("caddy_fsbroker_storage_queue_bytes",
-		"Memory that the values use that wait to be written to the storage.", nil, nil)
+		"Memory that the values use that wait to be written to the storage.", []string{"namespace"}, nil)
 )
 
 // stats are the current values of the gauges.
 type stats struct {
 	upstreams []upstreamStats
-	memory    memoryStats
-	storage   archive.Stats
+	caches    map[string]cacheStats // by namespace
+}
+
+// cacheStats are the values of the cache of one namespace.
+type cacheStats struct {
+	memoryStats
+	Storage *archive.Stats `json:"storage,omitempty"` // nil without a storage
 }
 
 // upstreamStats are the values of one node or broker.
 type upstreamStats struct {
+	namespace  string
 	role       role
 	name, host string
 	up         bool
@@ -157,16 +163,20 @@ func (g gauges) Collect(metrics chan<- prometheus.Metric) {
 		if u.up {
 			up = 1
 		}
-		set(nodeUp, prometheus.GaugeValue, up, u.role.String(), u.name, u.host)
-		set(questionsInFlight, prometheus.GaugeValue, float64(u.inFlight), u.role.String(), u.name, u.host)
+		set(nodeUp, prometheus.GaugeValue, up, u.namespace, u.role.String(), u.name, u.host)
+		set(questionsInFlight, prometheus.GaugeValue, float64(u.inFlight), u.namespace, u.role.String(), u.name, u.host)
 	}
-	set(cacheBytes, prometheus.GaugeValue, float64(s.memory.Bytes))
-	set(cacheLimitBytes, prometheus.GaugeValue, float64(s.memory.Limit))
-	set(cacheEntries, prometheus.GaugeValue, float64(s.memory.Entries))
-	set(cacheEvictionsTotal, prometheus.CounterValue, float64(s.memory.Evictions))
-	set(waiters, prometheus.GaugeValue, float64(s.memory.Waiters))
-	set(storageQueueLength, prometheus.GaugeValue, float64(s.storage.Queued))
-	set(storageQueueBytes, prometheus.GaugeValue, float64(s.storage.QueuedBytes))
+	for namespace, cache := range s.caches {
+		set(cacheBytes, prometheus.GaugeValue, float64(cache.Bytes), namespace)
+		set(cacheLimitBytes, prometheus.GaugeValue, float64(cache.Limit), namespace)
+		set(cacheEntries, prometheus.GaugeValue, float64(cache.Entries), namespace)
+		set(cacheEvictionsTotal, prometheus.CounterValue, float64(cache.Evictions), namespace)
+		set(waiters, prometheus.GaugeValue, float64(cache.Waiters), namespace)
+		if cache.Storage != nil {
+			set(storageQueueLength, prometheus.GaugeValue, float64(cache.Storage.Queued), namespace)
+			set(storageQueueBytes, prometheus.GaugeValue, float64(cache.Storage.QueuedBytes), namespace)
+		}
+	}
 }
 
 // Interface guard

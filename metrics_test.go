@@ -48,31 +48,31 @@ func TestMetrics(t *testing.T) {
 
 	host, goneHost := strings.TrimPrefix(node.URL, "http://"), strings.TrimPrefix(gone.URL, "http://")
 	lasting := map[string]string{
-		`requests_total{cache="miss",client="meter",code="200"}`:                 "1",
-		`requests_total{cache="miss",client="meter",code="204"}`:                 "1",
-		`requests_total{cache="hit",client="meter",code="304"}`:                  "1",
-		`requests_total{cache="bypass",client="meter",code="200"}`:               "1",
-		`requests_total{cache="error",client="meter",code="404"}`:                "2",
-		`requests_total{cache="error",client="meter",code="502"}`:                "1",
-		`requests_total{cache="none",client="meter",code="503"}`:                 "1",
-		`requests_total{cache="none",client="meter",code="400"}`:                 "1",
-		`requests_total{cache="none",client="",code="401"}`:                      "1",
-		`questions_total{node="metered",outcome="answered",role="node"}`:         "2",
-		`questions_total{node="metered",outcome="nothing_yet",role="node"}`:      "1",
-		`questions_total{node="metered-gone",outcome="unreachable",role="node"}`: "1",
-		`questions_total{node="",outcome="unknown",role="broker"}`:               "5", // one submission, three tasks
-		`question_duration_seconds_count{node="metered",role="node"}`:            "3",
-		`node_up{address="` + host + `",node="metered",role="node"}`:             "1",
-		`questions_in_flight{address="` + host + `",node="metered",role="node"}`: "0",
-		`storage_queue_length`: "0",
-		`storage_queue_bytes`:  "0",
-		`cache_entries`:        "1",
-		`cache_limit_bytes`:    "2.68435456e+08",
+		`requests_total{cache="miss",client="meter",code="200"}`:                                     "1",
+		`requests_total{cache="miss",client="meter",code="204"}`:                                     "1",
+		`requests_total{cache="hit",client="meter",code="304"}`:                                      "1",
+		`requests_total{cache="bypass",client="meter",code="200"}`:                                   "1",
+		`requests_total{cache="error",client="meter",code="404"}`:                                    "2",
+		`requests_total{cache="error",client="meter",code="502"}`:                                    "1",
+		`requests_total{cache="none",client="meter",code="503"}`:                                     "1",
+		`requests_total{cache="none",client="meter",code="400"}`:                                     "1",
+		`requests_total{cache="none",client="",code="401"}`:                                          "1",
+		`questions_total{node="metered",outcome="answered",role="node"}`:                             "2",
+		`questions_total{node="metered",outcome="nothing_yet",role="node"}`:                          "1",
+		`questions_total{node="metered-gone",outcome="unreachable",role="node"}`:                     "1",
+		`questions_total{node="",outcome="unknown",role="broker"}`:                                   "5", // one submission, three tasks
+		`question_duration_seconds_count{node="metered",role="node"}`:                                "3",
+		`node_up{address="` + host + `",namespace="default",node="metered",role="node"}`:             "1",
+		`questions_in_flight{address="` + host + `",namespace="default",node="metered",role="node"}`: "0",
+		`storage_queue_length{namespace="default"}`:                                                  "0",
+		`storage_queue_bytes{namespace="default"}`:                                                   "0",
+		`cache_entries{namespace="default"}`:                                                         "1",
+		`cache_limit_bytes{namespace="default"}`:                                                     "2.68435456e+08",
 	}
 	s.wantMetrics(before, lasting)
 	s.wantMetrics(before, map[string]string{
-		`requests_total{cache="hit",client="meter",code="200"}`:               "2",
-		`node_up{address="` + goneHost + `",node="metered-gone",role="node"}`: "0",
+		`requests_total{cache="hit",client="meter",code="200"}`:                                   "2",
+		`node_up{address="` + goneHost + `",namespace="default",node="metered-gone",role="node"}`: "0",
 	})
 
 	// A reload keeps the counters, and removes the gauges of nodes that are no longer configured.
@@ -80,8 +80,8 @@ func TestMetrics(t *testing.T) {
 	s.get(task).wantStatus(t, 200)
 	s.wantMetrics(before, lasting)
 	s.wantMetrics(before, map[string]string{
-		`requests_total{cache="hit",client="meter",code="200"}`:               "3",
-		`node_up{address="` + goneHost + `",node="metered-gone",role="node"}`: "",
+		`requests_total{cache="hit",client="meter",code="200"}`:                                   "3",
+		`node_up{address="` + goneHost + `",namespace="default",node="metered-gone",role="node"}`: "",
 	})
 	for series := range s.scrape() {
 		if strings.Contains(series, "secret-") {

@@ -163,7 +163,6 @@ func (e Endpoint) newUpstream(repl *caddy.Replacer, role role, name string, o en
 		role:            role,
 		name:            name,
 		base:            base,
-		scope:           base.String(),
 		secret:          secret,
 		identity:        task.NewKey(base.String(), value, fmt.Sprint(secret.inHeader, secret.params, o.timeout, o.maxAnswer)),
 		upstreamOptions: o.upstreamOptions,

@@ -38,6 +38,7 @@ func (rg *registry) all() []*resolver {
 
 // upstreamID is how an operator knows a node or a broker.
 type upstreamID struct {
+	namespace  string
 	role       role
 	name, host string
 }
@@ -48,12 +49,12 @@ type liveUpstream struct {
 	resolver *resolver
 }
 
-// upstreams returns the upstreams of all resolvers. Several resolvers may have the same one.
+// upstreams returns the upstreams of all resolvers. During a reload, two resolvers may have the same one.
 func (rg *registry) upstreams() map[upstreamID][]liveUpstream {
 	all := make(map[upstreamID][]liveUpstream)
 	for _, rs := range rg.all() {
 		for u := range rs.upstreams() {
-			id := upstreamID{u.role, u.name, u.base.Host}
+			id := upstreamID{rs.namespace, u.role, u.name, u.base.Host}
 			all[id] = append(all[id], liveUpstream{u, rs})
 		}
 	}
@@ -75,18 +76,21 @@ func (rg *registry) archives() []*archive.Archive {
 func (rg *registry) stats() stats {
 	var s stats
 	for id, upstreams := range rg.upstreams() {
-		one := upstreamStats{role: id.role, name: id.name, host: id.host, up: true}
+		one := upstreamStats{namespace: id.namespace, role: id.role, name: id.name, host: id.host, up: true}
 		for _, u := range upstreams {
 			one.up = one.up && u.health.current.Load() == nil
 			one.inFlight += u.inFlight.Load()
 		}
 		s.upstreams = append(s.upstreams, one)
 	}
-	if all := rg.all(); len(all) > 0 {
-		s.memory = all[0].shared.stats() // all resolvers share it
-	}
-	for _, a := range rg.archives() {
-		s.storage.Add(a.Stats())
+	s.caches = make(map[string]cacheStats)
+	for _, rs := range rg.all() { // during a reload, two resolvers may share one cache
+		one := cacheStats{memoryStats: rs.shared.stats()}
+		if rs.archive != nil {
+			stats := rs.archive.Stats()
+			one.Storage = &stats
+		}
+		s.caches[rs.namespace] = one
 	}
 	return s
 }
@@ -100,10 +104,9 @@ func (rg *registry) taskKeys(appServerID, taskID string) (keys []task.Key) {
 }
 
 // purgeMemory removes what memory keeps under keys, or everything if keys is nil, and returns how much there was.
-func (rg *registry) purgeMemory(keys []task.Key) int {
-	all := rg.all()
-	if len(all) == 0 {
-		return 0
+func (rg *registry) purgeMemory(keys []task.Key) (n int) {
+	for _, rs := range rg.all() {
+		n += rs.shared.purge(keys)
 	}
-	return all[0].shared.purge(keys)
+	return n
 }

@@ -14,16 +14,17 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
-// resolver is the one way to a report: memory, then the storage, then the upstreams, one after the other. What an
+// resolver is the one way of a namespace to a report: memory, then the storage, then the upstreams, one after the other. What an
 // upstream answers is kept.
 type resolver struct {
 	resolverOptions
-	nodes    map[string]*upstream
-	broker   *upstream // nil without a broker
-	identity task.Key  // of all upstreams: resolvers with the same identity share calls
-	shared   *shared
-	archive  *archive.Archive // nil without a storage
-	retired  atomic.Bool      // the configuration has ended, although requests may still be under way
+	namespace string
+	nodes     map[string]*upstream
+	broker    *upstream // nil without a broker
+	identity  task.Key  // of all upstreams: resolvers with the same identity share calls
+	shared    *shared
+	archive   *archive.Archive // nil without a storage
+	retired   atomic.Bool      // the configuration has ended, although requests may still be under way
 }
 
 // resolverOptions are the options of a handler that its resolver needs.
@@ -33,9 +34,10 @@ type resolverOptions struct {
 	closeIdleConnections            func()
 }
 
-// newResolver returns a resolver of nodes, by their application server IDs, and of a broker, if there is one.
-func newResolver(nodes map[string]*upstream, broker *upstream, s *shared, o resolverOptions) *resolver {
-	rs := &resolver{resolverOptions: o, nodes: nodes, broker: broker, shared: s}
+// newResolver returns the resolver of a namespace, with nodes by their application server IDs, and a broker, if there is
+// one.
+func newResolver(namespace string, nodes map[string]*upstream, broker *upstream, s *shared, o resolverOptions) *resolver {
+	rs := &resolver{resolverOptions: o, namespace: namespace, nodes: nodes, broker: broker, shared: s}
 	var parts []string
 	for _, name := range slices.Sorted(maps.Keys(nodes)) {
 		parts = append(parts, name, string(nodes[name].identity[:]))
@@ -110,26 +112,23 @@ func (rs *resolver) resolve(ctx context.Context, q query) (result, error) {
 	return res, err
 }
 
-// key returns the key of the report that q asks for, and its node if that is configured. Equal IDs of different upstreams
-// are different reports.
+// key returns the key of the report that q asks for, and its node if that is configured.
 func (rs *resolver) key(q query) (k task.Key, node *upstream, p *problem) {
 	if q.submitID == "" {
 		node = rs.nodes[q.appServerID]
 	}
 	switch {
-	case node != nil:
-		k = task.TaskKey(node.scope, q.appServerID, q.taskID, q.all)
 	case rs.broker == nil && q.submitID != "":
 		p = &problem{
 			kind:   problemNoBroker,
 			detail: "submitID cannot be resolved because no broker is configured: give appServerID and taskID",
 		}
-	case rs.broker == nil:
-		p = &problem{kind: problemUnknownNode, detail: "no node has this appServerID: check it"}
 	case q.submitID != "":
-		k = task.SubmissionKey(rs.broker.scope, q.submitID, q.all)
+		k = task.SubmissionKey(rs.namespace, q.submitID, q.all)
+	case rs.broker == nil && node == nil:
+		p = &problem{kind: problemUnknownNode, detail: "no node has this appServerID: check it"}
 	default:
-		k = task.TaskKey(rs.broker.scope, q.appServerID, q.taskID, q.all)
+		k = task.TaskKey(rs.namespace, q.appServerID, q.taskID, q.all)
 	}
 	return k, node, p
 }

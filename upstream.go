@@ -26,7 +26,6 @@ type upstream struct {
 	role   role
 	name   string // a node's application server ID
 	base   *url.URL
-	scope  string          // base as a string, for keys
 	secret *upstreamSecret // a pointer, so printing an upstream does not print its secret
 
 	// identity differs for upstreams that must not share an answer: with another address, secret or limits.

@@ -31,12 +31,13 @@ func NewKey(parts ...string) Key {
 }
 
 // TaskKey returns the key of a report by its node and task. The high-level report and the complete report of a task are
-// two reports. Equal IDs in different scopes have different keys.
-func TaskKey(scope, appServerID, taskID string, all bool) Key {
-	return NewKey("task", scope, appServerID, taskID, strconv.FormatBool(all))
+// two reports. The node's address does not matter: a node that
+// moves keeps its reports.
+func TaskKey(namespace, appServerID, taskID string, all bool) Key {
+	return NewKey("task", namespace, appServerID, taskID, strconv.FormatBool(all))
 }
 
 // SubmissionKey returns the key of a report by its submission.
-func SubmissionKey(scope, submitID string, all bool) Key {
-	return NewKey("submission", scope, submitID, strconv.FormatBool(all))
+func SubmissionKey(namespace, submitID string, all bool) Key {
+	return NewKey("submission", namespace, submitID, strconv.FormatBool(all))
 }

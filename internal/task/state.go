@@ -15,12 +15,20 @@ type state string
 // finished reports whether a task in this state is over. Only the names of the states of unfinished work are known for
 // sure, so every other word is a finished state. A missing state is unfinished.
 func (s state) finished() bool {
-	switch strings.ToUpper(string(s)) {
+	switch s.normal() {
 	case "", "QUEUED", "PENDING", "WAITING", "SCHEDULED", "STARTED", "RUNNING", "PROCESSING", "IN_QUEUE", "IN_PROGRESS":
 		return false
 	}
 	return true
 }
+
+// normal returns the state in the spelling of the documentation: in upper case, without surrounding space, and with
+// underscores instead of spaces and dashes.
+func (s state) normal() string {
+	return strings.ToUpper(separators.Replace(strings.TrimSpace(string(s))))
+}
+
+var separators = strings.NewReplacer(" ", "_", "-", "_")
 
 // judge reports whether a document is a finished report. Only the states of the task and its subtasks count: reports
 // hold stale states of other tasks further down. The document is read once, to its end, and nothing of it is kept. The
@@ -69,7 +77,12 @@ func (v *verdict) readMember(p parser, name string) error {
 		v.hasTask = true
 		return v.readTask(p, path)
 	case "subtaskReferences":
-		return p.array(path, func() error { return v.readTask(p, path) })
+		return p.array(path, func() error {
+			if p.PeekKind() == jsontext.KindNull { // it says nothing
+				return p.SkipValue()
+			}
+			return v.readTask(p, path)
+		})
 	}
 	return p.SkipValue()
 }

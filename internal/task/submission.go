@@ -36,7 +36,7 @@ func ReadSubmission(body io.Reader) (Submission, error) {
 	if s == "" {
 		s = state(cmp.Or(doc.id("status"), result.id("status"))) // in the manual's words: QUEUED, FAILED, SUCCESS
 	}
-	if strings.EqualFold(string(s), "FAILED") {
+	if s.normal() == "FAILED" {
 		return Submission{Failed: true}, nil
 	}
 	if s != "" && !s.finished() {

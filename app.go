@@ -1,0 +1,403 @@
+package fsbroker
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"maps"
+	"math/rand/v2"
+	"regexp"
+	"slices"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyevents"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
+)
+
+func init() {
+	caddy.RegisterModule(new(App))
+}
+
+// App is the app of the `fsbroker_task` handlers of a configuration. It holds their namespaces, starts the health checks
+// and emits the events. The handlers configure it: it has no options of its own, and need not be in a configuration.
+type App struct {
+	events     *caddyevents.App
+	logger     *zap.Logger
+	checks     context.Context    // of the health checks
+	endChecks  context.CancelFunc // nil until Provision
+	checking   chan struct{}      // bounds the health checks that run at once
+	namespaces map[string]*namespace
+
+	mu      sync.Mutex // guards running
+	running bool       // between Start and Stop; no events are emitted otherwise
+}
+
+// CaddyModule returns the Caddy module information.
+func (*App) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{
+		ID:  "fsbroker",
+		New: func() caddy.Module { return new(App) },
+	}
+}
+
+// maxChecks bounds the health checks that run at once.
+const maxChecks = 16
+
+// Provision sets up the app, without a namespace.
+func (a *App) Provision(ctx caddy.Context) error {
+	events, err := ctx.App("events")
+	if err != nil {
+		return fmt.Errorf("getting the events app: %w", err)
+	}
+	a.events, a.logger = events.(*caddyevents.App), ctx.Logger()
+	a.checks, a.endChecks = context.WithCancel(context.Background())
+	a.checking = make(chan struct{}, maxChecks)
+	a.namespaces = make(map[string]*namespace)
+	return registerMetrics(ctx.GetMetricsRegistry(), live.stats)
+}
+
+// Start begins the health checks.
+func (a *App) Start() error {
+	a.setRunning(true)
+	for _, ns := range a.namespaces {
+		if ns.options.HealthInterval <= 0 {
+			continue
+		}
+		for u := range ns.resolver.upstreams() {
+			// Stop does not wait for the checks: an event handler may be waiting for a new configuration.
+			go func() {
+				defer ns.resolver.closeIdleConnections()
+				a.checkRegularly(ns, u)
+			}()
+		}
+	}
+	return nil
+}
+
+// checkRegularly checks the health of an upstream until the app stops. Checks of different upstreams are spread out.
+func (a *App) checkRegularly(ns *namespace, u *upstream) {
+	interval := time.Duration(ns.options.HealthInterval)
+	for wait := rand.N(min(interval, time.Second)); ; wait = interval - interval/10 + rand.N(interval/5) { //nolint:gosec // jitter
+		select {
+		case <-time.After(wait):
+		case <-a.checks.Done():
+			return
+		}
+		select {
+		case a.checking <- struct{}{}:
+			ns.resolver.check(a.checks, u)
+			<-a.checking
+		case <-a.checks.Done():
+			return
+		}
+	}
+}
+
+// Stop ends the health checks.
+func (a *App) Stop() error {
+	a.setRunning(false)
+	a.endChecks()
+	return nil
+}
+
+func (a *App) setRunning(running bool) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.running = running
+}
+
+// emit emits an event about an upstream. The reason is the code of the failure that began or ended.
+func (a *App) emit(ns *namespace, u *upstream, event, reason string) {
+	a.mu.Lock()
+	running := a.running
+	a.mu.Unlock()
+	if running {
+		a.events.Emit(ns.ctx, event, map[string]any{
+			"namespace": ns.name, "role": u.role.String(), "node": u.name, "address": u.base.Host, "reason": reason,
+		})
+	}
+}
+
+// Cleanup releases what the namespaces share with other configurations. Requests under way are still answered.
+func (a *App) Cleanup() error {
+	if a.endChecks != nil {
+		a.endChecks()
+	}
+	var err error
+	for _, ns := range a.namespaces {
+		err = errors.Join(err, ns.close())
+	}
+	return err
+}
+
+// namespace is what the handlers of a configuration that have the same namespace share.
+type namespace struct {
+	name     string
+	options  *Handler // of the first handler; its secrets and MaxWait are its own
+	settings settings
+	place    string        // of the first handler
+	ctx      caddy.Context // of the first handler, which is the origin of the events
+
+	logger    *zap.Logger
+	member    *member
+	resolver  *resolver
+	pollers   *pollers
+	archiveID string // in the pool of archives
+	backend   *archive.Backend
+}
+
+var namespaceName = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
+
+var errNamespace = errors.New("namespace must be 1 to 64 letters, digits, dots, dashes or underscores")
+
+// namespaceOf returns the namespace of a handler. The first handler makes it. The others must be configured alike.
+func (a *App) namespaceOf(ctx caddy.Context, h *Handler) (*namespace, error) {
+	name := h.Cache.Namespace
+	if !namespaceName.MatchString(name) {
+		return nil, errNamespace
+	}
+	place := "another route"
+	if server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
+		place = fmt.Sprintf("a route of the server on %v", server.Listen)
+	}
+	s, err := newSettings(h)
+	if err != nil {
+		return nil, err
+	}
+	ns := a.namespaces[name]
+	if ns == nil {
+		ns = &namespace{name: name, options: h, settings: s, place: place, ctx: ctx}
+		a.namespaces[name] = ns // before it can fail: Cleanup closes it
+		return ns, a.provision(ctx, ns)
+	}
+	if option := s.differsIn(ns.settings); option != "" {
+		return nil, errDiffers(name, option, ns.place, place)
+	}
+	return ns, nil
+}
+
+// errDiffers says that two handlers of a namespace differ in an option.
+func errDiffers(namespace, option, one, other string) error {
+	return fmt.Errorf("the handlers of the namespace %q differ in %s, at %s and at %s: configure them alike, with a snippet and import, or give one a cache { namespace } of its own",
+		namespace, option, one, other)
+}
+
+// settings are the options in which the handlers of a namespace must not differ, as hashes of their JSON.
+type settings map[string][sha256.Size]byte
+
+// newSettings returns the settings of a handler, before its modules are loaded.
+func newSettings(h *Handler) (settings, error) {
+	with := *h // a copy, with defaults
+	with.Cache = new(Cache)
+	if h.Cache != nil {
+		*with.Cache = *h.Cache
+	}
+	with.setDefaults()
+	values := map[string]any{
+		"transport":       with.TransportRaw,
+		"timeout":         with.Timeout,
+		"poll_interval":   with.PollInterval,
+		"max_report":      with.MaxReport,
+		"fail_duration":   with.FailDuration,
+		"health_interval": with.HealthInterval,
+		"health_timeout":  with.HealthTimeout,
+		"ttl":             with.Cache.TTL,
+		"max_size":        with.Cache.MaxSize,
+		"storage":         with.Cache.StorageRaw,
+		"retention":       with.Cache.Retention,
+		"broker":          with.Broker,
+	}
+	for _, n := range with.Nodes {
+		values[fmt.Sprintf("node %q", n.AppServerID)] = n
+	}
+	s := make(settings, len(values))
+	for name, value := range values {
+		text, err := json.Marshal(value)
+		if err != nil {
+			return nil, err
+		}
+		var canonical any // members in one order
+		if err := json.Unmarshal(text, &canonical); err != nil {
+			return nil, err
+		}
+		if text, err = json.Marshal(canonical); err != nil {
+			return nil, err
+		}
+		s[name] = sha256.Sum256(text)
+	}
+	return s, nil
+}
+
+// differsIn returns an option in which the settings differ. It is empty if there is none.
+func (s settings) differsIn(other settings) string {
+	names := maps.Clone(s)
+	maps.Copy(names, other)
+	for _, name := range slices.Sorted(maps.Keys(names)) {
+		one, has := s[name]
+		two, hasToo := other[name]
+		if has != hasToo || one != two {
+			return name
+		}
+	}
+	return ""
+}
+
+// provision sets up a namespace.
+func (a *App) provision(ctx caddy.Context, ns *namespace) error {
+	transport, err := loadTransport(ctx, ns.options)
+	if err != nil {
+		return err
+	}
+	notify := func(u *upstream, event, reason string) { a.emit(ns, u, event, reason) }
+	if err := ns.setUp(transport, a.logger.With(zap.String("namespace", ns.name)), notify); err != nil {
+		return err
+	}
+	if err := ns.openArchive(ctx); err != nil {
+		return err
+	}
+	live.add(ns.resolver)
+	return nil
+}
+
+// loadTransport loads the transport of a handler.
+func loadTransport(ctx caddy.Context, h *Handler) (*reverseproxy.HTTPTransport, error) {
+	mod, err := ctx.LoadModule(h, "TransportRaw")
+	if err != nil {
+		return nil, fmt.Errorf("loading the transport: %w", err)
+	}
+	transport, ok := mod.(*reverseproxy.HTTPTransport)
+	if !ok { // other transports need the request of a caller
+		return nil, fmt.Errorf("the transport %T is not supported: use http", mod)
+	}
+	if transport.ProxyProtocolEnabled() {
+		return nil, errors.New("the transport's proxy_protocol is not supported: a request to a node has no single client whose address could be sent")
+	}
+	return transport, nil
+}
+
+// setUp sets up the upstreams and what answers with their reports.
+func (ns *namespace) setUp(transport *reverseproxy.HTTPTransport, logger *zap.Logger, notify func(u *upstream, event, reason string)) error {
+	o := ns.options
+	ns.logger = logger
+	nodes, broker, err := newUpstreams(o, endpointOptions{
+		upstreamOptions: upstreamOptions{
+			transport: transport, timeout: time.Duration(o.Timeout), maxAnswer: o.MaxReport, logger: logger,
+		},
+		tls: transport.TLS, failDuration: time.Duration(o.FailDuration), notify: notify,
+	})
+	if err != nil {
+		return err
+	}
+	if ns.member, err = joinShared(ns.name, o.Cache.MaxSize); err != nil {
+		return err
+	}
+	ns.resolver = newResolver(ns.name, nodes, broker, ns.member.shared, resolverOptions{
+		ttl:                  time.Duration(o.Cache.TTL),
+		pollInterval:         time.Duration(o.PollInterval),
+		failDuration:         time.Duration(o.FailDuration),
+		healthTimeout:        time.Duration(o.HealthTimeout),
+		closeIdleConnections: transport.Transport.CloseIdleConnections,
+	})
+	ns.pollers = newPollers(ns.resolver.resolve, time.Duration(o.PollInterval))
+	return nil
+}
+
+// newUpstreams returns the nodes by their application server IDs, and the broker if there is one.
+func newUpstreams(h *Handler, o endpointOptions) (nodes map[string]*upstream, broker *upstream, err error) {
+	if len(h.Nodes) == 0 && h.Broker == nil {
+		return nil, nil, errNoUpstream
+	}
+	repl := caddy.NewReplacer()
+	nodes = make(map[string]*upstream, len(h.Nodes))
+	for i, n := range h.Nodes {
+		if !task.ValidID(n.AppServerID) {
+			return nil, nil, fmt.Errorf("node %d: the application server ID must be 1 to %d bytes without control characters", i+1, task.MaxIDLength)
+		}
+		if _, exists := nodes[n.AppServerID]; exists {
+			return nil, nil, fmt.Errorf("node %q is configured twice", n.AppServerID)
+		}
+		if nodes[n.AppServerID], err = n.newUpstream(repl, roleNode, n.AppServerID, o); err != nil {
+			return nil, nil, fmt.Errorf("node %q: %w", n.AppServerID, err)
+		}
+	}
+	if h.Broker == nil {
+		return nodes, nil, nil
+	}
+	if broker, err = h.Broker.newUpstream(repl, roleBroker, "", o); err != nil {
+		return nil, nil, fmt.Errorf("broker: %w", err)
+	}
+	return nodes, broker, nil
+}
+
+// openArchive opens the archive if a storage is configured for it.
+func (ns *namespace) openArchive(ctx caddy.Context) error {
+	cache := ns.options.Cache
+	if cache.StorageRaw == nil {
+		return nil
+	}
+	id, storage := ns.name+" "+string(cache.StorageRaw), ctx.Storage()
+	var module struct {
+		Name string `json:"module"`
+	}
+	if err := json.Unmarshal(cache.StorageRaw, &module); err != nil {
+		return fmt.Errorf("cache.storage must be an object: %w", err)
+	}
+	if module.Name != "" {
+		mod, err := ctx.LoadModule(cache, "StorageRaw")
+		if err != nil {
+			return fmt.Errorf("loading the storage: %w", err)
+		}
+		if storage, err = mod.(caddy.StorageConverter).CertMagicStorage(); err != nil {
+			return fmt.Errorf("opening the storage: %w", err)
+		}
+	}
+	backend := &archive.Backend{Storage: storage, Logger: ns.logger, Retention: time.Duration(cache.Retention)}
+	opened, err := openArchive(id, backend)
+	if err != nil {
+		return err
+	}
+	ns.resolver.archive, ns.archiveID, ns.backend = opened, id, backend
+	return nil
+}
+
+// drain waits until what is queued is stored. A server calls it within its grace period, while modules can still be used.
+func (ns *namespace) drain(ctx context.Context) error {
+	if ns.backend == nil {
+		return nil
+	}
+	return ns.resolver.archive.Drain(ctx, ns.backend)
+}
+
+// close undoes provision, which may have failed.
+func (ns *namespace) close() error {
+	var err error
+	if ns.pollers != nil {
+		ns.pollers.stop()
+		ns.resolver.retired.Store(true)
+		live.remove(ns.resolver)
+	}
+	if ns.backend != nil {
+		err = closeArchive(ns.archiveID, ns.resolver.archive, ns.backend)
+	}
+	if ns.member != nil {
+		err = errors.Join(err, ns.member.leave())
+	}
+	return err
+}
+
+// Interface guards
+var (
+	_ caddy.App          = (*App)(nil)
+	_ caddy.Provisioner  = (*App)(nil)
+	_ caddy.CleanerUpper = (*App)(nil)
+)
