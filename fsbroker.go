@@ -200,7 +200,13 @@ var errRetention = errors.New("retention needs a storage: configure storage as w
 // report if the caller asks for that, and writes the response.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
 	info := newRequestInfo(r)
+	if r.Method == http.MethodOptions {
+		countRequest(writeOptions(w), outcomeNone, "")
+		return nil
+	}
 	q := parseQuery(r.URL.RawQuery)
+	noCache, onlyCached := cacheDirectives(r.Header)
+	q.nocache, q.onlyCached = q.nocache || noCache, onlyCached
 	if p := h.admit(r, q, info); p != nil {
 		h.respond(w, r, info, result{}, p)
 		return nil

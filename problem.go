@@ -26,6 +26,8 @@ type problemKind uint8
 const (
 	problemUnauthorized problemKind = iota
 	problemMethodNotAllowed
+	problemPreconditionFailed
+	problemNotCached
 	problemMissingParameter
 	problemRepeatedParameter
 	problemMalformedParameter
@@ -42,6 +44,7 @@ const (
 	problemAnswerTooLarge
 	problemRefusedSecret
 	problemRejectedRequest
+	problemOverloaded
 	problemWrongScheme
 	problemUntrustedCertificate
 	problemBusy
@@ -59,6 +62,8 @@ var problemKinds = [...]struct {
 }{
 	problemUnauthorized:         {status: http.StatusUnauthorized, code: "unauthorized"},
 	problemMethodNotAllowed:     {status: http.StatusMethodNotAllowed, code: "method_not_allowed"},
+	problemPreconditionFailed:   {status: http.StatusPreconditionFailed, code: "precondition_failed"},
+	problemNotCached:            {status: http.StatusGatewayTimeout, code: "not_cached"},
 	problemMissingParameter:     {status: http.StatusBadRequest, code: "missing_parameter"},
 	problemRepeatedParameter:    {status: http.StatusBadRequest, code: "repeated_parameter"},
 	problemMalformedParameter:   {status: http.StatusBadRequest, code: "malformed_parameter"},
@@ -75,6 +80,7 @@ var problemKinds = [...]struct {
 	problemAnswerTooLarge:       {status: http.StatusBadGateway, code: "answer_too_large", upstream: true, requested: true},
 	problemRefusedSecret:        {status: http.StatusBadGateway, code: "refused_secret", upstream: true, requested: true},
 	problemRejectedRequest:      {status: http.StatusBadGateway, code: "rejected_request", upstream: true, requested: true},
+	problemOverloaded:           {status: http.StatusServiceUnavailable, code: "overloaded", upstream: true, requested: true},
 	problemWrongScheme:          {status: http.StatusBadGateway, code: "wrong_scheme", upstream: true, requested: true},
 	problemUntrustedCertificate: {status: http.StatusBadGateway, code: "untrusted_certificate", upstream: true, requested: true},
 	problemBusy:                 {status: http.StatusServiceUnavailable, code: "busy"},

@@ -18,6 +18,7 @@ type query struct {
 	taskID      string
 	all         bool   // the complete report instead of the high-level one
 	nocache     bool   // ask an upstream, whatever is kept
+	onlyCached  bool   // ask no upstream
 	hasWait     bool   // whether wait is given; the header Prefer counts otherwise
 	wait        uint32 // seconds to hold the answer until the report is finished
 
@@ -27,7 +28,7 @@ type query struct {
 
 // target returns the query without what concerns only its caller, for use as a key.
 func (q query) target() query {
-	t := query{submitID: q.submitID, all: q.all, nocache: q.nocache}
+	t := query{submitID: q.submitID, all: q.all, nocache: q.nocache, onlyCached: q.onlyCached}
 	if t.submitID == "" {
 		t.appServerID, t.taskID = q.appServerID, q.taskID
 	}

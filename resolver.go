@@ -6,6 +6,7 @@ import (
 	"errors"
 	"iter"
 	"maps"
+	"net/http"
 	"slices"
 	"sync/atomic"
 	"time"
@@ -104,12 +105,33 @@ func (rs *resolver) resolve(ctx context.Context, q query) (result, error) {
 		}
 		return result{fetchResult: fetchResult{entry: e}, hit: true, node: node}, nil
 	}
+	if q.onlyCached {
+		res, err := rs.resolveStored(ctx, k, q)
+		res.node = node
+		return res, err
+	}
 	res, err := rs.call(ctx, k, q)
 	res.node = node
 	if res.from != nil && res.from.role == roleNode {
 		res.node = res.from
 	}
 	return res, err
+}
+
+// resolveStored returns the report that is stored under k, without asking an upstream.
+func (rs *resolver) resolveStored(ctx context.Context, k task.Key, q query) (result, error) {
+	notCached := &problem{kind: problemNotCached, detail: "no report is kept: ask without Cache-Control: only-if-cached"}
+	if q.nocache { // which leaves nothing
+		return result{}, notCached
+	}
+	e, err := rs.loadStored(ctx, k)
+	if e != nil {
+		return result{fetchResult: fetchResult{entry: e, stored: true}, hit: true}, nil
+	}
+	if err != nil && ctx.Err() == nil {
+		return result{}, rs.withStorageError(notCached, err)
+	}
+	return result{}, cmp.Or(context.Cause(ctx), error(notCached))
 }
 
 // key returns the key of the report that q asks for, and its node if that is configured.
@@ -288,7 +310,7 @@ func (rs *resolver) withStorageError(p *problem, unreadable error) error {
 	switch {
 	case unreadable == nil:
 		return p
-	case p.kind != problemUnknownTask && p.kind != problemUnknownSubmission:
+	case p.status() != http.StatusNotFound && p.kind != problemNotCached:
 		return p.with("the storage that may have it cannot be read either")
 	}
 	return &problem{

@@ -23,6 +23,7 @@ func (rp *responder) write(w http.ResponseWriter, r *http.Request, res result) i
 	report := res.entry.report
 	f := fields{header: w.Header()}
 	f.set("Cache-Status", cacheStatus(res, nil))
+	f.set("X-Content-Type-Options", "nosniff") // reports hold strings that attackers wrote
 	f.addVary("Accept-Encoding")
 	if res.hit {
 		f.set("Age", strconv.Itoa(int(max(0, time.Since(report.At()))/time.Second)))
@@ -43,8 +44,11 @@ func (rp *responder) write(w http.ResponseWriter, r *http.Request, res result) i
 		rp.logger.Error("a kept report is damaged", zap.Error(err))
 		return writeProblem(w, r, damaged, cacheStatus(res, damaged))
 	}
+	if ifMatch := r.Header["If-Match"]; len(ifMatch) > 0 && !matchesETag(ifMatch, chosen.ETag, false) {
+		return writeProblem(w, r, preconditionFailed, cacheStatus(res, nil))
+	}
 	f.set("Etag", chosen.ETag)
-	if matches(r.Header, chosen.ETag) {
+	if matchesETag(r.Header["If-None-Match"], chosen.ETag, true) {
 		w.WriteHeader(http.StatusNotModified)
 		return http.StatusNotModified
 	}
@@ -60,7 +64,7 @@ func (rp *responder) write(w http.ResponseWriter, r *http.Request, res result) i
 
 // choose returns the representation that the caller accepts.
 func (rp *responder) choose(e *entry, header http.Header) (*task.Representation, error) {
-	if gzipped := e.report.Gzipped(); gzipped != nil && acceptsGzip(header) {
+	if gzipped := e.report.Gzipped(); gzipped != nil && prefersGzip(header) {
 		return gzipped, nil
 	}
 	return rp.memory.inflate(e)
@@ -75,11 +79,12 @@ func writeProblem(w http.ResponseWriter, r *http.Request, p *problem, cacheStatu
 	header.Set("Content-Length", strconv.Itoa(len(body)))
 	header.Set("Cache-Control", "no-store")
 	header.Set("Cache-Status", cacheStatus)
+	header.Set("X-Content-Type-Options", "nosniff")
 	switch p.kind {
 	case problemUnauthorized:
-		header.Set("WWW-Authenticate", "Bearer")
+		header.Set("WWW-Authenticate", challenge(r.Header))
 	case problemMethodNotAllowed:
-		header.Set("Allow", "GET, HEAD")
+		header.Set("Allow", allowedMethods)
 	}
 	if p.retryAfter > 0 {
 		header.Set("Retry-After", wholeSeconds(p.retryAfter))
@@ -89,6 +94,29 @@ func writeProblem(w http.ResponseWriter, r *http.Request, p *problem, cacheStatu
 	return p.status()
 }
 
+// allowedMethods is the value of Allow.
+const allowedMethods = "GET, HEAD, OPTIONS"
+
+// writeOptions answers OPTIONS. CORS is left to the site, which can add the header fields that it wants.
+func writeOptions(w http.ResponseWriter) int {
+	w.Header().Set("Allow", allowedMethods)
+	w.WriteHeader(http.StatusNoContent)
+	return http.StatusNoContent
+}
+
+// challenge returns the value of WWW-Authenticate (RFC 6750, section 3). There is an error only if a token was sent.
+func challenge(header http.Header) string {
+	if bearerToken(header) == "" {
+		return `Bearer realm="fsbroker"`
+	}
+	return `Bearer realm="fsbroker", error="invalid_token"`
+}
+
+var preconditionFailed = &problem{
+	kind:   problemPreconditionFailed,
+	detail: "the report is not the one that If-Match names: ask for it without If-Match",
+}
+
 // damaged means that the memory of the machine is faulty.
 var damaged = &problem{kind: problemInternal, detail: "the kept report cannot be read: try again with nocache"}
 
@@ -96,7 +124,7 @@ var damaged = &problem{kind: problemInternal, detail: "the kept report cannot be
 // (BenchmarkHit). Names must be in the canonical form of http.Header.
 type fields struct {
 	header http.Header
-	values [8]string
+	values [9]string
 	n      int
 }
 
@@ -150,44 +178,4 @@ func cacheStatus(res result, p *problem) string {
 		return forward
 	}
 	return forward + "; stored"
-}
-
-// matches reports whether If-None-Match contains etag (RFC 9110, section 13.1.2).
-func matches(header http.Header, etag string) bool {
-	for _, line := range header["If-None-Match"] {
-		for candidate := range strings.SplitSeq(line, ",") {
-			candidate = strings.TrimSpace(candidate)
-			if candidate == "*" || strings.TrimPrefix(candidate, "W/") == etag {
-				return true
-			}
-		}
-	}
-	return false
-}
-
-// acceptsGzip reports whether the response may be compressed with gzip (RFC 9110, section 12.5.3).
-func acceptsGzip(header http.Header) bool {
-	accepted := false
-	for _, line := range header["Accept-Encoding"] {
-		for item := range strings.SplitSeq(line, ",") {
-			coding, weight, _ := strings.Cut(item, ";")
-			switch coding = strings.TrimSpace(coding); {
-			case strings.EqualFold(coding, "gzip"):
-				return hasWeight(weight)
-			case coding == "*":
-				accepted = hasWeight(weight)
-			}
-		}
-	}
-	return accepted
-}
-
-// hasWeight reports whether a weight such as "q=0.5" is more than 0. A missing weight is 1.
-func hasWeight(weight string) bool {
-	value, ok := strings.CutPrefix(strings.ToLower(strings.TrimSpace(weight)), "q=")
-	if !ok {
-		return true
-	}
-	q, err := strconv.ParseFloat(value, 64)
-	return err == nil && q > 0
 }

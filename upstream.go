@@ -182,6 +182,12 @@ func (u *upstream) roundTrip(req *http.Request, body *answerBody, read bodyReade
 	switch resp.StatusCode {
 	case http.StatusNoContent, http.StatusNotFound:
 		return resp.StatusCode, nil
+	case http.StatusGone:
+		return http.StatusNotFound, nil
+	case http.StatusTooManyRequests, http.StatusServiceUnavailable:
+		p := u.problem(problemOverloaded, fmt.Sprintf("answered with the status %d: it is overloaded: try again after Retry-After", resp.StatusCode))
+		p.retryAfter = retryAfter(resp.Header, u.health.failDuration)
+		return resp.StatusCode, p
 	case http.StatusUnauthorized, http.StatusForbidden:
 		return resp.StatusCode, u.problem(problemRefusedSecret, "refused the secret that is configured for it: its operator must correct secret or secret_in")
 	case http.StatusBadRequest:
@@ -190,6 +196,22 @@ func (u *upstream) roundTrip(req *http.Request, body *answerBody, read bodyReade
 	}
 	return resp.StatusCode, u.problem(problemBadAnswer,
 		fmt.Sprintf("answered with the unexpected status %d: try again later", resp.StatusCode))
+}
+
+// maxRetryAfter bounds the Retry-After that is passed on.
+const maxRetryAfter = time.Hour
+
+// retryAfter returns the Retry-After of an upstream, in either of its forms (RFC 9110, section 10.2.3), or else the
+// default.
+func retryAfter(header http.Header, byDefault time.Duration) time.Duration {
+	value := header.Get("Retry-After")
+	if seconds, ok := parseSeconds(value); ok {
+		return min(max(time.Duration(seconds)*time.Second, time.Second), maxRetryAfter)
+	}
+	if at, err := http.ParseTime(value); err == nil {
+		return min(max(time.Until(at), time.Second), maxRetryAfter)
+	}
+	return byDefault
 }
 
 // answerBody reads the body of an answer, within the upstream's limit, which counts inflated bytes, and within the read
