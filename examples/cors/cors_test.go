@@ -1,0 +1,448 @@
+// Package cors_test runs the example with a real Caddy, and opens pages of two origins in a real browser.
+package cors_test
+
+import (
+	"bytes"
+	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/sha256"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/base64"
+	"encoding/json"
+	"encoding/pem"
+	"fmt"
+	"html"
+	"maps"
+	"math/big"
+	"net"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/caddyconfig"
+	_ "github.com/caddyserver/caddy/v2/modules/standard"
+
+	_ "github.com/caddy-fsbroker/caddy-fsbroker"
+)
+
+const (
+	task       = "/task?appServerID=node-1&taskID=1" // its report is finished when the node is asked again
+	unfinished = "/task?appServerID=node-1&taskID=2"
+)
+
+// site is a Caddy that runs the example, in front of a node.
+type site struct {
+	url    string
+	secret string
+	log    string // the file
+	client *http.Client
+}
+
+// startSite starts the example, which allows the given origin. It runs until the test ends.
+func startSite(t *testing.T, origin string) *site {
+	t.Helper()
+	var requests atomic.Int32 // for the first task
+	node := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		state := "IN_PROGRESS"
+		if r.FormValue("taskID") == "1" && requests.Add(1) > 1 {
+			state = "SUCCESS"
+		}
+		_, _ = fmt.Fprintf(w, `{"processTime":1,"result":{"taskReference":{"state":"%s"}}}`, state)
+	}))
+	t.Cleanup(node.Close)
+
+	listener, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, port, _ := net.SplitHostPort(listener.Addr().String())
+	_ = listener.Close()
+
+	dir := filepath.ToSlash(t.TempDir())
+	s := &site{url: "https://localhost:" + port, secret: rand.Text(), log: dir + "/caddy.log"}
+	for name, value := range map[string]string{
+		"SITE": s.url, "ORIGIN": origin, "PORTAL_SECRET": s.secret, "NODE_1_SECRET": rand.Text(), "XDG_DATA_HOME": dir, // Caddy writes its instance ID there
+	} {
+		t.Setenv(name, value)
+	}
+	for name, content := range map[string][]byte{"cert.pem": certificate().pem, "key.pem": certificate().key} {
+		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	config, _, err := caddyconfig.GetAdapter("caddyfile").Adapt(caddyfile(t, dir, node.URL), map[string]any{"filename": "Caddyfile"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := caddy.Stop(); err != nil {
+			t.Error(err)
+		}
+	})
+	if err := caddy.Load(config, true); err != nil {
+		t.Fatal(err)
+	}
+
+	pool := x509.NewCertPool()
+	pool.AppendCertsFromPEM(certificate().pem)
+	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}}
+	t.Cleanup(transport.CloseIdleConnections)
+	s.client = &http.Client{Transport: transport, Timeout: 20 * time.Second}
+	return s
+}
+
+// caddyfile returns the example's Caddyfile with what it needs to run anywhere. What it does about CORS stays as it is.
+func caddyfile(t *testing.T, dir, node string) []byte {
+	t.Helper()
+	content, err := os.ReadFile("Caddyfile")
+	if err != nil {
+		t.Fatal(err)
+	}
+	text := string(content)
+	for _, edit := range [][2]string{
+		{"\n{\n", "\n{\n\tadmin off\n\tpersist_config off\n\tauto_https disable_redirects\n\tgrace_period 3s\n\tstorage file_system \"" + dir + "\"\n"},
+		{"\tlog {\n", "\tlog {\n\t\toutput file \"" + dir + "/caddy.log\"\n"},
+		{"\tlog\n", "\tlog\n\tbind 127.0.0.1\n\ttls \"" + dir + "/cert.pem\" \"" + dir + "/key.pem\"\n"},
+		{"10.0.0.11:22001", node},
+	} {
+		if strings.Count(text, edit[0]) != 1 {
+			t.Fatalf("the Caddyfile does not have %q once", edit[0])
+		}
+		text = strings.Replace(text, edit[0], edit[1], 1)
+	}
+	return []byte(text)
+}
+
+// certificate returns a self-signed certificate for localhost. All sites have it, since Caddy keeps certificates for as
+// long as the process lives.
+var certificate = sync.OnceValue(func() (c struct {
+	pem, key []byte
+	keyHash  string // of the public key
+}) {
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		panic(err)
+	}
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), DNSNames: []string{"localhost"}, NotAfter: time.Now().Add(24 * time.Hour),
+		IsCA: true, BasicConstraintsValid: true,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
+	if err != nil {
+		panic(err)
+	}
+	public, err := x509.MarshalPKIXPublicKey(private.Public())
+	if err != nil {
+		panic(err)
+	}
+	hash := sha256.Sum256(public)
+	c.keyHash = base64.StdEncoding.EncodeToString(hash[:])
+	key, err := x509.MarshalPKCS8PrivateKey(private)
+	if err != nil {
+		panic(err)
+	}
+	c.pem = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
+	c.key = pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})
+	return c
+})
+
+// TestHeader checks the header fields of CORS without a browser.
+func TestHeader(t *testing.T) {
+	const portal, soc = "https://portal.example.com", "https://soc.example.com"
+	s := startSite(t, portal)
+	for _, test := range []struct {
+		name, method, path string
+		secret, origin     string
+		status             int
+		allowed            bool
+	}{
+		{"preflight", http.MethodOptions, task, "", portal, 204, true},
+		{"preflight of the second origin", http.MethodOptions, task, "", soc, 204, true},
+		{"report", http.MethodGet, unfinished, s.secret, portal, 200, true},
+		{"report for the second origin", http.MethodGet, unfinished, s.secret, soc, 200, true},
+		{"problem", http.MethodGet, unfinished, "wrong", portal, 401, true},
+		{"another path", http.MethodGet, "/", "", portal, 200, true},
+
+		{"preflight of another origin", http.MethodOptions, task, "", portal + ".example.org", 204, false},
+		{"preflight of another scheme", http.MethodOptions, task, "", "http://portal.example.com", 204, false},
+		{"preflight of a sandboxed page", http.MethodOptions, task, "", "null", 204, false},
+		{"report for another origin", http.MethodGet, unfinished, s.secret, "https://example.org", 200, false},
+		{"report for a program", http.MethodGet, unfinished, s.secret, "", 200, false},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			request, err := http.NewRequestWithContext(t.Context(), test.method, s.url+test.path, nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := make(map[string]string)
+			if test.allowed {
+				want["Access-Control-Allow-Origin"] = test.origin
+				want["Access-Control-Expose-Headers"] = "ETag, Retry-After, Cache-Status, Age, Preference-Applied"
+			}
+			if test.method == http.MethodOptions {
+				request.Header.Set("Access-Control-Request-Method", http.MethodGet)
+				request.Header.Set("Access-Control-Request-Headers", "authorization,prefer")
+				if test.allowed {
+					want["Access-Control-Allow-Methods"] = "GET, HEAD"
+					want["Access-Control-Allow-Headers"] = "Authorization, Prefer, If-None-Match"
+					want["Access-Control-Max-Age"] = "3600"
+				}
+			}
+			if test.secret != "" {
+				request.Header.Set("Authorization", "Bearer "+test.secret)
+			}
+			if test.origin != "" {
+				request.Header.Set("Origin", test.origin)
+			}
+			response, err := s.client.Do(request)
+			if err != nil {
+				t.Fatal(err)
+			}
+			response.Body.Close()
+			if response.StatusCode != test.status {
+				t.Errorf("got %s, want %d", response.Status, test.status)
+			}
+			got := make(map[string]string)
+			for name, values := range response.Header {
+				if strings.HasPrefix(name, "Access-Control-") {
+					got[name] = strings.Join(values, " and ")
+				}
+			}
+			if !maps.Equal(got, want) {
+				t.Errorf("got %q, want %q", got, want)
+			}
+			if vary := response.Header.Values("Vary"); !slices.Contains(vary, "Origin") {
+				t.Errorf("Vary is %q, want Origin in it", vary)
+			}
+		})
+	}
+}
+
+// request is a call of fetchReport.
+type request struct {
+	URL     string  `json:"url"`
+	Options options `json:"options"`
+}
+
+type options struct {
+	Secret string `json:"secret,omitempty"`
+	Wait   int    `json:"wait,omitempty"`
+	ETag   string `json:"etag,omitempty"`
+}
+
+// result is what the page gets from fetchReport.
+type result struct {
+	Error  string
+	Status int
+	Header map[string]string
+	Body   struct {
+		Code   string
+		Result struct {
+			TaskReference struct{ State string }
+		}
+	}
+}
+
+// TestBrowser opens the same page at two origins. Only one of them is allowed.
+func TestBrowser(t *testing.T) {
+	browser := needChromium(t)
+	var requests []request
+	mux := http.NewServeMux()
+	mux.Handle("/", http.FileServer(http.Dir(".")))
+	mux.HandleFunc("/requests.json", func(w http.ResponseWriter, _ *http.Request) { _ = json.NewEncoder(w).Encode(requests) })
+	allowedServer, otherServer := httptest.NewUnstartedServer(mux), httptest.NewUnstartedServer(mux)
+	allowed, other := "http://"+allowedServer.Listener.Addr().String(), "http://"+otherServer.Listener.Addr().String()
+	s := startSite(t, allowed)
+
+	tests := []struct {
+		name    string
+		path    string
+		options options
+		status  int
+		state   string // of a report
+		code    string // of a problem
+		fields  map[string]string
+	}{
+		{
+			"waiting", task, options{Secret: s.secret, Wait: 20}, 200, "SUCCESS", "",
+			map[string]string{"etag": `^"`, "cache-status": "^fsbroker; ", "preference-applied": "^wait=20$", "content-type": "^application/json$"},
+		},
+		{
+			"cached", task, options{Secret: s.secret}, 200, "SUCCESS", "",
+			map[string]string{"etag": `^"`, "cache-status": "^fsbroker; hit$", "age": "^[0-9]+$"},
+		},
+		{
+			"unchanged", task, options{Secret: s.secret, ETag: "*"}, 304, "", "",
+			map[string]string{"etag": `^"`},
+		},
+		{
+			"unfinished", unfinished, options{Secret: s.secret}, 200, "IN_PROGRESS", "",
+			map[string]string{"retry-after": "^[0-9]+$", "cache-control": "^no-store$"},
+		},
+		{
+			"without preflight", task + "&secret=" + s.secret, options{}, 200, "SUCCESS", "",
+			map[string]string{"etag": `^"`},
+		},
+		{
+			"wrong secret", task, options{Secret: "wrong"}, 401, "", "unauthorized",
+			map[string]string{"content-type": `^application/problem\+json$`},
+		},
+		{
+			"unknown node", "/task?appServerID=node-9&taskID=1", options{Secret: s.secret}, 404, "", "unknown_node",
+			map[string]string{"cache-status": "^fsbroker; detail=unknown_node$"},
+		},
+	}
+	for _, test := range tests {
+		requests = append(requests, request{s.url + test.path, test.options})
+	}
+	for _, server := range []*httptest.Server{allowedServer, otherServer} {
+		server.Start()
+		t.Cleanup(server.Close)
+	}
+
+	// First the allowed origin, so that there is a cached report that the other one must not get.
+	for _, origin := range []string{allowed, other} {
+		results := open(t, browser, origin+"/page.html")
+		if len(results) != len(tests) {
+			t.Fatalf("the page at %s has %d results, want %d", origin, len(results), len(tests))
+		}
+		for i, test := range tests {
+			got := results[i]
+			if origin == other {
+				if !strings.HasPrefix(got.Error, "TypeError: ") || got.Status != 0 {
+					t.Errorf("%s, at the other origin: the page gets %+v", test.name, got)
+				}
+				continue
+			}
+			if got.Error != "" || got.Status != test.status || got.Body.Result.TaskReference.State != test.state || got.Body.Code != test.code {
+				t.Errorf("%s: the page gets %+v", test.name, got)
+			}
+			for name, want := range test.fields {
+				if value, ok := got.Header[name]; !ok || !regexp.MustCompile(want).MatchString(value) {
+					t.Errorf("%s: the page reads %s: %q, want %s", test.name, name, value, want)
+				}
+			}
+		}
+	}
+
+	if err := caddy.Stop(); err != nil { // now the log is complete
+		t.Error(err)
+	}
+	counts := countRequests(t, s.log)
+	// Six requests of each origin need a preflight. The browser keeps an answer, but no refusal.
+	for _, test := range []struct {
+		what     string
+		key      logged
+		min, max int
+	}{
+		{"preflights of the allowed origin", logged{allowed, http.MethodOptions, 204, false}, 1, 5},
+		{"preflights of the other origin", logged{other, http.MethodOptions, 204, false}, 6, 6},
+		{"requests of the other origin that need no preflight", logged{other, http.MethodGet, 200, false}, 1, 1},
+		{"requests for a report that the browser or the page has", logged{allowed, http.MethodGet, 304, true}, 2, 2},
+	} {
+		if got := counts[test.key]; got < test.min || got > test.max {
+			t.Errorf("%s: got %d, want %d to %d in %v", test.what, got, test.min, test.max, counts)
+		}
+	}
+	for key := range counts {
+		if key.origin == other && key.authorization {
+			t.Errorf("the other origin has sent a secret after the preflight: %+v", key)
+		}
+	}
+}
+
+// logged is what the access log has of a request.
+type logged struct {
+	origin, method string
+	status         int
+	authorization  bool
+}
+
+// countRequests counts the requests in the access log.
+func countRequests(t *testing.T, file string) map[logged]int {
+	t.Helper()
+	content, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	counts := make(map[logged]int)
+	for line := range bytes.Lines(content) {
+		var entry struct {
+			Logger  string
+			Status  int
+			Request struct {
+				Method  string
+				Headers http.Header
+			}
+		}
+		if err := json.Unmarshal(line, &entry); err != nil {
+			t.Fatalf("%v: %s", err, line)
+		}
+		if strings.HasPrefix(entry.Logger, "http.log.access") {
+			header := entry.Request.Headers
+			counts[logged{header.Get("Origin"), entry.Request.Method, entry.Status, header.Get("Authorization") != ""}]++
+		}
+	}
+	return counts
+}
+
+// needChromium returns the command of Chromium or Chrome. It skips the test if there is none.
+func needChromium(t *testing.T) string {
+	t.Helper()
+	names := []string{"chromium", "chromium-browser", "google-chrome"}
+	for _, name := range names {
+		if path, err := exec.LookPath(name); err == nil {
+			return path
+		}
+	}
+	t.Skipf("SKIPPED: there is no Chromium (%s)", strings.Join(names, ", "))
+	return ""
+}
+
+// open opens a page in a new browser, and returns the results that the page has when its script is done.
+func open(t *testing.T, browser, url string) (results []result) {
+	t.Helper()
+	// The browser's processes may outlive it for a moment, so a folder that t.TempDir removes would fail the test.
+	profile, err := os.MkdirTemp("", "chromium")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer func() { _ = os.RemoveAll(profile) }()
+
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	// Virtual time stands still while a response is pending. The browser trusts the site's certificate, and no other that
+	// is signed by nobody. It would not cache a response if it ignored all errors of certificates.
+	command := exec.CommandContext(ctx, browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+		"--user-data-dir="+profile, "--ignore-certificate-errors-spki-list="+certificate().keyHash, "--virtual-time-budget=10000", "--dump-dom", url)
+	command.Env = append(os.Environ(), "HOME="+profile)
+	command.WaitDelay = 5 * time.Second
+	var stderr bytes.Buffer
+	command.Stderr = &stderr
+	dom, err := command.Output()
+	if err != nil {
+		t.Fatalf("%s: %v\n%s", url, err, &stderr)
+	}
+	found := regexp.MustCompile(`(?s)<pre id="results">(.+)</pre>`).FindSubmatch(dom)
+	if found == nil {
+		t.Fatalf("%s has no results:\n%s\n%s", url, dom, &stderr)
+	}
+	if err := json.Unmarshal([]byte(html.UnescapeString(string(found[1]))), &results); err != nil {
+		t.Fatalf("%s: %v: %s", url, err, found[1])
+	}
+	return results
+}
