@@ -22,6 +22,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -29,6 +30,7 @@ import (
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 
 	_ "github.com/caddy-fsbroker/caddy-fsbroker"
+	"github.com/caddy-fsbroker/caddy-fsbroker/examples/quickstart/backend"
 )
 
 // beCaddy is the environment variable that makes this test binary run as Caddy with the module. So the tests need no
@@ -101,8 +103,9 @@ func validate(t *testing.T, config []byte) {
 // placeholder matches {env.NAME} and {file./path/to/name}. The examples use these only for secrets.
 var placeholder = regexp.MustCompile(`\{(?:env\.|file\.(?:[^}]*/)?)([^}/]+)\}`)
 
-// withSecrets replaces every placeholder of a configuration with one for a file that contains a secret. It writes the
-// configuration to a file. It returns the path of that file, and the secrets by the names of the variables and files.
+// withSecrets replaces every placeholder of a configuration with one for a file that contains a secret, and every pinned
+// certificate with that of the tests' upstreams. It writes the configuration to a file. It returns the path of that file,
+// and the secrets by the names of the variables and files.
 func withSecrets(t *testing.T, config []byte) (path string, secrets map[string]string) {
 	t.Helper()
 	dir := t.TempDir()
@@ -114,9 +117,34 @@ func withSecrets(t *testing.T, config []byte) (path string, secrets map[string]s
 		writeFile(t, file, secrets[name]+"\n")
 		return []byte("{file." + filepath.ToSlash(file) + "}")
 	})
+	pinned := filepath.Join(dir, "upstreams.crt")
+	writeFile(t, pinned, string(certificate().PEM))
+	config = pinnedFile.ReplaceAll(config, []byte(`${1}"`+filepath.ToSlash(pinned)+`"`))
 	path = filepath.Join(dir, "caddy.json")
 	writeFile(t, path, string(config))
 	return path, secrets
+}
+
+// pinnedFile matches the first certificate file of a trust pool.
+var pinnedFile = regexp.MustCompile(`("pem_files":\s*\[\s*)"[^"]*"`)
+
+// certificate returns the certificate of the upstreams that the tests run.
+var certificate = sync.OnceValue(func() *backend.Certificate {
+	c, err := backend.NewCertificate()
+	if err != nil {
+		panic(err)
+	}
+	return c
+})
+
+// startUpstream starts a server with that certificate.
+func startUpstream(t *testing.T, handler http.HandlerFunc) *httptest.Server {
+	t.Helper()
+	server := httptest.NewUnstartedServer(handler)
+	server.TLS = certificate().ServerConfig()
+	server.StartTLS()
+	t.Cleanup(server.Close)
+	return server
 }
 
 // TestProduction runs the production example with a domain that needs no certificate. There are no nodes and no broker,
@@ -136,8 +164,8 @@ func TestProduction(t *testing.T) {
 		{"/task?submitID=1", "", http.StatusUnauthorized},
 		{"/task?submitID=1", "node-1", http.StatusUnauthorized},
 		{"/task", "portal", http.StatusBadRequest},
-		{"/task?appServerID=node-3&taskID=1", "soc", http.StatusNotFound},
-		{"/task?appServerID=node-3&taskID=1", "soc-next", http.StatusNotFound},
+		{"/task?appServerID=node-3", "soc", http.StatusBadRequest},
+		{"/task?appServerID=node-3", "soc-next", http.StatusBadRequest},
 		{"/system-info", "broker", http.StatusNotFound},
 		{"/", "", http.StatusNotFound},
 	} {
@@ -214,14 +242,12 @@ func TestRateLimit(t *testing.T) {
 
 // TestMigration sends the same requests to the site before and after the migration.
 func TestMigration(t *testing.T) {
-	startUpstream := func(name string) *httptest.Server {
-		server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	start := func(name string) *httptest.Server {
+		return startUpstream(t, func(w http.ResponseWriter, r *http.Request) {
 			_, _ = fmt.Fprintf(w, `{"result":{"from":"%s","path":"%s"}}`, name, r.URL.Path)
-		}))
-		t.Cleanup(server.Close)
-		return server
+		})
 	}
-	broker, node := startUpstream("broker"), startUpstream("node-1")
+	broker, node := start("broker"), start("node-1")
 	const task = "/task?appServerID=node-1&taskID=1"
 	for folder, wanted := range map[string]map[string]string{
 		"before": {
@@ -235,7 +261,7 @@ func TestMigration(t *testing.T) {
 	} {
 		t.Run(folder, func(t *testing.T) {
 			site, secrets := startExample(t, "migration/"+folder+"/Caddyfile",
-				"BROKER="+strings.TrimPrefix(broker.URL, "http://"), "NODE_1="+strings.TrimPrefix(node.URL, "http://"))
+				"BROKER="+strings.TrimPrefix(broker.URL, "https://"), "NODE_1="+strings.TrimPrefix(node.URL, "https://"))
 			for path, want := range wanted {
 				for _, secretParam := range []string{"serect", "secret", ""} {
 					url, bearer := site+path, secrets["BROKER_SECRET"]
@@ -307,14 +333,13 @@ func TestNoSecretIsLogged(t *testing.T) {
 
 func testNoSecretIsLogged(t *testing.T, path string) {
 	// The broker repeats the query in its response, like a redirect, or ends the connection. No node is running.
-	broker := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	broker := startUpstream(t, func(w http.ResponseWriter, r *http.Request) {
 		if strings.HasPrefix(r.URL.Path, "/submit") {
 			panic(http.ErrAbortHandler)
 		}
 		http.Redirect(w, r, "https://broker.example.com"+r.RequestURI, http.StatusFound)
-	}))
-	defer broker.Close()
-	e := prepare(t, path, strings.TrimPrefix(broker.URL, "http://"))
+	})
+	e := prepare(t, path, strings.TrimPrefix(broker.URL, "https://"))
 
 	var stderr bytes.Buffer
 	command := caddyCommand(t.Context(), t, nil, "run", "--config", e.config)
@@ -410,7 +435,7 @@ func prepare(t *testing.T, path, broker string) *example {
 	upstream := regexp.MustCompile(`(?:10\.0\.0\.\d+|127\.0\.0\.1):2[23]\d{3}`)
 	dead := freeAddress(t)
 	raw = upstream.ReplaceAllFunc(raw, func(address []byte) []byte {
-		if bytes.HasPrefix(address, []byte("10.0.0.10:")) || bytes.HasSuffix(address, []byte(":22000")) {
+		if bytes.HasPrefix(address, []byte("10.0.0.10:")) || bytes.HasSuffix(address, []byte(":23001")) {
 			return []byte(broker)
 		}
 		return []byte(dead)

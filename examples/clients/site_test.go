@@ -58,14 +58,22 @@ func startSite(t *testing.T, analysis time.Duration) *site {
 		}
 	}
 	nodeSecret, brokerSecret := rand.Text(), rand.Text()
+	pinned, err := backend.NewCertificate()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "upstreams.crt"), pinned.PEM, 0o600); err != nil {
+		t.Fatal(err)
+	}
 
-	s.node = startUpstream(t, backend.NewNode(nodeSecret, analysis, time.Minute))
-	broker := backend.NewBroker(brokerSecret, backend.NodeRef{AppServerID: "node-1", Address: "http://" + s.node.address, Secret: nodeSecret})
+	s.node = startUpstream(t, pinned, backend.NewNode(nodeSecret, analysis, time.Minute))
+	broker := backend.NewBroker(brokerSecret, backend.NodeRef{AppServerID: "node-1", Address: "https://" + s.node.address, Secret: nodeSecret})
+	broker.NodeClient = pinned.Client()
 	ctx, cancel := context.WithCancel(context.Background())
 	var running sync.WaitGroup
 	t.Cleanup(func() { cancel(); running.Wait() })
 	dispatch := sync.OnceFunc(func() { running.Go(func() { broker.Run(ctx) }) })
-	s.broker = startUpstream(t, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	s.broker = startUpstream(t, pinned, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		broker.ServeHTTP(w, r)
 		if analysis > 0 && (r.URL.Path == "/task" || r.URL.Path == "/submit-result") {
 			dispatch()
@@ -166,14 +174,15 @@ func (s *site) submit(t *testing.T) string {
 
 // upstream is a server that can be stopped, and started again at the same address.
 type upstream struct {
-	address string
-	handler http.Handler
-	server  *http.Server
+	address     string
+	certificate *backend.Certificate
+	handler     http.Handler
+	server      *http.Server
 }
 
-func startUpstream(t *testing.T, handler http.Handler) *upstream {
+func startUpstream(t *testing.T, certificate *backend.Certificate, handler http.Handler) *upstream {
 	t.Helper()
-	u := &upstream{address: "127.0.0.1:0", handler: handler}
+	u := &upstream{address: "127.0.0.1:0", certificate: certificate, handler: handler}
 	if err := u.start(); err != nil {
 		t.Fatal(err)
 	}
@@ -189,7 +198,7 @@ func (u *upstream) start() error {
 	u.address = l.Addr().String()
 	s := &http.Server{Handler: u.handler}
 	u.server = s
-	go func() { _ = s.Serve(l) }()
+	go func() { _ = s.Serve(tls.NewListener(l, u.certificate.ServerConfig())) }()
 	return nil
 }
 

@@ -55,7 +55,7 @@ type site struct {
 func startSite(t *testing.T, origin string) *site {
 	t.Helper()
 	var requests atomic.Int32 // for the first task
-	node := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+	node := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
 		state := "IN_PROGRESS"
 		if r.FormValue("taskID") == "1" && requests.Add(1) > 1 {
 			state = "SUCCESS"
@@ -78,7 +78,8 @@ func startSite(t *testing.T, origin string) *site {
 	} {
 		t.Setenv(name, value)
 	}
-	for name, content := range map[string][]byte{"cert.pem": certificate().pem, "key.pem": certificate().key} {
+	pinned := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: node.Certificate().Raw})
+	for name, content := range map[string][]byte{"cert.pem": certificate().pem, "key.pem": certificate().key, "upstreams.crt": pinned} {
 		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -116,7 +117,8 @@ func caddyfile(t *testing.T, dir, node string) []byte {
 		{"\n{\n", "\n{\n\tadmin off\n\tpersist_config off\n\tauto_https disable_redirects\n\tgrace_period 3s\n\tstorage file_system \"" + dir + "\"\n"},
 		{"\tlog {\n", "\tlog {\n\t\toutput file \"" + dir + "/caddy.log\"\n"},
 		{"\tlog\n", "\tlog\n\tbind 127.0.0.1\n\ttls \"" + dir + "/cert.pem\" \"" + dir + "/key.pem\"\n"},
-		{"10.0.0.11:22001", node},
+		{"https://10.0.0.11:22001", node},
+		{"/etc/caddy/upstreams.crt", dir + "/upstreams.crt"},
 	} {
 		if strings.Count(text, edit[0]) != 1 {
 			t.Fatalf("the Caddyfile does not have %q once", edit[0])

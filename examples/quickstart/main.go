@@ -54,7 +54,7 @@ func parse(args []string) (options, error) {
 	var o options
 	flags := flag.NewFlagSet("quickstart", flag.ContinueOnError)
 	flags.IntVar(&o.port, "port", 8443, "port of the site; for each of the ports, 0 selects a free one")
-	flags.IntVar(&o.brokerPort, "broker-port", 22000, "port of the broker")
+	flags.IntVar(&o.brokerPort, "broker-port", 23001, "port of the broker")
 	flags.IntVar(&o.node1Port, "node-1-port", 22001, "port of the first node")
 	flags.IntVar(&o.node2Port, "node-2-port", 22002, "port of the second node")
 	flags.DurationVar(&o.analysis, "analysis", 3*time.Second, "how long a node takes to analyze a file")
@@ -84,7 +84,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 
 	secret := rand.Text()
-	stopBackend, err := startBackend(o, secret)
+	stopBackend, err := startBackend(o, secret, dir)
 	if err != nil {
 		return err
 	}
@@ -114,9 +114,19 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	return nil
 }
 
-// startBackend runs the broker and the nodes. It sets environment variables with their ports and secrets for the
-// Caddyfile. The callers use the broker's secret.
-func startBackend(o options, brokerSecret string) (stop func(), err error) {
+// startBackend runs the broker and the nodes over HTTPS, with a certificate that it writes into dir. They take their
+// secrets in a header only. It sets environment variables with their ports and secrets for the Caddyfile. The callers use
+// the broker's secret.
+func startBackend(o options, brokerSecret, dir string) (stop func(), err error) {
+	certificate, err := backend.NewCertificate()
+	if err != nil {
+		return nil, err
+	}
+	if err := os.WriteFile(filepath.Join(dir, "upstreams.crt"), certificate.PEM, 0o600); err != nil {
+		return nil, err
+	}
+	secretIn := []backend.SecretPlace{backend.SecretInHeader}
+
 	var servers []*http.Server
 	var running sync.WaitGroup
 	ctx, cancel := context.WithCancel(context.Background())
@@ -134,23 +144,26 @@ func startBackend(o options, brokerSecret string) (stop func(), err error) {
 		}
 		s := &http.Server{Handler: handler, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: time.Minute, WriteTimeout: time.Minute}
 		servers = append(servers, s)
-		running.Go(func() { _ = s.Serve(l) })
+		running.Go(func() { _ = s.Serve(tls.NewListener(l, certificate.ServerConfig())) })
 		return l.Addr().(*net.TCPAddr).Port, nil
 	}
 	env := map[string]string{"BROKER_SECRET": brokerSecret}
 	var refs []backend.NodeRef
 	for i, port := range []int{o.node1Port, o.node2Port} {
 		name, secret := fmt.Sprintf("node-%d", i+1), rand.Text()
-		port, err := serve(name, port, backend.NewNode(secret, o.analysis, o.forget))
+		node := backend.NewNode(secret, o.analysis, o.forget)
+		node.SecretIn = secretIn
+		port, err := serve(name, port, node)
 		if err != nil {
 			stop()
 			return nil, err
 		}
-		refs = append(refs, backend.NodeRef{AppServerID: name, Address: fmt.Sprintf("http://127.0.0.1:%d", port), Secret: secret})
+		refs = append(refs, backend.NodeRef{AppServerID: name, Address: fmt.Sprintf("https://127.0.0.1:%d", port), Secret: secret})
 		env[fmt.Sprintf("NODE_%d_PORT", i+1)] = strconv.Itoa(port)
 		env[fmt.Sprintf("NODE_%d_SECRET", i+1)] = secret
 	}
 	broker := backend.NewBroker(brokerSecret, refs...)
+	broker.SecretIn, broker.NodeClient = secretIn, certificate.Client()
 	port, err := serve("broker", o.brokerPort, broker)
 	if err != nil {
 		stop()
@@ -251,7 +264,7 @@ The access log is %[2]s. Press Ctrl-C to stop.
 Paste these commands into another shell:
 
 # 1. Submit a file.
-ID=$(%[3]s -F 'file=@%[4]s' '%[1]s/submit?secret=%[5]s' | sed 's/.*"ID":"\([^"]*\)".*/\1/'); echo "submission $ID"
+ID=$(%[3]s -H 'secret: %[5]s' -F 'file=@%[4]s' '%[1]s/submit' | sed 's/.*"ID":"\([^"]*\)".*/\1/'); echo "submission $ID"
 
 # 2. Poll for its report. The analysis takes %[6]s.
 until %[3]s %[7]s "%[1]s/task?submitID=$ID" | grep '"overallState":"success"'; do sleep 1; done
