@@ -76,7 +76,7 @@ func TestAdminNodes(t *testing.T) {
 func TestAdminCache(t *testing.T) {
 	node := newBackend(t, systemInfo)
 	s := startWithAdmin(t, options(node, ""), "")
-	s.wantAdmin(http.MethodGet, "/fsbroker/cache", http.StatusOK, `{"default":{"bytes":0,"limit":268435456,"entries":0,"evictions":0,"waiters":0}}`)
+	s.wantAdmin(http.MethodGet, "/fsbroker/cache", http.StatusOK, `{"default":{"bytes":0,"sending":0,"reading":0,"limit":268435456,"entries":0,"evictions":0,"waiters":0}}`)
 	s.get(pair)
 	var caches map[string]struct {
 		Bytes   int64
@@ -94,7 +94,7 @@ func TestAdminCache(t *testing.T) {
 		return strings.Contains(body, `"queued":0`)
 	})
 	s.wantAdmin(http.MethodGet, "/fsbroker/cache", http.StatusOK,
-		`{"default":{"bytes":0,"limit":1,"entries":0,"evictions":1,"waiters":0,"storage":{"queued":0,"queued_bytes":0,"failing":false}}}`)
+		`{"default":{"bytes":0,"sending":0,"reading":0,"limit":1,"entries":0,"evictions":1,"waiters":0,"storage":{"queued":0,"queued_bytes":0,"failing":false}}}`)
 
 	s.load("respond 404") // without the handler, there is nothing to show
 	s.wantAdmin(http.MethodGet, "/fsbroker/cache", http.StatusOK, `{}`)

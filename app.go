@@ -289,16 +289,17 @@ func loadTransport(ctx caddy.Context, h *Handler) (*reverseproxy.HTTPTransport, 
 func (ns *namespace) setUp(transport *reverseproxy.HTTPTransport, logger *zap.Logger, notify func(u *upstream, event, reason string)) error {
 	o := ns.options
 	ns.logger = logger
+	var err error
+	if ns.member, err = joinShared(ns.name, o.Cache.MaxSize); err != nil {
+		return err
+	}
 	nodes, broker, err := newUpstreams(o, endpointOptions{
 		upstreamOptions: upstreamOptions{
-			transport: transport, timeout: time.Duration(o.Timeout), maxAnswer: o.MaxReport, logger: logger,
+			transport: transport, memory: ns.member.memory, timeout: time.Duration(o.Timeout), maxAnswer: o.MaxReport, logger: logger,
 		},
 		tls: transport.TLS, failDuration: time.Duration(o.FailDuration), notify: notify,
 	})
 	if err != nil {
-		return err
-	}
-	if ns.member, err = joinShared(ns.name, o.Cache.MaxSize); err != nil {
 		return err
 	}
 	ns.resolver = newResolver(ns.name, nodes, broker, ns.member.shared, resolverOptions{

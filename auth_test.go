@@ -61,7 +61,12 @@ func TestAuthentication(t *testing.T) {
 			r.wantStatus(t, test.status)
 			if test.status == 401 {
 				r.wantProblem(t, 401, "unauthorized")
-				r.wantHeader(t, "WWW-Authenticate", "Bearer")
+				challenge := `Bearer realm="fsbroker"`
+				if strings.HasPrefix(strings.ToLower(test.header), "bearer ") && test.header != "Bearer " {
+					challenge += `, error="invalid_token"`
+				}
+				r.wantHeader(t, "WWW-Authenticate", challenge)
+				r.wantHeader(t, "X-Content-Type-Options", "nosniff")
 				r.wantHeader(t, "Cache-Status", "fsbroker; detail=unauthorized")
 			}
 		})

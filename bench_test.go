@@ -46,7 +46,7 @@ func benchHandler(b *testing.B, nodes, reports, size int) *Handler {
 	b.Cleanup(func() { _ = h.namespace.close() })
 	h.responder = responder{memory: h.namespace.member.memory, logger: h.logger}
 
-	r, err := task.ReadReport(bytes.NewReader(benchDocument(size)))
+	r, err := task.ReadReport(bytes.NewReader(benchDocument(size)), func(int64) error { return nil })
 	if err != nil {
 		b.Fatal(err)
 	}

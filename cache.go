@@ -31,8 +31,9 @@ type Cache struct {
 	// How long a finished report is kept in memory. It never changes: the TTL only bounds memory. Default: `24h`
 	TTL caddy.Duration `json:"ttl,omitempty"`
 
-	// The maximum size of the cache in memory, in bytes, bookkeeping included. What is requested least is evicted first.
-	// Default: 268435456 (256 MiB)
+	// The maximum memory of the namespace, in bytes. Everything counts: what is kept, with bookkeeping, what is still being
+	// sent to slow callers, and the answers that are being read. What is requested least is evicted first. It should be
+	// several times `max_report`. Default: 268435456 (256 MiB)
 	MaxSize int64 `json:"max_size,omitempty"`
 
 	// A storage that keeps finished reports beyond the process, and shares them with all instances that use it: any `caddy.storage` module, or `{}` for the storage that the server is configured with.
@@ -54,30 +55,50 @@ const (
 // eviction order, its timer, and the structs themselves. TestCacheBoundsHeap checks that it suffices.
 const entryOverhead = 1024
 
-// memory keeps reports in go-cache and adds a bound in bytes. It evicts by SIEVE (Zhang et al., NSDI '24): a hit only sets
-// a mark, so it takes no lock but go-cache's own.
+// memory keeps reports in go-cache and adds a bound in bytes. Everything counts: the reports that are kept, in both forms,
+// those that are not kept any more but are still being sent to slow callers, and the answers that are being read. It evicts
+// by SIEVE (Zhang et al., NSDI '24): a hit only sets a mark, so it takes no lock but go-cache's own.
 type memory struct {
 	kept *gocache.Cache // key -> *entry
 
-	mu       sync.Mutex // guards the fields below; taken to write, never to read
-	limit    int64
-	used     int64
-	added    uint64 // entries ever added
-	evicted  uint64
-	inflated sieve // inflated copies of documents that are also kept compressed, which can be made again
-	entries  sieve
+	mu      sync.Mutex // guards the fields below, and those of entries and forms that say so; never taken for a hit
+	limit   int64
+	used    int64 // kept
+	sending int64 // not kept any more, or never, but being sent
+	reading int64 // of the answers that are being read
+	added   uint64
+	evicted uint64
+	entries int
+	order   sieve
 }
 
-// entry is a report that is kept.
+// entry is a report and its forms.
 type entry struct {
 	key     task.Key
 	report  *task.Report
-	number  uint64 // its position among all entries ever added; 0 if it was not kept
-	timer   *time.Timer
+	whole   form
+	unkept  bool        // it was never kept
 	unsaved atomic.Bool // there is no storage, or its queue had no room
 
-	whole    sieveNode
-	inflated sieveNode
+	generation uint64 // of the timer; guarded by memory.mu
+	timer      *time.Timer
+
+	inflating sync.Mutex
+	inflated  atomic.Pointer[form] // an inflated copy; nil if there is none
+	requested atomic.Bool          // whether a caller has asked for the inflated document
+}
+
+// form is a representation of a report, with its place in the eviction order. Callers to which it is being sent hold it.
+type form struct {
+	entry   *entry
+	rep     *task.Representation
+	size    int64
+	visited atomic.Bool
+	holders atomic.Int32
+	kept    atomic.Bool // it is in the eviction order
+
+	element *list.Element // in the eviction order; guarded by memory.mu
+	counted bool          // in memory.sending; guarded by memory.mu
 }
 
 func newMemory(limit int64) *memory {
@@ -86,6 +107,19 @@ func newMemory(limit int64) *memory {
 	m := &memory{kept: gocache.New(gocache.NoExpiration, 0), limit: limit}
 	m.kept.OnEvicted(func(_ string, v any) { m.unlink(v.(*entry)) })
 	return m
+}
+
+func newEntry(k task.Key, report *task.Report) *entry {
+	e := &entry{key: k, report: report}
+	e.whole = form{entry: e, rep: report.Representation(), size: int64(report.Size()) + entryOverhead}
+	return e
+}
+
+// unkept returns an entry that is not kept.
+func unkept(report *task.Report) *entry {
+	e := newEntry(task.Key{}, report)
+	e.unkept = true
+	return e
 }
 
 // get returns the entry under k.
@@ -99,114 +133,224 @@ func (m *memory) get(k task.Key) (*entry, bool) {
 	return e, true
 }
 
-// put keeps a report under k for ttl and replaces what was there. A report that is larger than the whole cache is not kept.
+// put keeps a report under k for ttl and replaces what was there. The same document again renews what is there. A report
+// for which there is no room is not kept.
 func (m *memory) put(k task.Key, report *task.Report, ttl time.Duration) *entry {
-	e := &entry{key: k, report: report}
-	e.whole = sieveNode{entry: e, size: int64(report.Size()) + entryOverhead}
-	e.inflated = sieveNode{entry: e}
-
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.kept.Delete(string(k[:]))
-	if e.whole.size > m.limit {
+	if v, ok := m.kept.Get(string(k[:])); ok && v.(*entry).report.Renew(report) {
+		e := v.(*entry)
+		e.timer.Stop()
+		m.keep(e, ttl)
 		return e
 	}
-	m.added++
-	e.number = m.added
-	e.timer = time.AfterFunc(ttl, m.expire(k, e.number))
-	m.kept.Set(string(k[:]), e, ttl)
-	m.entries.add(&e.whole)
-	m.used += e.whole.size
-	m.shrink()
+	m.kept.Delete(string(k[:]))
+	e := newEntry(k, report)
+	if !m.makeRoom(e.whole.size) {
+		e.unkept = true
+		return e
+	}
+	m.keep(e, ttl)
+	m.entries++
+	m.link(&e.whole)
 	return e
 }
 
-// expire removes an entry when its TTL is over. It identifies the entry by its number: the runtime holds stopped timers
-// for a while, and would hold the document as well.
-func (m *memory) expire(k task.Key, number uint64) func() {
+// keep puts an entry into go-cache. The caller holds the mutex.
+func (m *memory) keep(e *entry, ttl time.Duration) {
+	m.added++
+	e.generation = m.added
+	e.timer = time.AfterFunc(ttl, m.expire(e.key, e.generation))
+	m.kept.Set(string(e.key[:]), e, ttl)
+}
+
+// expire removes an entry when its TTL is over. It identifies the entry by its generation: the runtime holds stopped
+// timers for a while, and would hold the document as well.
+func (m *memory) expire(k task.Key, generation uint64) func() {
 	return func() {
 		m.mu.Lock()
 		defer m.mu.Unlock()
-		if v, ok := m.kept.Get(string(k[:])); ok && v.(*entry).number != number {
-			return // it was replaced
+		if v, ok := m.kept.Get(string(k[:])); ok && v.(*entry).generation != generation {
+			return // it was replaced or renewed
 		}
 		m.kept.Delete(string(k[:]))
 	}
 }
 
-// inflate returns the inflated representation of e's report, and keeps it.
-func (m *memory) inflate(e *entry) (*task.Representation, error) {
-	inflated, made, err := e.report.Inflate()
-	if made {
-		m.addInflated(e, cap(inflated.Body))
-	} else {
-		e.inflated.visit()
-	}
-	return inflated, err
-}
-
-func (m *memory) addInflated(e *entry, size int) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	if e.whole.element == nil || e.inflated.element != nil {
-		return
-	}
-	e.inflated.size = int64(size)
-	m.inflated.add(&e.inflated)
-	m.used += e.inflated.size
-	m.shrink()
-}
-
-// unlink removes an entry that has left go-cache from the accounts. The caller holds the mutex.
+// unlink removes the forms of an entry that has left go-cache. The caller holds the mutex.
 func (m *memory) unlink(e *entry) {
 	e.timer.Stop()
+	m.entries--
 	m.dropInflated(e)
-	m.entries.remove(&e.whole)
-	m.used -= e.whole.size
+	m.drop(&e.whole)
+}
+
+// link adds a form to the eviction order. The caller holds the mutex.
+func (m *memory) link(f *form) {
+	m.order.add(f)
+	f.kept.Store(true)
+	m.used += f.size
+}
+
+// drop removes a form from the eviction order. It still counts while callers hold it. The caller holds the mutex.
+func (m *memory) drop(f *form) {
+	m.order.remove(f)
+	f.kept.Store(false)
+	m.used -= f.size
+	if f.holders.Load() > 0 {
+		f.counted = true
+		m.sending += f.size
+	}
 }
 
 func (m *memory) dropInflated(e *entry) {
-	if e.inflated.element == nil {
-		return
+	if f := e.inflated.Swap(nil); f != nil && f.element != nil {
+		m.drop(f)
 	}
-	m.inflated.remove(&e.inflated)
-	m.used -= e.inflated.size
-	e.report.DropInflated()
 }
 
-// shrink evicts until the rest is within the limit. Inflated copies go first, because they can be made again.
-func (m *memory) shrink() {
-	for m.used > m.limit {
-		if n := m.inflated.next(); n != nil {
-			m.dropInflated(n.entry)
-		} else {
-			k := m.entries.next().entry.key
-			m.kept.Delete(string(k[:]))
+// acquire keeps a form counted while it is sent to a caller, even if it is evicted meanwhile. It must be released.
+func (m *memory) acquire(f *form) {
+	f.holders.Add(1)
+	if f.kept.Load() {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if f.element == nil && !f.counted {
+		f.counted = true
+		m.sending += f.size
+		m.makeRoom(0)
+	}
+}
+
+// release undoes acquire.
+func (m *memory) release(f *form) {
+	if f.holders.Add(-1) > 0 || f.kept.Load() {
+		return
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if f.counted && f.holders.Load() == 0 {
+		f.counted = false
+		m.sending -= f.size
+	}
+}
+
+// describe returns the header fields of a form of the report.
+func (e *entry) describe(inflated bool) task.Representation {
+	if !inflated {
+		return *e.whole.rep
+	}
+	if f := e.inflated.Load(); f != nil {
+		return *f.rep
+	}
+	return e.report.Inflated()
+}
+
+// acquireForm returns a form of an entry, acquired. See inflatedForm for an inflated one.
+func (m *memory) acquireForm(e *entry, inflated bool) (*form, error) {
+	if inflated {
+		return m.inflatedForm(e)
+	}
+	m.acquire(&e.whole)
+	return &e.whole, nil
+}
+
+// inflatedForm returns an inflated copy of a compressed report, acquired. It returns nil if there is none and a copy does
+// not pay or has no room: the document must be inflated piece by piece then. A copy of a large document pays when it is
+// requested for the second time.
+func (m *memory) inflatedForm(e *entry) (*form, error) {
+	if f := e.inflated.Load(); f != nil {
+		f.visit()
+		m.acquire(f)
+		return f, nil
+	}
+	if e.report.Length() > task.SmallDocument && !e.requested.Swap(true) {
+		return nil, nil
+	}
+	e.inflating.Lock()
+	defer e.inflating.Unlock()
+	if f := e.inflated.Load(); f != nil {
+		m.acquire(f)
+		return f, nil
+	}
+	f := &form{entry: e, size: int64(e.report.Length())}
+	if !m.begin(f.size) {
+		return nil, nil
+	}
+	rep, err := e.report.Inflate()
+	f.rep = rep
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.reading -= f.size
+	if err != nil {
+		return nil, err
+	}
+	f.holders.Store(1)
+	if e.whole.element != nil {
+		m.link(f)
+		e.inflated.Store(f)
+	} else {
+		f.counted = true
+		m.sending += f.size
+	}
+	return f, nil
+}
+
+// begin reserves room for a copy, of an eighth of the memory at the most, and reports whether there is any.
+func (m *memory) begin(size int64) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if size > max(m.limit/8, task.SmallDocument) || !m.makeRoom(size) {
+		return false
+	}
+	m.reading += size
+	return true
+}
+
+// makeRoom evicts until there is room for size bytes, and reports whether there is. The caller holds the mutex.
+func (m *memory) makeRoom(size int64) bool {
+	if size > m.limit {
+		return false // without evicting all others
+	}
+	for m.used+m.sending+m.reading+size > m.limit {
+		f := m.order.next()
+		if f == nil {
+			return false
+		}
+		if f == &f.entry.whole {
+			m.kept.Delete(string(f.entry.key[:]))
 			m.evicted++
+		} else {
+			m.dropInflated(f.entry)
 		}
 	}
+	return true
 }
 
 // purge removes the entries under keys, or all entries if keys is nil, and returns how many there were.
 func (m *memory) purge(keys []task.Key) int {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	before := m.entries.order.Len()
+	before := m.entries
 	if keys == nil {
-		for m.entries.order.Len() > 0 {
-			k := m.entries.order.Back().Value.(*sieveNode).entry.key
+		for m.entries > 0 {
+			k := m.order.order.Back().Value.(*form).entry.key
 			m.kept.Delete(string(k[:]))
 		}
 	}
 	for _, k := range keys {
 		m.kept.Delete(string(k[:]))
 	}
-	return before - m.entries.order.Len()
+	return before - m.entries
 }
 
 // memoryStats describes the cache in memory.
 type memoryStats struct {
-	Bytes     int64  `json:"bytes"`
+	Bytes     int64  `json:"bytes"`   // of all that follows, and of what is kept
+	Sending   int64  `json:"sending"` // not kept any more, but still being sent, in bytes
+	Reading   int64  `json:"reading"` // of the answers that are being read, in bytes
 	Limit     int64  `json:"limit"`
 	Entries   int    `json:"entries"`
 	Evictions uint64 `json:"evictions"`
@@ -216,77 +360,113 @@ type memoryStats struct {
 func (m *memory) stats() memoryStats {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return memoryStats{Bytes: m.used, Limit: m.limit, Entries: m.entries.order.Len(), Evictions: m.evicted}
-}
-
-func (m *memory) maxSize() int64 {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	return m.limit
+	return memoryStats{
+		Bytes: m.used + m.sending + m.reading, Sending: m.sending, Reading: m.reading,
+		Limit: m.limit, Entries: m.entries, Evictions: m.evicted,
+	}
 }
 
 func (m *memory) setLimit(limit int64) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	m.limit = limit
-	m.shrink()
+	m.makeRoom(0)
 }
 
 // close removes all entries and their timers. A closed cache keeps nothing.
-func (m *memory) close() { m.setLimit(0) }
+func (m *memory) close() {
+	m.setLimit(0)
+	m.purge(nil) // what callers hold is not evicted
+}
+
+// share is what the answers of one upstream take that are being read, in bytes. It is guarded by memory.mu.
+type share struct{ reading int64 }
+
+// reservation is the memory of one answer that is being read.
+type reservation struct {
+	memory *memory
+	share  *share
+	size   int64
+}
+
+func (m *memory) reserve(s *share) *reservation { return &reservation{memory: m, share: s} }
+
+// grow extends the reservation to size bytes and reports whether there is room. An answer up to task.SmallDocument always
+// has room, and so has the only answer that is being read. The others of an upstream may take as much as they leave free
+// (dynamic thresholds, Choudhury and Hahne, 1998): an upstream that floods, or stalls, never takes everything.
+func (r *reservation) grow(size int64) bool {
+	more := size - r.size
+	if more <= 0 {
+		return true
+	}
+	m := r.memory
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if size > task.SmallDocument && m.reading > r.size {
+		free := m.limit - m.sending - m.reading - more
+		if r.share.reading+more > free {
+			return false
+		}
+	}
+	m.reading += more
+	r.share.reading += more
+	r.size = size
+	m.makeRoom(0)
+	return true
+}
+
+// release returns the reservation.
+func (r *reservation) release() {
+	m := r.memory
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.reading -= r.size
+	r.share.reading -= r.size
+	r.size = 0
+}
 
 // sieve is an eviction order. The zero value is empty.
 type sieve struct {
-	order list.List     // of *sieveNode, the newest in front
+	order list.List     // of *form, the newest in front
 	hand  *list.Element // the next candidate; nil means the oldest
 }
 
-// sieveNode is a place in an eviction order.
-type sieveNode struct {
-	entry   *entry
-	size    int64
-	visited atomic.Bool
-	element *list.Element // nil if it is in no order
-}
-
-// visit marks the node as requested. It reads first, which keeps the cache line shared.
-func (n *sieveNode) visit() {
-	if !n.visited.Load() {
-		n.visited.Store(true)
+// visit marks the form as requested. It reads first, which keeps the cache line shared.
+func (f *form) visit() {
+	if !f.visited.Load() {
+		f.visited.Store(true)
 	}
 }
 
-// add adds n as the newest.
-func (s *sieve) add(n *sieveNode) { n.element = s.order.PushFront(n) }
+// add adds f as the newest.
+func (s *sieve) add(f *form) { f.element = s.order.PushFront(f) }
 
-func (s *sieve) remove(n *sieveNode) {
-	if s.hand == n.element {
-		s.hand = n.element.Prev()
+func (s *sieve) remove(f *form) {
+	if s.hand == f.element {
+		s.hand = f.element.Prev()
 	}
-	s.order.Remove(n.element)
-	n.element = nil
+	s.order.Remove(f.element)
+	f.element = nil
 }
 
-// next returns the node to evict, or nil if there is none. The hand moves from the oldest to the newest node and spares
-// those visited since it last passed.
-func (s *sieve) next() *sieveNode {
-	if s.order.Len() == 0 {
-		return nil
-	}
-	for {
+// next returns the form to evict, or nil if there is none. The hand moves from the oldest to the newest form. It spares
+// those that were visited since it last passed, and those that callers hold, because to evict them frees nothing.
+func (s *sieve) next() *form {
+	for range 2 * s.order.Len() { // the first round takes the marks
 		if s.hand == nil {
 			s.hand = s.order.Back()
 		}
-		n := s.hand.Value.(*sieveNode)
-		if !n.visited.Swap(false) {
-			return n
+		f := s.hand.Value.(*form)
+		if !f.visited.Swap(false) && f.holders.Load() == 0 {
+			return f
 		}
 		s.hand = s.hand.Prev()
 	}
+	return nil
 }
 
-// shared is what a namespace shares across configurations: the memory tier, the calls under way that fill it, and the
-// budget for answers that are being read. It holds nothing of a configuration, so it outlives each of them.
+// shared is what a namespace shares across configurations: the memory tier, and the calls under way that fill it. It holds
+// nothing of a configuration, so it outlives each of them.
 type shared struct {
 	*memory
 	calls coalesce.Group[callKey, fetchResult]
@@ -294,7 +474,6 @@ type shared struct {
 	membersMu sync.Mutex
 	members   map[*member]struct{}
 
-	reading atomic.Int64 // memory of the answers that are being read, in bytes
 	waiters atomic.Int64 // callers that wait for a report to be finished
 }
 
@@ -370,33 +549,6 @@ func (s *shared) stats() memoryStats {
 	stats.Waiters = s.waiters.Load()
 	return stats
 }
-
-// reservation is a part of the read budget, for one answer. The budget is as large as the cache, so that many callers
-// that request different large reports cannot exhaust memory.
-type reservation struct {
-	shared *shared
-	size   int64
-}
-
-func (s *shared) reserve() *reservation { return &reservation{shared: s} }
-
-// grow extends the reservation to size bytes and reports whether there is room. One answer always has room, however
-// large it is.
-func (r *reservation) grow(size int64) bool {
-	more := size - r.size
-	if more <= 0 {
-		return true
-	}
-	if reading := r.shared.reading.Add(more); reading > r.shared.maxSize() && reading > size {
-		r.shared.reading.Add(-more)
-		return false
-	}
-	r.size = size
-	return true
-}
-
-// release returns the reservation to the budget.
-func (r *reservation) release() { r.shared.reading.Add(-r.size) }
 
 // archives pools the archives of a process by the configuration of their storage.
 var archives = caddy.NewUsagePool()

@@ -6,23 +6,27 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
+// reports counts the reports of inflatedReport, no two of which are the same.
+var reports atomic.Int64
+
 // inflatedReport returns a finished report of size bytes that is not compressed.
 func inflatedReport(size int) *task.Report {
 	return task.NewReport(task.Document{
-		Hash: "0123456789abcdef0123456789abcdef", Length: size, Body: slices.Grow([]byte(nil), size)[:size],
+		Hash: fmt.Sprintf("%032x", reports.Add(1)), Length: size, Body: slices.Grow([]byte(nil), size)[:size],
 	})
 }
 
 // gzippedReport returns a finished report of about size bytes that is compressed.
 func gzippedReport(t testing.TB, size int) *task.Report {
 	t.Helper()
-	r, err := task.ReadReport(strings.NewReader(`{"result":{"text":"` + strings.Repeat("x", size) + `"}}`))
+	r, err := task.ReadReport(strings.NewReader(`{"result":{"text":"`+strings.Repeat("x", size)+`"}}`), func(int64) error { return nil })
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -41,8 +45,8 @@ func TestCacheBound(t *testing.T) {
 			t.Fatalf("%d bytes are used, more than %d", c.used, limit)
 		}
 	}
-	if n := c.kept.ItemCount(); n < 80 || n != c.entries.order.Len() {
-		t.Errorf("%d are kept, %d are in the eviction order", n, c.entries.order.Len())
+	if n := c.kept.ItemCount(); n < 80 || n != c.entries {
+		t.Errorf("%d are kept, %d are in the eviction order", n, c.entries)
 	}
 	if _, ok := c.get(numbered(999)); !ok {
 		t.Error("the newest is not kept")
@@ -104,63 +108,221 @@ func TestCacheReplacesAndExpires(t *testing.T) {
 	}
 }
 
-func TestCacheEvictsInflatedCopiesFirst(t *testing.T) {
-	const n, size = 50, 10 << 10
-	s := newMemory(1 << 20)
-	defer s.close()
+// Both forms of a report are in one eviction order, and both count.
+func TestCacheEvictsInOneOrder(t *testing.T) {
+	const n, size = 20, 50 << 10
+	m := newMemory(10 << 20)
+	defer m.close()
 	entries := make([]*entry, n)
 	for i := range n {
-		r := gzippedReport(t, size)
-		entries[i] = s.put(numbered(i), r, time.Hour)
+		entries[i] = m.put(numbered(i), gzippedReport(t, size), time.Hour)
 	}
-	used := s.used
-	for range 3 {
+	compressed := m.stats().Bytes
+	for range 2 {
 		for i, e := range entries {
-			inflated, err := s.inflate(e)
-			if err != nil || len(inflated.Body) < size {
-				t.Fatalf("%d: %d bytes, error %v", i, len(inflated.Body), err)
+			f, err := m.inflatedForm(e)
+			if err != nil || f == nil || len(f.rep.Body) < size {
+				t.Fatalf("%d: %v, error %v", i, f, err)
 			}
+			m.release(f)
 		}
 	}
-	if s.used <= used || s.used > 1<<20 {
-		t.Errorf("%d bytes are used, before they were inflated it was %d", s.used, used)
+	if used := m.stats().Bytes; used < compressed+n*size || used > compressed+n*(size+100) {
+		t.Errorf("%d bytes are used, %d before they were inflated", used, compressed)
 	}
-	s.setLimit(used)
-	if s.used != used || s.inflated.order.Len() != 0 || s.entries.order.Len() != n {
-		t.Errorf("%d bytes are used, want %d; %d inflated copies and %d entries are left", s.used, used, s.inflated.order.Len(), s.entries.order.Len())
+	for i := n / 2; i < n; i++ { // these are requested, in the form that is inflated
+		f, _ := m.inflatedForm(entries[i])
+		m.release(f)
 	}
-	for _, e := range entries {
-		if _, made, err := e.report.Inflate(); !made || err != nil {
-			t.Errorf("an inflated copy is still there, error %v", err)
+	m.setLimit(compressed + n/2*(size+100))
+	left := 0
+	for i, e := range entries {
+		if e.inflated.Load() == nil {
+			continue
+		}
+		if left++; i < n/2 {
+			t.Errorf("the copy of %d is left, which was not requested again", i)
+		}
+	}
+	if left < n/2-1 || m.stats().Bytes > m.limit {
+		t.Errorf("%d copies are left, %d bytes of %d", left, m.stats().Bytes, m.limit)
+	}
+}
+
+// A large document is inflated piece by piece for the first caller, and copied for the second, if there is room.
+func TestInflatedCopiesPay(t *testing.T) {
+	m := newMemory(8 << 20)
+	defer m.close()
+	e := m.put(numbered(1), gzippedReport(t, 500<<10), time.Hour)
+	if f, err := m.inflatedForm(e); f != nil || err != nil {
+		t.Errorf("the first caller gets a copy, error %v", err)
+	}
+	f, err := m.inflatedForm(e)
+	if f == nil || err != nil {
+		t.Fatalf("the second caller gets no copy, error %v", err)
+	}
+	if again, _ := m.inflatedForm(e); again != f {
+		t.Error("the third caller gets another copy")
+	}
+	large := m.put(numbered(2), gzippedReport(t, 2<<20), time.Hour)
+	for range 3 {
+		if f, err := m.inflatedForm(large); f != nil || err != nil {
+			t.Errorf("a copy of a quarter of the memory is made, error %v", err)
 		}
 	}
 }
 
+// What slow callers hold counts once each until the last has it, whatever becomes of the entry.
+func TestSlowCallersCountOnce(t *testing.T) {
+	m := newMemory(1 << 20)
+	defer m.close()
+	e := m.put(numbered(1), inflatedReport(100<<10), time.Hour)
+	size := e.whole.size
+	for range 24 {
+		m.acquire(&e.whole)
+	}
+	if stats := m.stats(); stats.Sending != 0 || stats.Bytes != size {
+		t.Errorf("kept: %+v", stats)
+	}
+	m.purge(nil)
+	m.acquire(&e.whole) // one that came before
+	if stats := m.stats(); stats.Sending != size || stats.Bytes != stats.Sending {
+		t.Errorf("not kept: %+v", stats)
+	}
+	for range 24 {
+		m.release(&e.whole)
+	}
+	if stats := m.stats(); stats.Sending != size {
+		t.Errorf("one caller is left: %+v", stats)
+	}
+	m.release(&e.whole)
+	if stats := m.stats(); stats.Bytes != 0 {
+		t.Errorf("none is left: %+v", stats)
+	}
+
+	// What was never kept counts as well.
+	never := unkept(inflatedReport(100 << 10))
+	m.acquire(&never.whole)
+	if stats := m.stats(); stats.Sending != size {
+		t.Errorf("never kept: %+v", stats)
+	}
+	m.release(&never.whole)
+	if stats := m.stats(); stats.Bytes != 0 {
+		t.Errorf("after that: %+v", stats)
+	}
+}
+
+// To evict what callers hold would free nothing.
+func TestWhatIsHeldIsNotEvicted(t *testing.T) {
+	const size = 104 << 10 // which Go's allocator does not round up
+	m := newMemory(5 * (size + entryOverhead))
+	defer m.close()
+	for i := range 5 {
+		e := m.put(numbered(i), inflatedReport(size), time.Hour)
+		m.acquire(&e.whole)
+		defer m.release(&e.whole)
+	}
+	if e := m.put(numbered(5), inflatedReport(size), time.Hour); !e.unkept {
+		t.Error("a sixth report is kept")
+	}
+	if stats := m.stats(); stats.Entries != 5 || stats.Bytes > stats.Limit {
+		t.Errorf("%+v", stats)
+	}
+}
+
+// The same document again keeps the bytes, and their place.
+func TestSameDocumentAgain(t *testing.T) {
+	m := newMemory(1 << 20)
+	defer m.close()
+	first := m.put(numbered(1), gzippedReport(t, 1000), 50*time.Millisecond)
+	before := m.stats()
+	again := m.put(numbered(1), gzippedReport(t, 1000), time.Hour)
+	if again != first || m.stats() != before {
+		t.Errorf("another entry: %+v, before %+v", m.stats(), before)
+	}
+	time.Sleep(100 * time.Millisecond) // beyond the first TTL
+	if e, ok := m.get(numbered(1)); !ok || e != first {
+		t.Error("it was not renewed")
+	}
+}
+
+// An upstream leaves as much as it takes, so one that stalls or floods does not keep out the others.
+func TestReservations(t *testing.T) {
+	const limit, large = 64 << 20, 4 << 20
+	m := newMemory(limit)
+	defer m.close()
+	for i := 0; m.stats().Bytes < limit-large; i++ {
+		m.put(numbered(i), inflatedReport(1<<20), time.Hour)
+	}
+	var sick, healthy share
+	taken := 0
+	for m.reserve(&sick).grow(large) {
+		taken += large
+	}
+	if taken > limit/2+large || taken < limit/2-large {
+		t.Errorf("one upstream takes %d MiB of %d", taken>>20, limit>>20)
+	}
+	if !m.reserve(&healthy).grow(large) {
+		t.Error("another upstream has no room")
+	}
+	for range 100 {
+		if !m.reserve(&sick).grow(task.SmallDocument) {
+			t.Fatal("a small answer has no room")
+		}
+	}
+	if stats := m.stats(); stats.Bytes > limit+100*task.SmallDocument {
+		t.Errorf("%+v", stats)
+	}
+
+	alone := newMemory(1 << 20)
+	defer alone.close()
+	var s share
+	r := alone.reserve(&s)
+	if !r.grow(10 << 20) {
+		t.Error("the only answer has no room")
+	}
+	if alone.reserve(new(share)).grow(large) {
+		t.Error("there is room for another")
+	}
+	r.release()
+	if stats := alone.stats(); stats.Reading != 0 || s.reading != 0 {
+		t.Errorf("%+v, share %d", stats, s.reading)
+	}
+}
+
 func TestCacheConcurrently(t *testing.T) {
-	s := newMemory(200 << 10)
+	m := newMemory(200 << 10)
 	var wg sync.WaitGroup
 	for worker := range 8 {
 		wg.Go(func() {
 			for i := range 500 {
 				k := numbered((i * (worker + 1)) % 100)
-				if e, ok := s.get(k); ok {
-					if _, err := s.inflate(e); err != nil {
-						t.Error(err)
-					}
-					continue
+				e, ok := m.get(k)
+				if !ok {
+					e = m.put(k, gzippedReport(t, 4000), time.Duration(i%5+1)*time.Millisecond)
 				}
-				r := gzippedReport(t, 4000)
-				s.put(k, r, time.Duration(i%5+1)*time.Millisecond)
+				m.acquire(&e.whole)
+				f, err := m.inflatedForm(e)
+				if err != nil {
+					t.Error(err)
+				}
+				if f != nil {
+					m.release(f)
+				}
+				m.release(&e.whole)
+				r := m.reserve(new(share))
+				r.grow(1000)
+				r.release()
 			}
 		})
 	}
 	wg.Wait()
-	s.close()
-	if s.used != 0 || s.kept.ItemCount() != 0 || s.inflated.order.Len() != 0 || s.entries.order.Len() != 0 {
-		t.Errorf("a closed cache uses %d bytes for %d items", s.used, s.kept.ItemCount())
+	m.close()
+	if stats := m.stats(); stats.Bytes != 0 || stats.Entries != 0 || m.kept.ItemCount() != 0 || m.order.order.Len() != 0 || m.used != 0 {
+		t.Errorf("a closed cache: %+v, %d items", stats, m.kept.ItemCount())
 	}
-	s.put(numbered(1), inflatedReport(10), time.Hour)
-	if s.kept.ItemCount() != 0 {
+	m.put(numbered(1), inflatedReport(10), time.Hour)
+	if m.kept.ItemCount() != 0 {
 		t.Error("a closed cache keeps a value")
 	}
 }

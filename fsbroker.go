@@ -241,7 +241,11 @@ func (h *Handler) wait(w http.ResponseWriter, r *http.Request, q query, res resu
 		seconds = preferredWait(r.Header)
 	}
 	maxWait := min(time.Duration(seconds)*time.Second, time.Duration(h.MaxWait))
-	if maxWait == 0 {
+	if deadline := writeDeadline(r); !deadline.IsZero() {
+		// Leave time to write the response. Caddy's idle timeout enforces the deadline, so it cannot be extended.
+		maxWait = min(maxWait, time.Until(deadline)*9/10)
+	}
+	if maxWait <= 0 {
 		return res, nil
 	}
 	w.Header().Set("Preference-Applied", "wait="+wholeSeconds(maxWait))
@@ -252,6 +256,30 @@ func (h *Handler) wait(w http.ResponseWriter, r *http.Request, q query, res resu
 
 // statusClientClosedRequest is what nginx and Caddy log if the client has left before the response.
 const statusClientClosedRequest = 499
+
+// writeDeadline returns when the server's write timeout ends the response. It is zero if there is none.
+func writeDeadline(r *http.Request) time.Time {
+	server, ok := r.Context().Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
+	if !ok || server.WriteTimeout <= 0 {
+		return time.Time{}
+	}
+	start, ok := caddyhttp.GetVar(r.Context(), "start_time").(time.Time)
+	if !ok {
+		return time.Time{}
+	}
+	return start.Add(time.Duration(server.WriteTimeout))
+}
+
+// undelivered reports whether a response was too late for the server's write timeout. It may be buffered still, so only a
+// flush shows that.
+func undelivered(w http.ResponseWriter, r *http.Request) bool {
+	deadline := writeDeadline(r)
+	if deadline.IsZero() || time.Now().Before(deadline) {
+		return false
+	}
+	err := http.NewResponseController(w).Flush()
+	return err != nil && !errors.Is(err, http.ErrNotSupported)
+}
 
 // respond writes the response for a result, or for the error that took its place, and counts the request.
 func (h *Handler) respond(w http.ResponseWriter, r *http.Request, info *requestInfo, res result, err error) {
@@ -269,6 +297,9 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, info *requestI
 	default: // the caller has left; this is for the access log
 		status = statusClientClosedRequest
 		w.WriteHeader(status)
+	}
+	if undelivered(w, r) {
+		status = statusClientClosedRequest
 	}
 	if info.cache == outcomeHit && info.client.hits.count(status) {
 		return

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
@@ -166,6 +167,7 @@ func (e Endpoint) newUpstream(repl *caddy.Replacer, role role, name string, o en
 		secret:          secret,
 		identity:        task.NewKey(base.String(), value, fmt.Sprint(secret.inHeader, secret.params, o.timeout, o.maxAnswer)),
 		upstreamOptions: o.upstreamOptions,
+		line:            semaphore.NewWeighted(maxInFlight),
 	}
 	u.health.failDuration, u.health.logger = o.failDuration, o.logger
 	u.health.notify = func(event, reason string) { o.notify(u, event, reason) }
@@ -177,20 +179,20 @@ var errUnknown = errors.New("the upstream does not know it")
 
 // fetchTask fetches the report of a node's task from the node, or from the broker. A fresh fetch asks the broker for the
 // node's current report instead of its copy.
-func (u *upstream) fetchTask(ctx context.Context, q query, fresh bool, budget *reservation) (*task.Report, error) {
+func (u *upstream) fetchTask(ctx context.Context, q query, fresh bool) (*task.Report, error) {
 	params := url.Values{"taskID": {q.taskID}, "all": {strconv.FormatBool(q.all)}}
 	if u.role == roleBroker {
 		params.Set("appServerID", q.appServerID)
 		setNocache(params, fresh)
 	}
-	return u.fetchReport(ctx, params, budget)
+	return u.fetchReport(ctx, params)
 }
 
 // fetchSubmitted fetches the report of a submission from the broker.
-func (u *upstream) fetchSubmitted(ctx context.Context, q query, fresh bool, budget *reservation) (*task.Report, error) {
+func (u *upstream) fetchSubmitted(ctx context.Context, q query, fresh bool) (*task.Report, error) {
 	params := url.Values{"submitID": {q.submitID}, "all": {strconv.FormatBool(q.all)}}
 	setNocache(params, fresh)
-	return u.fetchReport(ctx, params, budget)
+	return u.fetchReport(ctx, params)
 }
 
 func setNocache(params url.Values, fresh bool) {
@@ -200,13 +202,14 @@ func setNocache(params url.Values, fresh bool) {
 }
 
 // fetchReport fetches a report. The error is errUnknown if the upstream does not know it.
-func (u *upstream) fetchReport(ctx context.Context, params url.Values, budget *reservation) (*task.Report, error) {
+func (u *upstream) fetchReport(ctx context.Context, params url.Values) (*task.Report, error) {
 	var report *task.Report
-	status, err := u.fetch(ctx, "task", params, budget, func(body io.Reader) (err error) {
-		if report, err = task.ReadReport(body); err != nil {
+	status, err := u.fetch(ctx, "task", params, func(body io.Reader, grow func(int64) error) (err error) {
+		report, err = task.ReadReport(body, grow)
+		if _, ok := errors.AsType[*problem](err); err != nil && !ok {
 			return u.problem(problemBadAnswer, fmt.Sprintf("sent something that is not a report: %s. Try again later", err))
 		}
-		return nil
+		return err
 	})
 	switch {
 	case err != nil:
@@ -220,10 +223,10 @@ func (u *upstream) fetchReport(ctx context.Context, params url.Values, budget *r
 }
 
 // fetchSubmission fetches what the broker says about a submission. The error is errUnknown if the broker does not know it.
-func (u *upstream) fetchSubmission(ctx context.Context, submitID string, budget *reservation) (task.Submission, error) {
+func (u *upstream) fetchSubmission(ctx context.Context, submitID string) (task.Submission, error) {
 	var sub task.Submission
-	status, err := u.fetch(ctx, "submit-result", url.Values{"submitID": {submitID}}, budget, func(body io.Reader) (err error) {
-		sub, err = task.ReadSubmission(body)
+	status, err := u.fetch(ctx, "submit-result", url.Values{"submitID": {submitID}}, func(body io.Reader, _ func(int64) error) (err error) {
+		sub, err = task.ReadSubmission(io.LimitReader(body, maxInfo))
 		return err
 	})
 	switch {
@@ -253,14 +256,14 @@ type queueInfo struct {
 	Completed *int64 `json:"completed,omitempty"`
 }
 
-// maxSystemInfo is the maximum size of what an upstream says about itself, in bytes.
-const maxSystemInfo = 1 << 20
+// maxInfo is how much is read of what an upstream says about itself or about a submission, in bytes.
+const maxInfo = 64 << 10
 
 // fetchSystemInfo fetches what an upstream says about itself, even if the upstream is down. An error means that ctx has ended.
-func (u *upstream) fetchSystemInfo(ctx context.Context, timeout time.Duration, budget *reservation) (response, systemInfo, error) {
+func (u *upstream) fetchSystemInfo(ctx context.Context, timeout time.Duration) (response, systemInfo, error) {
 	var info systemInfo
-	r, err := u.exchange(ctx, timeout, "system-info", make(url.Values), budget, func(body io.Reader) (err error) {
-		if info, err = readSystemInfo(io.LimitReader(body, maxSystemInfo)); err != nil {
+	r, err := u.exchange(ctx, timeout, "system-info", make(url.Values), func(body io.Reader, _ func(int64) error) (err error) {
+		if info, err = readSystemInfo(io.LimitReader(body, maxInfo)); err != nil {
 			return u.problem(problemBadAnswer, "sent something that is not a JSON object: its operator must correct that")
 		}
 		return nil

@@ -180,8 +180,6 @@ func (rs *resolver) call(ctx context.Context, k task.Key, q query) (result, erro
 // fetch returns the report under k from the storage, or from the first upstream that knows it, and keeps it. A fresh fetch
 // always asks the upstreams.
 func (rs *resolver) fetch(ctx context.Context, k task.Key, q query, fresh bool) (fetchResult, error) {
-	budget := rs.shared.reserve()
-	defer budget.release()
 	var unreadable error
 	_, kept := rs.shared.get(k)
 	if !kept {
@@ -191,7 +189,7 @@ func (rs *resolver) fetch(ctx context.Context, k task.Key, q query, fresh bool) 
 		}
 		unreadable, kept = err, e != nil
 	}
-	report, from, err := rs.fetchFromUpstreams(ctx, q, fresh, budget)
+	report, from, err := rs.fetchFromUpstreams(ctx, q, fresh)
 	if err == nil {
 		return fetchResult{entry: rs.keep(k, report), from: from, span: lastSpan(ctx)}, nil
 	}
@@ -208,11 +206,11 @@ func (rs *resolver) fetch(ctx context.Context, k task.Key, q query, fresh bool) 
 
 // fetchFromUpstreams returns the report from the first upstream that knows it. An upstream that fails is passed over like
 // one that does not know it. If none knows it, the error is the first failure, or else that it is unknown.
-func (rs *resolver) fetchFromUpstreams(ctx context.Context, q query, fresh bool, budget *reservation) (*task.Report, *upstream, error) {
+func (rs *resolver) fetchFromUpstreams(ctx context.Context, q query, fresh bool) (*task.Report, *upstream, error) {
 	if q.submitID != "" {
-		report, err := rs.broker.fetchSubmitted(ctx, q, fresh, budget)
+		report, err := rs.broker.fetchSubmitted(ctx, q, fresh)
 		if errors.Is(err, errUnknown) {
-			return rs.explainUnknown(ctx, q, budget)
+			return rs.explainUnknown(ctx, q)
 		}
 		return report, rs.broker, err
 	}
@@ -221,7 +219,7 @@ func (rs *resolver) fetchFromUpstreams(ctx context.Context, q query, fresh bool,
 		if u == nil {
 			continue
 		}
-		report, err := u.fetchTask(ctx, q, fresh, budget)
+		report, err := u.fetchTask(ctx, q, fresh)
 		if err == nil {
 			return report, u, nil
 		}
@@ -243,8 +241,8 @@ func (rs *resolver) fetchFromUpstreams(ctx context.Context, q query, fresh bool,
 
 // explainUnknown finds out why the broker has no report of a submission. The submission may be queued, or it may be a
 // task of a node. A failure to find out does not matter: the broker does not know the report.
-func (rs *resolver) explainUnknown(ctx context.Context, q query, budget *reservation) (*task.Report, *upstream, error) {
-	sub, err := rs.broker.fetchSubmission(ctx, q.submitID, budget)
+func (rs *resolver) explainUnknown(ctx context.Context, q query) (*task.Report, *upstream, error) {
+	sub, err := rs.broker.fetchSubmission(ctx, q.submitID)
 	if ctx.Err() != nil {
 		return nil, nil, context.Cause(ctx)
 	}
@@ -285,16 +283,14 @@ func (rs *resolver) keep(k task.Key, report *task.Report) *entry {
 		rs.save(e)
 		return e
 	case ok && kept.report.Finished():
-		return &entry{report: report}
+		return unkept(report)
 	}
 	return rs.shared.put(k, report, rs.pollInterval)
 }
 
 // fetchSystemInfo fetches what an upstream says about itself. An error means that ctx has ended.
 func (rs *resolver) fetchSystemInfo(ctx context.Context, u *upstream) (response, systemInfo, error) {
-	budget := rs.shared.reserve()
-	defer budget.release()
-	return u.fetchSystemInfo(ctx, rs.healthTimeout, budget)
+	return u.fetchSystemInfo(ctx, rs.healthTimeout)
 }
 
 // check checks the health of an upstream.

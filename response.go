@@ -1,6 +1,7 @@
 package fsbroker
 
 import (
+	"errors"
 	"net/http"
 	"strconv"
 	"strings"
@@ -39,35 +40,54 @@ func (rp *responder) write(w http.ResponseWriter, r *http.Request, res result) i
 		return http.StatusNoContent
 	}
 
-	chosen, err := rp.choose(res.entry, r.Header)
+	e := res.entry
+	gzipped := report.Gzipped() && prefersGzip(r.Header)
+	inflated := report.Gzipped() && !gzipped
+	rep := e.describe(inflated)
+	if ifMatch := r.Header["If-Match"]; len(ifMatch) > 0 && !matchesETag(ifMatch, rep.ETag, false) {
+		return writeProblem(w, r, preconditionFailed, cacheStatus(res, nil))
+	}
+	if matchesETag(r.Header["If-None-Match"], rep.ETag, true) {
+		f.set("Etag", rep.ETag)
+		w.WriteHeader(http.StatusNotModified)
+		return http.StatusNotModified
+	}
+	isHead := r.Method == http.MethodHead
+	body, err := rp.memory.acquireForm(e, inflated && !isHead)
 	if err != nil {
 		rp.logger.Error("a kept report is damaged", zap.Error(err))
 		return writeProblem(w, r, damaged, cacheStatus(res, damaged))
 	}
-	if ifMatch := r.Header["If-Match"]; len(ifMatch) > 0 && !matchesETag(ifMatch, chosen.ETag, false) {
-		return writeProblem(w, r, preconditionFailed, cacheStatus(res, nil))
+	if body != nil {
+		defer rp.memory.release(body)
 	}
-	f.set("Etag", chosen.ETag)
-	if matchesETag(r.Header["If-None-Match"], chosen.ETag, true) {
-		w.WriteHeader(http.StatusNotModified)
-		return http.StatusNotModified
-	}
+	f.set("Etag", rep.ETag)
 	f.set("Content-Type", "application/json")
-	f.set("Content-Length", chosen.Length)
-	if chosen == report.Gzipped() {
+	f.set("Content-Length", rep.Length)
+	if gzipped {
 		f.set("Content-Encoding", "gzip")
 	}
 	w.WriteHeader(http.StatusOK)
-	writeBody(w, r, chosen.Body)
+	switch {
+	case isHead:
+	case body == nil:
+		rp.stream(w, report)
+	default:
+		_, _ = w.Write(body.rep.Body) // an error means that the client has left
+	}
 	return http.StatusOK
 }
 
-// choose returns the representation that the caller accepts.
-func (rp *responder) choose(e *entry, header http.Header) (*task.Representation, error) {
-	if gzipped := e.report.Gzipped(); gzipped != nil && prefersGzip(header) {
-		return gzipped, nil
+// stream writes an inflated document piece by piece. The response cannot say any more that the report is damaged, so it is
+// aborted then.
+func (rp *responder) stream(w http.ResponseWriter, report *task.Report) {
+	decoder := rp.memory.reserve(new(share))
+	defer decoder.release()
+	decoder.grow(task.DecoderMemory)
+	if err := report.WriteInflated(w); errors.Is(err, task.ErrDamaged) {
+		rp.logger.Error("a kept report is damaged", zap.Error(err))
+		panic(http.ErrAbortHandler)
 	}
-	return rp.memory.inflate(e)
 }
 
 // writeProblem writes a problem document and returns the status of the response. Caddy's error handling would log the
@@ -174,7 +194,7 @@ func cacheStatus(res result, p *problem) string {
 	case outcomeCollapsed:
 		return forward + "; collapsed"
 	}
-	if res.entry.number == 0 {
+	if res.entry.unkept {
 		return forward
 	}
 	return forward + "; stored"

@@ -11,9 +11,11 @@ import (
 	"net/url"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"time"
 
 	"go.uber.org/zap"
+	"golang.org/x/sync/semaphore"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
@@ -32,14 +34,22 @@ type upstream struct {
 	identity task.Key
 
 	upstreamOptions
+	line     *semaphore.Weighted // bounds the requests in flight; first come, first served
 	health   health
-	probe    tlsProbe
+	share    share // of the memory for answers
+	probes   limiter
+	warnings limiter // of local errors
 	inFlight atomic.Int64
 }
+
+// maxInFlight bounds the requests to an upstream that are in flight. Others wait in line. There is one for each report that
+// callers ask for, so the line is fair among reports, however many callers one has.
+const maxInFlight = 64
 
 // upstreamOptions are the options that the upstreams of a handler have in common.
 type upstreamOptions struct {
 	transport http.RoundTripper
+	memory    *memory       // for the answers
 	timeout   time.Duration // of one request, including the body of the answer
 	maxAnswer int64         // bytes
 	logger    *zap.Logger
@@ -68,20 +78,25 @@ func (u *upstream) down(now time.Time) *problem {
 	return down
 }
 
-// bodyReader reads the body of an answer. Its error says why the answer cannot be used.
-type bodyReader func(body io.Reader) error
+// bodyReader reads the body of an answer. It calls grow with the memory that it needs so far, in bytes, before it takes
+// more. Its error says why the answer cannot be used.
+type bodyReader func(body io.Reader, grow func(held int64) error) error
 
 // fetch sends a request and reads the answer. It returns the status, which is 200, 204 or 404. ctx belongs to the fetch
 // and not to a caller: the transport reads values from it, and the answer belongs to all callers that wait for it. An
 // error that is not a *problem means that ctx has ended.
-func (u *upstream) fetch(ctx context.Context, path string, params url.Values, budget *reservation, read bodyReader) (status int, err error) {
+func (u *upstream) fetch(ctx context.Context, path string, params url.Values, read bodyReader) (status int, err error) {
+	if err := u.line.Acquire(ctx, 1); err != nil {
+		return 0, context.Cause(ctx)
+	}
+	defer u.line.Release(1)
 	start := time.Now()
 	if down := u.down(start); down != nil {
 		return 0, down
 	}
 	u.inFlight.Add(1)
 	defer u.inFlight.Add(-1)
-	r, err := u.exchange(ctx, u.timeout, path, params, budget, read)
+	r, err := u.exchange(ctx, u.timeout, path, params, read)
 	if err == nil {
 		u.health.record(sourceRequest, r)
 		if r.problem != nil {
@@ -112,7 +127,7 @@ func fetchOutcome(status int, err error) string {
 }
 
 // exchange sends a request, even to an upstream that is down. An error means that ctx has ended.
-func (u *upstream) exchange(ctx context.Context, timeout time.Duration, path string, params url.Values, budget *reservation, read bodyReader) (r response, err error) {
+func (u *upstream) exchange(ctx context.Context, timeout time.Duration, path string, params url.Values, read bodyReader) (r response, err error) {
 	start := time.Now()
 	timed, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
@@ -120,13 +135,18 @@ func (u *upstream) exchange(ctx context.Context, timeout time.Duration, path str
 	defer func() { endSpan(span, r, err) }()
 
 	var dial dialTrace
-	body := &answerBody{upstream: u, budget: budget}
+	body := &answerBody{upstream: u, reservation: u.memory.reserve(&u.share)}
+	defer body.reservation.release()
 	status, err := u.roundTrip(u.request(httptrace.WithClientTrace(timed, dial.trace()), path, params), body, read)
 	if err != nil && ctx.Err() != nil {
 		return response{}, context.Cause(ctx)
 	}
 	r = response{status: status, cause: err, dialFailed: dial.failed()}
-	u.diagnose(ctx, &r)
+	if dial.isLocal() {
+		u.diagnoseLocal(&r)
+	} else {
+		u.diagnose(ctx, &r)
+	}
 	if r.dialFailed {
 		u.health.recordDial(false)
 	}
@@ -214,14 +234,14 @@ func retryAfter(header http.Header, byDefault time.Duration) time.Duration {
 	return byDefault
 }
 
-// answerBody reads the body of an answer, within the upstream's limit, which counts inflated bytes, and within the read
-// budget.
+// answerBody reads the body of an answer, within the upstream's limit, which counts inflated bytes. What is held of it is
+// reserved.
 type answerBody struct {
-	upstream *upstream
-	budget   *reservation
-	body     io.Reader
-	size     int64
-	err      error // the first error of reading the body
+	upstream    *upstream
+	reservation *reservation
+	body        io.Reader
+	size        int64
+	err         error // the first error of reading the body
 }
 
 // read reads the body of resp. An error of reading the body takes precedence over an error of read.
@@ -229,11 +249,11 @@ func (b *answerBody) read(resp *http.Response, read bodyReader) error {
 	if encoding := resp.Header.Get("Content-Encoding"); encoding != "" && !strings.EqualFold(encoding, "identity") {
 		return b.upstream.problem(problemBadAnswer, "sent a content encoding that it was not asked for: its operator must correct that")
 	}
-	if err := b.grow(resp.ContentLength); err != nil {
+	if err := b.checkSize(resp.ContentLength); err != nil {
 		return err
 	}
 	b.body = resp.Body
-	if err := read(b); b.err == nil {
+	if err := read(b, b.grow); b.err == nil {
 		return err
 	}
 	return b.err
@@ -243,8 +263,8 @@ func (b *answerBody) read(resp *http.Response, read bodyReader) error {
 func (b *answerBody) Read(p []byte) (int, error) {
 	n, err := b.body.Read(p)
 	b.size += int64(n)
-	if limit := b.grow(b.size); limit != nil {
-		err = limit
+	if tooLarge := b.checkSize(b.size); tooLarge != nil {
+		err = tooLarge
 	}
 	if err != nil && !errors.Is(err, io.EOF) {
 		b.err = err
@@ -252,13 +272,18 @@ func (b *answerBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// grow makes room for size bytes in all.
-func (b *answerBody) grow(size int64) error {
+// checkSize checks the size of the body so far, or the size that the upstream states.
+func (b *answerBody) checkSize(size int64) error {
 	if size > b.upstream.maxAnswer {
 		return b.upstream.problem(problemAnswerTooLarge,
 			fmt.Sprintf("sent more than %d bytes: its operator may raise max_report", b.upstream.maxAnswer))
 	}
-	if !b.budget.grow(size) {
+	return nil
+}
+
+// grow reserves memory. What the upstream states as the size of its answer does not count, but only what is held.
+func (b *answerBody) grow(held int64) error {
+	if !b.reservation.grow(held) {
 		return &problem{
 			kind: problemBusy, retryAfter: time.Second,
 			detail: "the answers that are being read use up the memory for them: try again after Retry-After",
@@ -290,6 +315,18 @@ func (u *upstream) diagnose(ctx context.Context, r *response) {
 		r.problem = u.problem(problemTimeout, "did not answer in time: try again later")
 	default:
 		r.problem = u.problem(problemBadAnswer, "did not finish its answer: try again later")
+	}
+}
+
+// diagnoseLocal sets the problem that an error of this machine means, and warns of it from time to time.
+func (u *upstream) diagnoseLocal(r *response) {
+	r.dialFailed = false
+	r.problem = &problem{
+		kind: problemBusy, retryAfter: time.Second,
+		detail: "the server has no file descriptors, ports or memory left to ask an upstream: try again after Retry-After",
+	}
+	if u.warnings.due(u.health.failDuration) {
+		u.logger.Warn("no local resources are left to connect: raise the limit of open files", zap.Error(r.cause))
 	}
 }
 
@@ -326,8 +363,12 @@ func isTimeout(err error) bool {
 	return errors.Is(err, context.DeadlineExceeded) || (errors.As(err, &timeout) && timeout.Timeout())
 }
 
-// dialTrace records whether a request got a connection. The transport's error does not say so if the time is up first.
-type dialTrace struct{ dialing, connected atomic.Bool }
+// dialTrace records whether a request got a connection. The transport's error does not say so if the time is up first, and
+// hides the cause of a failure to connect.
+type dialTrace struct {
+	dialing, connected atomic.Bool
+	err                atomic.Pointer[error] // of the last attempt to resolve a name or to connect
+}
 
 func (d *dialTrace) trace() *httptrace.ClientTrace {
 	return &httptrace.ClientTrace{
@@ -336,22 +377,39 @@ func (d *dialTrace) trace() *httptrace.ClientTrace {
 			d.connected.Store(false)
 		},
 		DNSStart:     func(httptrace.DNSStartInfo) { d.dialing.Store(true) },
+		DNSDone:      func(info httptrace.DNSDoneInfo) { d.err.Store(&info.Err) },
 		ConnectStart: func(string, string) { d.dialing.Store(true) },
+		ConnectDone:  func(_, _ string, err error) { d.err.Store(&err) },
 		GotConn:      func(httptrace.GotConnInfo) { d.connected.Store(true) },
 	}
+}
+
+// isLocal reports whether connecting has failed for lack of file descriptors, ports or memory of this machine, which says
+// nothing about an upstream.
+func (d *dialTrace) isLocal() bool {
+	err := d.err.Load()
+	if !d.failed() || err == nil {
+		return false
+	}
+	for _, local := range []syscall.Errno{syscall.EMFILE, syscall.ENFILE, syscall.EADDRNOTAVAIL, syscall.ENOBUFS, syscall.ENOMEM} {
+		if errors.Is(*err, local) {
+			return true
+		}
+	}
+	return false
 }
 
 // failed reports whether connecting was attempted, including name resolution and TLS, and failed.
 func (d *dialTrace) failed() bool { return d.dialing.Load() && !d.connected.Load() }
 
-// tlsProbe limits how often an upstream is probed for TLS.
-type tlsProbe struct{ next atomic.Pointer[time.Time] }
+// limiter limits how often something is done.
+type limiter struct{ next atomic.Pointer[time.Time] }
 
-// due reports whether a probe is due, at most once in an interval.
-func (p *tlsProbe) due(interval time.Duration) bool {
+// due reports whether it is time, at most once in an interval.
+func (l *limiter) due(interval time.Duration) bool {
 	now := time.Now()
-	next, after := p.next.Load(), now.Add(interval)
-	return (next == nil || !now.Before(*next)) && p.next.CompareAndSwap(next, &after)
+	next, after := l.next.Load(), now.Add(interval)
+	return (next == nil || !now.Before(*next)) && l.next.CompareAndSwap(next, &after)
 }
 
 // tlsProbeTimeout bounds the handshake by which an upstream is probed.
@@ -360,7 +418,7 @@ const tlsProbeTimeout = 2 * time.Second
 // speaksTLS reports whether an upstream with an http address speaks TLS. Only a handshake can show that. It is tried at
 // most once in failDuration, and ends before a request is sent.
 func (u *upstream) speaksTLS(ctx context.Context) bool {
-	if !u.probe.due(u.health.failDuration) {
+	if !u.probes.due(u.health.failDuration) {
 		return false
 	}
 	ctx, cancel := context.WithTimeout(ctx, tlsProbeTimeout)

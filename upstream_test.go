@@ -78,7 +78,7 @@ func TestNodeFaults(t *testing.T) {
 		"odd subtasks":     {responds(200, `{"result":{"taskReference":{"state":"SUCCESS"},"subtaskReferences":7}}`), 502, "node_bad_answer"},
 		"a list":           {responds(200, `[1]`), 502, "node_bad_answer"},
 		"server error":     {responds(500, whole), 502, "node_bad_answer"},
-		"too many":         {responds(429, ""), 502, "node_bad_answer"},
+		"too many":         {responds(429, ""), 503, "node_overloaded"},
 		"partial content":  {responds(206, whole), 502, "node_bad_answer"},
 		"secret refused":   {responds(401, ""), 502, "node_refused_secret"},
 		"redirect": {func(w http.ResponseWriter, r *http.Request) {
@@ -144,29 +144,6 @@ func TestGzippingNode(t *testing.T) {
 	if got := s.get(pair); string(got.body) != document {
 		t.Errorf("got %q", got.body)
 	}
-}
-
-func TestAnswersBeingReadAreBounded(t *testing.T) {
-	document := reportOf("t1", "SUCCESS") + strings.Repeat(" ", 600<<10)
-	g := newGate()
-	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Content-Length", fmt.Sprint(len(document)))
-		_, _ = io.WriteString(w, document[:1000])
-		_ = http.NewResponseController(w).Flush()
-		g.then(responds(http.StatusOK, document[1000:]))(w, r)
-	})
-	s := startSite(t, options(node, "max_report 1MiB\ncache {\n max_size 1MiB\n }"))
-
-	first := s.goGet(pair)
-	within(t, "the first request", g.entered)
-	for i := range 20 {
-		r := s.get(fmt.Sprintf("/task?appServerID=node-1&taskID=other-%d", i))
-		r.wantProblem(t, http.StatusServiceUnavailable, "busy")
-		r.wantHeader(t, "Retry-After", "1")
-	}
-	close(g.open)
-	(<-first).wantStatus(t, http.StatusOK)
-	s.get("/task?appServerID=node-1&taskID=other").wantStatus(t, http.StatusOK)
 }
 
 func TestFailDuration(t *testing.T) {

@@ -2,6 +2,7 @@ package fsbroker
 
 import (
 	"context"
+	"math/rand/v2"
 	"sync"
 	"time"
 )
@@ -116,13 +117,14 @@ func (ps *pollers) poll(ctx context.Context, q query, p *poller, res result) {
 	}
 }
 
-// pause returns the time until the next poll, when res is no longer kept. A result from the cache may be kept a little
-// longer than its age suggests.
+// pause returns the time until the next poll, when res is no longer kept, with jitter: pollers that began together do not
+// stay together.
 func (ps *pollers) pause(res result) time.Duration {
-	if !res.hit {
-		return ps.interval
+	pause := ps.interval
+	if res.hit {
+		pause = max(pause-time.Since(res.at()), 0)
 	}
-	return max(ps.interval-time.Since(res.at()), ps.interval/10)
+	return pause + rand.N(ps.interval/10+1) //nolint:gosec // it need not be unpredictable
 }
 
 // at returns when the upstream answered.

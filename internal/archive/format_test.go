@@ -9,7 +9,7 @@ import (
 
 func FuzzDecode(f *testing.F) {
 	k := numbered(1)
-	r, err := task.ReadReport(strings.NewReader(`{"result":{"text":"` + strings.Repeat("x", 1000) + `"}}`))
+	r, err := task.ReadReport(strings.NewReader(`{"result":{"text":"`+strings.Repeat("x", 1000)+`"}}`), func(int64) error { return nil })
 	if err != nil {
 		f.Fatal(err)
 	}

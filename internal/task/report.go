@@ -2,13 +2,10 @@ package task
 
 import (
 	"bytes"
-	"crypto/sha256"
-	"encoding/hex"
+	"cmp"
 	"errors"
 	"fmt"
-	"hash"
 	"io"
-	"slices"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -17,18 +14,16 @@ import (
 	"github.com/klauspost/compress/gzip"
 )
 
-// Report is what an upstream answered about a task. Its document is held in one or two representations: it is compressed
-// while it is read, and inflated for the first caller that does not accept gzip. A Report can be used by several
+// Report is what an upstream answered about a task. Its document is held in one representation: compressed, or as it is if
+// compression saves nothing. But for the time of the answer, a Report does not change. It can be used by several
 // goroutines at once.
 type Report struct {
-	at       time.Time
+	at       atomic.Int64 // Unix nanoseconds
 	finished bool
-	hash     string // of the document, hexadecimal; empty if there is nothing to report yet
+	gzipped  bool
 	length   int    // of the document, in bytes
-
-	inflated  atomic.Pointer[Representation]
-	gzipped   atomic.Pointer[Representation]
-	inflating sync.Mutex
+	hash     string // of the document, hexadecimal; empty if there is nothing to report yet
+	rep      Representation
 }
 
 // Representation is a document as it is sent, with the header fields that describe it.
@@ -38,44 +33,16 @@ type Representation struct {
 	Length string // Content-Length
 }
 
-func newRepresentation(body []byte, etag string) *Representation {
-	return &Representation{Body: body, ETag: etag, Length: strconv.Itoa(len(body))}
-}
-
-// ReadReport reads a document to its end. It judges, hashes and compresses the document in one pass, so the document is
-// never held in memory as a whole. The error says why the document is not a report and shows nothing of it.
-func ReadReport(document io.Reader) (*Report, error) {
-	e := encoder{sum: sha256.New(), zw: gzipWriters.Get().(*gzip.Writer)}
-	defer func() {
-		e.zw.Reset(io.Discard) // release the output
-		gzipWriters.Put(e.zw)
-	}()
-	e.zw.Reset(&e.gzipped)
-	finished, err := judge(io.TeeReader(document, &e))
-	if err != nil {
-		return nil, err
-	}
-	if err := e.zw.Close(); err != nil {
-		return nil, fmt.Errorf("compressing it: %w", err)
-	}
-	r := &Report{
-		at:       time.Now(),
-		finished: finished,
-		hash:     hex.EncodeToString(e.sum.Sum(nil)[:16]),
-		length:   e.size,
-	}
-	gzipped := slices.Concat(e.gzipped...)
-	r.gzipped.Store(r.gzippedRepresentation(gzipped))
-	if len(gzipped) < e.size {
-		return r, nil
-	}
-	_, _, err = r.Inflate() // compression saves nothing: keep the document as it is
-	r.gzipped.Store(nil)
-	return r, err
+func newRepresentation(body []byte, etag string) Representation {
+	return Representation{Body: body, ETag: etag, Length: strconv.Itoa(len(body))}
 }
 
 // NothingYet returns the report of a task that is known but has nothing to report yet.
-func NothingYet(at time.Time) *Report { return &Report{at: at} }
+func NothingYet(at time.Time) *Report {
+	r := new(Report)
+	r.at.Store(at.UnixNano())
+	return r
+}
 
 // Document is a finished report in the form that a storage keeps.
 type Document struct {
@@ -87,29 +54,31 @@ type Document struct {
 }
 
 // NewReport returns the finished report of d.
-func NewReport(d Document) *Report {
-	r := &Report{at: d.At, finished: true, hash: d.Hash, length: d.Length}
-	if d.Gzipped {
-		r.gzipped.Store(r.gzippedRepresentation(d.Body))
-	} else {
-		r.inflated.Store(r.inflatedRepresentation(d.Body))
-	}
+func NewReport(d Document) *Report { return newReport(d, true) }
+
+func newReport(d Document, finished bool) *Report {
+	r := &Report{finished: finished, gzipped: d.Gzipped, length: d.Length, hash: d.Hash}
+	r.at.Store(d.At.UnixNano())
+	r.rep = newRepresentation(d.Body, r.etag(d.Gzipped))
 	return r
 }
 
 // Document returns the report in the form that a storage keeps.
 func (r *Report) Document() Document {
-	d := Document{At: r.at, Hash: r.hash, Length: r.length}
-	if gzipped := r.gzipped.Load(); gzipped != nil {
-		d.Body, d.Gzipped = gzipped.Body, true
-	} else {
-		d.Body = r.inflated.Load().Body
-	}
-	return d
+	return Document{At: r.At(), Hash: r.hash, Length: r.length, Body: r.rep.Body, Gzipped: r.gzipped}
 }
 
-// At returns when the upstream answered.
-func (r *Report) At() time.Time { return r.at }
+// At returns when the upstream answered, last of all if it has answered with the same document several times.
+func (r *Report) At() time.Time { return time.Unix(0, r.at.Load()) }
+
+// Renew reports whether the upstream answered with the same document again, in which case the time of that answer counts.
+func (r *Report) Renew(again *Report) bool {
+	if r.hash != again.hash || r.finished != again.finished || r.IsEmpty() {
+		return false
+	}
+	r.at.Store(again.at.Load())
+	return true
+}
 
 // Finished reports whether the report is final.
 func (r *Report) Finished() bool { return r.finished }
@@ -117,117 +86,95 @@ func (r *Report) Finished() bool { return r.finished }
 // IsEmpty reports whether there is nothing to report yet.
 func (r *Report) IsEmpty() bool { return r.hash == "" }
 
-// Size returns the memory that the report takes, in bytes, without fixed overhead. It counts the representation that is held from the start, by its capacity, because Go's
-// allocator rounds lengths up. An inflated copy beside it is not counted.
-func (r *Report) Size() int {
-	for _, rep := range [...]*Representation{r.gzipped.Load(), r.inflated.Load()} {
-		if rep != nil {
-			return cap(rep.Body)
-		}
-	}
-	return 0
+// Size returns the memory that the document takes, in bytes, without fixed overhead. It is the capacity, because Go's
+// allocator rounds lengths up.
+func (r *Report) Size() int { return cap(r.rep.Body) }
+
+// Length returns the length of the inflated document, in bytes.
+func (r *Report) Length() int { return r.length }
+
+// Gzipped reports whether the representation that is held is compressed.
+func (r *Report) Gzipped() bool { return r.gzipped }
+
+// Representation returns the representation that is held.
+func (r *Report) Representation() *Representation { return &r.rep }
+
+// Inflated returns the header fields of the inflated representation, without the body.
+func (r *Report) Inflated() Representation {
+	return Representation{ETag: r.etag(false), Length: strconv.Itoa(r.length)}
 }
 
-// Gzipped returns the compressed representation, or nil if compression saves nothing.
-func (r *Report) Gzipped() *Representation { return r.gzipped.Load() }
-
-// Inflate returns the inflated representation. If it is not held yet, it is made and held, and made is true.
-func (r *Report) Inflate() (rep *Representation, made bool, err error) {
-	if rep = r.inflated.Load(); rep != nil {
-		return rep, false, nil
-	}
-	r.inflating.Lock()
-	defer r.inflating.Unlock()
-	if rep = r.inflated.Load(); rep != nil {
-		return rep, false, nil
-	}
-	document, err := inflate(r.gzipped.Load().Body, r.length)
-	if err != nil {
-		return nil, false, fmt.Errorf("inflating a kept report: %w", err)
-	}
-	rep = r.inflatedRepresentation(document)
-	r.inflated.Store(rep)
-	return rep, true, nil
+// Inflate returns the inflated representation of a report that is compressed.
+func (r *Report) Inflate() (*Representation, error) {
+	rep := r.Inflated()
+	rep.Body = make([]byte, 0, r.length)
+	err := r.inflateTo(func(piece []byte) error {
+		rep.Body = append(rep.Body, piece...)
+		return nil
+	})
+	return &rep, err
 }
 
-// DropInflated releases the inflated representation of a report that also has a compressed one.
-func (r *Report) DropInflated() { r.inflated.Store(nil) }
-
-func (r *Report) inflatedRepresentation(document []byte) *Representation {
-	return newRepresentation(document, `"`+r.hash+`"`)
-}
-
-func (r *Report) gzippedRepresentation(gzipped []byte) *Representation {
-	return newRepresentation(gzipped, `"`+r.hash+`-gz"`)
+// WriteInflated writes the inflated document piece by piece, so it is never in memory as a whole. Damage is found at the
+// end at the latest, before the last piece is written.
+func (r *Report) WriteInflated(w io.Writer) error {
+	return r.inflateTo(func(piece []byte) error {
+		_, err := w.Write(piece)
+		return err
+	})
 }
 
 // ErrLength means that a document does not have the length that it is said to have.
 var ErrLength = errors.New("its length is not what it says")
 
-// inflate returns a document of a known length.
-func inflate(gzipped []byte, length int) ([]byte, error) {
-	zr, err := gzip.NewReader(bytes.NewReader(gzipped))
-	if err != nil {
-		return nil, err
+// ErrDamaged means that the compressed document is damaged.
+var ErrDamaged = errors.New("the kept report is damaged")
+
+// inflateTo inflates the compressed document. It calls piece with each piece, but with the last one only after the checksum
+// has been compared.
+func (r *Report) inflateTo(piece func([]byte) error) error {
+	d := decoders.Get().(*decoder)
+	defer decoders.Put(d)
+	d.body.Reset(r.rep.Body)
+	defer d.body.Reset(nil)
+	if err := d.zr.Reset(&d.body); err != nil {
+		return fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
-	document := slices.Grow([]byte(nil), length)[:length]
-	if _, err := io.ReadFull(zr, document); err != nil {
-		return nil, err
-	}
-	// A gzip.Reader compares the checksum at the end, so the end must be read.
-	rest, err := io.Copy(io.Discard, zr)
-	if err == nil && rest > 0 {
-		err = ErrLength
-	}
-	return document, err
-}
-
-// encoder hashes and compresses the document that is written to it.
-type encoder struct {
-	sum     hash.Hash
-	zw      *gzip.Writer
-	gzipped chunks
-	size    int
-}
-
-func (e *encoder) Write(b []byte) (int, error) {
-	e.size += len(b)
-	_, _ = e.sum.Write(b) // never fails
-	return e.zw.Write(b)
-}
-
-// chunks collects what is written in chunks that never move. A bytes.Buffer moves into one of twice the size whenever it
-// is full, which doubles what a miss allocates (BenchmarkMiss).
-type chunks [][]byte
-
-const minChunk, maxChunk = 4 << 10, 1 << 20
-
-func (c *chunks) Write(b []byte) (int, error) {
-	size := minChunk
-	for rest := b; len(rest) > 0; {
-		last := len(*c) - 1
-		if last >= 0 {
-			chunk := (*c)[last]
-			n := copy(chunk[len(chunk):cap(chunk)], rest)
-			(*c)[last], rest = chunk[:len(chunk)+n], rest[n:]
-			size = min(2*cap(chunk), maxChunk)
+	for left := r.length; left > 0; {
+		buf := d.buf[:min(left, len(d.buf))]
+		if _, err := io.ReadFull(&d.zr, buf); err != nil {
+			return fmt.Errorf("%w: %w", ErrDamaged, err)
 		}
-		if len(rest) > 0 {
-			*c = append(*c, make([]byte, 0, size))
+		if left -= len(buf); left == 0 {
+			// The reader compares the checksum at the end, so the end must be read.
+			if rest, err := io.Copy(io.Discard, &d.zr); err != nil || rest > 0 {
+				return fmt.Errorf("%w: %w", ErrDamaged, cmp.Or(err, ErrLength))
+			}
+		}
+		if err := piece(buf); err != nil {
+			return err
 		}
 	}
-	return len(b), nil
+	return nil
 }
 
-// gzipLevel makes real reports as small as the highest level does, within 5 %, and as zstd at its best, at several
-// hundred MB/s (examples/bench).
-const gzipLevel = 6
+// decoder inflates a document.
+type decoder struct {
+	zr   gzip.Reader
+	body bytes.Reader
+	buf  [32 << 10]byte
+}
 
-// gzipWriters reuses the large tables of the writers.
-var gzipWriters = sync.Pool{New: func() any {
-	zw, err := gzip.NewWriterLevel(nil, gzipLevel)
-	if err != nil {
-		panic(err) // only for an invalid level
+// DecoderMemory is the memory that inflating a document piece by piece takes, in bytes.
+const DecoderMemory = 72 << 10
+
+// decoders reuses the buffers of the decoders.
+var decoders = sync.Pool{New: func() any { return new(decoder) }}
+
+// etag returns the entity tag of a representation.
+func (r *Report) etag(gzipped bool) string {
+	if gzipped {
+		return `"` + r.hash + `-gz"`
 	}
-	return zw
-}}
+	return `"` + r.hash + `"`
+}

@@ -3,14 +3,19 @@ package task
 import (
 	"bytes"
 	"encoding/json"
+	"errors"
 	"strings"
 	"testing"
+	"time"
 )
+
+// unbounded lets a document take the memory that it needs.
+func unbounded(int64) error { return nil }
 
 // Damage in memory is not served as a report.
 func TestDamageInMemory(t *testing.T) {
 	document := `{"result":{"text":"` + strings.Repeat("it is as it was ", 100) + `"}}`
-	sound, err := ReadReport(strings.NewReader(document))
+	sound, err := ReadReport(strings.NewReader(document), unbounded)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -20,38 +25,94 @@ func TestDamageInMemory(t *testing.T) {
 		changed := stored
 		changed.Body = bytes.Clone(stored.Body)
 		changed.Body[i] ^= 4
-		if inflated, _, err := NewReport(changed).Inflate(); err == nil && string(inflated.Body) != document {
+		damaged := NewReport(changed)
+		if inflated, err := damaged.Inflate(); err == nil && string(inflated.Body) != document {
 			t.Errorf("byte %d of %d: a change went unnoticed", i, len(stored.Body))
+		} else if err != nil && !errors.Is(err, ErrDamaged) {
+			t.Errorf("byte %d: %v", i, err)
+		}
+		var written bytes.Buffer
+		if err := damaged.WriteInflated(&written); err == nil && written.String() != document {
+			t.Errorf("byte %d of %d: a change was written", i, len(stored.Body))
 		}
 	}
 }
 
 func TestRepresentations(t *testing.T) {
-	document := []byte(`{"result":{"text":"` + strings.Repeat("again and ", 1000) + `"}}`)
-	r, err := ReadReport(bytes.NewReader(document))
+	document := []byte(`{"result":{"text":"` + strings.Repeat("again and ", 20_000) + `"}}`)
+	r, err := ReadReport(bytes.NewReader(document), unbounded)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if r.inflated.Load() != nil || r.Size() >= len(document)/10 {
+	if !r.Gzipped() || r.Size() >= len(document)/10 || r.Length() != len(document) {
 		t.Errorf("the report takes %d bytes", r.Size())
 	}
-	for i, wantMade := range []bool{true, false} {
-		inflated, made, err := r.Inflate()
-		if err != nil || !bytes.Equal(inflated.Body, document) || made != wantMade {
-			t.Errorf("%d: made %v, error %v, %.50q", i, made, err, inflated.Body)
-		}
+	inflated, err := r.Inflate()
+	if err != nil || !bytes.Equal(inflated.Body, document) {
+		t.Errorf("error %v, %.50q", err, inflated.Body)
 	}
-	r.DropInflated()
-	if again, made, err := r.Inflate(); err != nil || !made || !bytes.Equal(again.Body, document) {
-		t.Errorf("after it was dropped: made %v, error %v", made, err)
+	if described := r.Inflated(); described.ETag != inflated.ETag || described.Length != inflated.Length || described.ETag == r.Representation().ETag {
+		t.Errorf("described as %+v", described)
+	}
+	var pieces bytes.Buffer
+	if err := r.WriteInflated(&pieces); err != nil || !bytes.Equal(pieces.Bytes(), document) {
+		t.Errorf("in pieces: error %v, %d bytes", err, pieces.Len())
 	}
 
-	short, err := ReadReport(strings.NewReader(`{"result":{}}`))
+	short, err := ReadReport(strings.NewReader(`{"result":{}}`), unbounded)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if short.Gzipped() != nil || short.Size() > 16 {
+	if short.Gzipped() || short.Size() > 16 {
 		t.Errorf("a report that compression does not shrink takes %d bytes", short.Size())
+	}
+}
+
+func TestRenew(t *testing.T) {
+	read := func(document string) *Report {
+		r, err := ReadReport(strings.NewReader(document), unbounded)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r
+	}
+	first, again, other := read(`{"result":{}}`), read(`{"result":{}}`), read(`{"result":{} }`)
+	later := time.Now().Add(time.Hour)
+	again.at.Store(later.UnixNano())
+	if !first.Renew(again) || !first.At().Equal(time.Unix(0, later.UnixNano())) {
+		t.Errorf("the same document does not renew the report, which is of %s", first.At())
+	}
+	if first.Renew(other) || NothingYet(later).Renew(NothingYet(later)) {
+		t.Error("another document renews the report")
+	}
+}
+
+// A document that is large takes the memory of its compressed form and of the compressor, and can be refused any of it.
+func TestReadReportIsBounded(t *testing.T) {
+	errFull := errors.New("full")
+	digits := make([]byte, 3<<20)
+	for i := range digits {
+		digits[i] = "0123456789abcdef"[(i*i/7+i)%16]
+	}
+	document := `{"result":{"text":"` + string(digits) + `"}}`
+	for _, limit := range []int64{0, SmallDocument, SmallDocument + EncoderMemory, SmallDocument + EncoderMemory + 8<<10} {
+		_, err := ReadReport(strings.NewReader(document), func(held int64) error {
+			if held > limit {
+				return errFull
+			}
+			return nil
+		})
+		if !errors.Is(err, errFull) {
+			t.Errorf("%d bytes: %v", limit, err)
+		}
+	}
+	if _, err := ReadReport(strings.NewReader(`{"result":{"text":"`+string(digits[:60<<10])+`"}}`), func(held int64) error {
+		if held > SmallDocument {
+			return errFull
+		}
+		return nil
+	}); err != nil {
+		t.Errorf("a small document: %v", err)
 	}
 }
 
@@ -60,7 +121,7 @@ func FuzzReport(f *testing.F) {
 	f.Add([]byte(`{"result":{}}`))
 	f.Add([]byte(`{"result":{"taskReference":{"state":"\u0053UCCESS"}},"result":null}`))
 	f.Fuzz(func(t *testing.T, document []byte) {
-		r, err := ReadReport(bytes.NewReader(document))
+		r, err := ReadReport(bytes.NewReader(document), unbounded)
 		valid := json.Valid(document)
 		if (err == nil && !valid) || (err != nil && valid && strings.HasPrefix(err.Error(), "it is not JSON,")) {
 			t.Fatalf("error %v for %q", err, document)
@@ -68,8 +129,16 @@ func FuzzReport(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if inflated, _, err := r.Inflate(); err != nil || !bytes.Equal(inflated.Body, document) {
-			t.Errorf("%q became %q, error %v", document, inflated.Body, err)
+		body := r.Representation().Body
+		if r.Gzipped() {
+			inflated, err := r.Inflate()
+			if err != nil {
+				t.Fatal(err)
+			}
+			body = inflated.Body
+		}
+		if !bytes.Equal(body, document) {
+			t.Errorf("%q became %q", document, body)
 		}
 	})
 }

@@ -48,6 +48,8 @@ func judge(document io.Reader) (finished bool, err error) {
 	}
 	syntax, malformed := errors.AsType[*jsontext.SyntacticError](err)
 	switch {
+	case malformed && isShortened(document):
+		return false, errors.New("it is not JSON, or it is incomplete")
 	case malformed:
 		return false, fmt.Errorf("it is not JSON, or it is incomplete (byte %d)", syntax.ByteOffset)
 	case errors.Is(err, io.EOF):

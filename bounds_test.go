@@ -1,0 +1,413 @@
+package fsbroker_test
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
+)
+
+// stalls returns a handler that declares a large answer, sends the beginning of it and stalls until the caller leaves or
+// g is opened.
+func stalls(g *gate, declared, sent int) http.HandlerFunc {
+	beginning := dense(2 * sent)[:sent]
+	return func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("Content-Length", fmt.Sprint(declared))
+		_, _ = io.WriteString(w, beginning)
+		_ = http.NewResponseController(w).Flush()
+		g.then(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) })(w, r)
+	}
+}
+
+// twoNodes are the options of a site with a node that works and one that is sick.
+func twoNodes(healthy, sick *backend, more string) string {
+	return options(healthy, fmt.Sprintf("node sick %s {env.NODE_SECRET}\n%s", sick.URL, more))
+}
+
+// A node that declares large answers and stalls does not keep out the answers of another, small or large.
+func TestStallingNode(t *testing.T) {
+	g := newGate()
+	sick := newBackend(t, stalls(g, 64<<20, 2<<20))
+	large := dense(4 << 20)
+	healthy := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Query().Get("taskID") == "large" {
+			responds(http.StatusOK, large)(w, r)
+			return
+		}
+		responds(http.StatusOK, reportOf("t1", "SUCCESS"))(w, r)
+	})
+	s := startWithAdmin(t, twoNodes(healthy, sick, "timeout 1m\ncache {\n max_size 64MiB\n }"), "")
+	ctx, leave := context.WithCancel(t.Context())
+	defer leave()
+	var callers sync.WaitGroup
+	var busy atomic.Int64
+	for i := range 40 {
+		callers.Go(func() {
+			r, err := s.try(ctx, http.MethodGet, fmt.Sprintf("/task?appServerID=sick&taskID=%d", i), "Authorization: Bearer "+callerSecret)
+			if err == nil && r.status == http.StatusServiceUnavailable {
+				busy.Add(1)
+			}
+		})
+	}
+	// The sick node takes half of the memory at the most, and the rest of its answers is refused.
+	eventually(t, "the sick node to use up its share", func() bool { return busy.Load() > 0 })
+	s.get(pair).wantStatus(t, http.StatusOK)
+	for range 3 {
+		if r := s.get("/task?appServerID=node-1&nocache&taskID=large"); string(r.body) != large {
+			t.Errorf("a large report of the healthy node: status %d, %.300s", r.status, r.body)
+		}
+	}
+	leave()
+	callers.Wait()
+}
+
+// peakHeap returns the largest heap while f runs, beyond what there was before.
+func peakHeap(f func()) int64 {
+	var before, now runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&before)
+	done := make(chan struct{})
+	peak := make(chan int64)
+	go func() {
+		var most uint64
+		for {
+			runtime.GC() // what is garbage does not count
+			runtime.ReadMemStats(&now)
+			most = max(most, now.HeapAlloc)
+			select {
+			case <-done:
+				peak <- int64(most) - int64(before.HeapAlloc)
+				return
+			case <-time.After(20 * time.Millisecond):
+			}
+		}
+	}()
+	f()
+	close(done)
+	return <-peak
+}
+
+const mib = 1 << 20
+
+// However many answers stall, the memory stays within its bound.
+func TestManyStalledAnswers(t *testing.T) {
+	if fsbroker.RaceDetector {
+		t.Skip("the race detector makes allocations larger")
+	}
+	g := newGate()
+	sick := newBackend(t, stalls(g, 64<<20, 256<<10))
+	healthy := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	s := startSite(t, twoNodes(healthy, sick, "timeout 1m\ncache {\n max_size 64MiB\n }"))
+	ctx, leave := context.WithCancel(t.Context())
+	defer leave()
+	peak := peakHeap(func() {
+		var callers sync.WaitGroup
+		for i := range 600 {
+			callers.Go(func() {
+				_, _ = s.try(ctx, http.MethodGet, fmt.Sprintf("/task?appServerID=sick&taskID=%d", i), "Authorization: Bearer "+callerSecret)
+			})
+		}
+		for range 20 {
+			within(t, "stalled answers", g.entered)
+		}
+		s.get(pair).wantStatus(t, http.StatusOK)
+		time.Sleep(500 * time.Millisecond) // nothing shows that no more is read
+		leave()
+		callers.Wait()
+	})
+	// 600 callers and their connections, on both sides, are in the same process.
+	t.Logf("600 stalled answers: %d MiB", peak/mib)
+	if peak > 130*mib {
+		t.Errorf("600 stalled answers take %d MiB", peak/mib)
+	}
+}
+
+// A long JSON string takes no more memory than any other document.
+func TestLongStrings(t *testing.T) {
+	if fsbroker.RaceDetector {
+		t.Skip("the race detector makes allocations larger")
+	}
+	node := newBackend(t, func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(w, `{"result":{"taskReference":{"state":"SUCCESS"},"text":"`)
+		for chunk := strings.Repeat("all work and no play ", 1<<10); ; {
+			for range 60 << 20 / len(chunk) {
+				_, _ = io.WriteString(w, chunk)
+			}
+			_, _ = io.WriteString(w, `"}}`)
+			return
+		}
+	})
+	s := startSite(t, options(node, ""))
+	peak := peakHeap(func() {
+		var replies []<-chan reply
+		for i := range 4 {
+			replies = append(replies, s.goGet(fmt.Sprintf("/task?appServerID=node-1&taskID=%d", i), "Accept-Encoding: gzip"))
+		}
+		for _, r := range replies {
+			(<-r).wantStatus(t, http.StatusOK)
+		}
+	})
+	t.Logf("4 strings of 60 MiB: %d MiB", peak/mib)
+	if peak > 40*mib {
+		t.Errorf("4 strings of 60 MiB take %d MiB", peak/mib)
+	}
+}
+
+// slowly requests a path and reads nothing of the response but its header, until release is called.
+func (s *site) slowly(t *testing.T, path string) (release func()) {
+	t.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(s.base, "http://"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = conn.(*net.TCPConn).SetReadBuffer(4 << 10)
+	_, err = fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: localhost\r\nAuthorization: Bearer %s\r\n\r\n", path, callerSecret)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(conn, make([]byte, 100)); err != nil {
+		t.Fatal(err)
+	}
+	return func() { _ = conn.Close() }
+}
+
+// Slow readers of one report share its bytes, although each had it fetched again.
+func TestSlowReaders(t *testing.T) {
+	if fsbroker.RaceDetector {
+		t.Skip("the race detector makes allocations larger")
+	}
+	document := dense(8 * mib)
+	node := newBackend(t, responds(http.StatusOK, document))
+	s := startPlainSite(t, options(node, ""))
+	s.get(pair, "Accept-Encoding: gzip").wantStatus(t, http.StatusOK)
+	peak := peakHeap(func() {
+		for range 24 {
+			defer s.slowly(t, pair+"&nocache")()
+		}
+	})
+	t.Logf("24 slow readers of a report of 8 MiB that is fetched each time: %d MiB", peak/mib)
+	if peak > 50*mib {
+		t.Errorf("24 slow readers take %d MiB", peak/mib)
+	}
+}
+
+// Nothing is inflated to say that a report is unchanged, or how long it is.
+func TestNothingIsInflatedForAHeader(t *testing.T) {
+	document := dense(40 * mib)
+	node := newBackend(t, responds(http.StatusOK, document))
+	s := startSite(t, options(node, ""))
+	s.get(pair, "Accept-Encoding: gzip").wantStatus(t, http.StatusOK)
+	bearer := "Authorization: Bearer " + callerSecret
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	head := s.do(t.Context(), http.MethodHead, pair, bearer)
+	head.wantStatus(t, http.StatusOK)
+	head.wantHeader(t, "Content-Length", fmt.Sprint(len(document)))
+	head.wantHeader(t, "Content-Encoding", "")
+	etag := head.header.Get("ETag")
+	for range 5 {
+		s.do(t.Context(), http.MethodHead, pair, bearer).wantHeader(t, "ETag", etag)
+		s.get(pair, "If-None-Match: "+etag).wantStatus(t, http.StatusNotModified)
+	}
+	runtime.ReadMemStats(&after)
+	if allocated := after.TotalAlloc - before.TotalAlloc; allocated > 5*mib {
+		t.Errorf("11 header-only responses allocate %d MiB", allocated/mib)
+	}
+	// The document itself is the same, however it is sent: piece by piece, or from a copy.
+	for range 3 {
+		r := s.get(pair)
+		r.wantHeader(t, "ETag", etag)
+		if string(r.body) != document {
+			t.Fatalf("got %d bytes", len(r.body))
+		}
+	}
+}
+
+// The requests to an upstream that are in flight are bounded. Those in line wait, first come, first served, and none fails.
+func TestRequestsWaitInLine(t *testing.T) {
+	const most = 64
+	var now, peak atomic.Int64
+	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+		peak.Store(max(peak.Load(), now.Add(1)))
+		time.Sleep(5 * time.Millisecond)
+		now.Add(-1)
+		responds(http.StatusOK, reportOf(r.URL.Query().Get("taskID"), "SUCCESS"))(w, r)
+	})
+	s := startSite(t, options(node, ""))
+	var replies []<-chan reply
+	for i := range 1000 {
+		replies = append(replies, s.goGet(fmt.Sprintf("/task?appServerID=node-1&taskID=t%d", i)))
+	}
+	for i, r := range replies {
+		if got := <-r; string(got.body) != reportOf(fmt.Sprintf("t%d", i), "SUCCESS") {
+			t.Errorf("t%d: status %d: %s", i, got.status, got.body)
+		}
+	}
+	if n := peak.Load(); n > most || n < most/2 {
+		t.Errorf("%d requests were in flight, want up to %d", n, most)
+	}
+}
+
+// Health checks of many nodes do not begin at once.
+func TestHealthChecksAreSpread(t *testing.T) {
+	var now, peak, checks atomic.Int64
+	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+		peak.Store(max(peak.Load(), now.Add(1)))
+		time.Sleep(2 * time.Millisecond)
+		now.Add(-1)
+		checks.Add(1)
+		systemInfo(w, r)
+	})
+	var nodes strings.Builder
+	for i := range 500 {
+		fmt.Fprintf(&nodes, "node n%d %s/%d\n", i, node.URL, i)
+	}
+	startSite(t, options(node, nodes.String()+"health_interval 1h"))
+	eventually(t, "all checks", func() bool { return checks.Load() > 500 })
+	if n := peak.Load(); n > 16 {
+		t.Errorf("%d checks ran at once", n)
+	}
+}
+
+// An error of this machine is nobody's health.
+func TestLocalErrors(t *testing.T) {
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	// An address that no interface has stands for ports that are used up: EADDRNOTAVAIL, in both cases.
+	s := startSite(t, options(node, "transport http {\n local_address 192.0.2.1\n }"))
+	for range 3 {
+		r := s.get(pair)
+		r.wantProblem(t, http.StatusServiceUnavailable, "busy")
+		r.wantHeader(t, "Retry-After", "1")
+	}
+	if lines := s.logged("fails"); len(lines) > 0 {
+		t.Errorf("the node is said to fail: %v", lines)
+	}
+	if lines := s.logged("no local resources"); len(lines) != 1 {
+		t.Errorf("the log says %d times that no local resources are left", len(lines))
+	}
+}
+
+// With a write timeout of the server, a wait ends before it.
+func TestWaitWithWriteTimeout(t *testing.T) {
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
+	s := startWithAdmin(t, options(node, "poll_interval 200ms"), "servers {\n timeouts {\n write 2s\n }\n }")
+	before := s.scrape()
+	start := time.Now()
+	r := s.get(pair + "&wait=6")
+	r.wantStatus(t, http.StatusOK)
+	r.wantHeader(t, "Retry-After", "1")
+	if took := time.Since(start); took > 2*time.Second || took < time.Second {
+		t.Errorf("the response took %s", took)
+	}
+	s.wantMetrics(before, map[string]string{`requests_total{cache="hit",client="tester",code="200"}`: ""})
+	s.wantMetrics(before, map[string]string{`requests_total{cache="miss",client="tester",code="200"}`: "1"})
+}
+
+// A response that the server's write timeout cuts off is not counted as delivered.
+func TestLateResponse(t *testing.T) {
+	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+		time.Sleep(1500 * time.Millisecond)
+		responds(http.StatusOK, reportOf("t1", "SUCCESS"))(w, r)
+	})
+	s := startWithAdmin(t, strings.Replace(options(node, ""), "secret tester", "secret late", 1), "servers {\n timeouts {\n write 1s\n }\n }")
+	before := s.scrape()
+	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit") // the first response breaks off, and get tries again
+	s.wantMetrics(before, map[string]string{
+		`requests_total{cache="miss",client="late",code="499"}`: "1",
+		`requests_total{cache="miss",client="late",code="200"}`: "",
+	})
+}
+
+func TestOptions(t *testing.T) {
+	node := newBackend(t, nil)
+	s := startSite(t, options(node, ""))
+	for _, header := range [][]string{nil, {"Authorization: Bearer wrong"}, {"Origin: https://example.com", "Access-Control-Request-Method: GET"}} {
+		r := s.do(t.Context(), http.MethodOptions, "/task", header...)
+		r.wantStatus(t, http.StatusNoContent)
+		r.wantHeader(t, "Allow", "GET, HEAD, OPTIONS")
+		r.wantHeader(t, "Access-Control-Allow-Origin", "") // is the site's
+	}
+	node.wantRequests(t, 0)
+}
+
+func TestRequestCacheControl(t *testing.T) {
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	s := startSite(t, options(node, stored))
+	s.get(pair, "Cache-Control: only-if-cached").wantProblem(t, http.StatusGatewayTimeout, "not_cached")
+	node.wantRequests(t, 0)
+	s.get(pair).wantStatus(t, http.StatusOK)
+	s.get(pair, "Cache-Control: only-if-cached").wantHeader(t, "Cache-Status", "fsbroker; hit")
+	s.get(pair, "Cache-Control: max-age=0, no-cache").wantHeader(t, "Cache-Status", "fsbroker; fwd=request; stored")
+	node.wantRequests(t, 2)
+	s.get(pair, "Cache-Control: no-cache, only-if-cached").wantProblem(t, http.StatusGatewayTimeout, "not_cached")
+	s.wantValues(1)
+	s.restart(options(node, stored))
+	s.get(pair, "Cache-Control: only-if-cached").wantHeader(t, "Cache-Status", "fsbroker; hit; detail=storage")
+	node.wantRequests(t, 2)
+}
+
+func TestIfMatch(t *testing.T) {
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	s := startSite(t, options(node, ""))
+	etag := s.get(pair).header.Get("ETag")
+	for value, status := range map[string]int{etag: 200, "*": 200, `"x", ` + etag: 200, "W/" + etag: 412, `"x"`: 412} {
+		r := s.get(pair, "If-Match: "+value)
+		r.wantStatus(t, status)
+		if status == 412 {
+			r.wantProblem(t, 412, "precondition_failed")
+		}
+	}
+	s.get(pair, "If-Match: "+etag, "If-None-Match: "+etag).wantStatus(t, http.StatusNotModified)
+}
+
+// An upstream's 410 is its 404, and its 429 and 503 are passed on with its Retry-After.
+func TestUpstreamStatuses(t *testing.T) {
+	node := newBackend(t, responds(http.StatusGone, ""))
+	s := startSite(t, options(node, ""))
+	s.get(pair).wantProblem(t, http.StatusNotFound, "unknown_task")
+	for _, status := range []int{http.StatusTooManyRequests, http.StatusServiceUnavailable} {
+		for value, want := range map[string]string{
+			"7": "7", "": "10", "soon": "10", "0": "1", "99999999999": "3600",
+			time.Now().Add(-time.Hour).UTC().Format(http.TimeFormat):     "1",
+			time.Now().Add(48 * time.Hour).UTC().Format(http.TimeFormat): "3600",
+		} {
+			node.setHandler(func(w http.ResponseWriter, _ *http.Request) {
+				if value != "" {
+					w.Header().Set("Retry-After", value)
+				}
+				w.WriteHeader(status)
+			})
+			r := s.get(pair)
+			r.wantProblem(t, http.StatusServiceUnavailable, "node_overloaded")
+			r.wantHeader(t, "Retry-After", want)
+		}
+	}
+	if lines := s.logged("fails"); len(lines) > 0 {
+		t.Errorf("a busy node is said to fail: %v", lines)
+	}
+}
+
+// startPlainSite is like startSite, for plain HTTP.
+func startPlainSite(t *testing.T, directives string) *site {
+	t.Helper()
+	s := newSite(t)
+	s.base = fmt.Sprintf("http://localhost:%d", s.port)
+	text := strings.Replace(s.caddyfile(directives), fmt.Sprintf("https://localhost:%d", s.port), s.base, 1)
+	if i := strings.Index(text, "\ttls /"); i >= 0 {
+		text = text[:i] + text[i+strings.IndexByte(text[i:], '\n'):]
+	}
+	if err := s.loadCaddyfile(text); err != nil {
+		t.Fatal(err)
+	}
+	s.trust()
+	return s
+}
