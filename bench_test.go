@@ -52,7 +52,7 @@ func benchHandler(b *testing.B, nodes, reports, size int) *Handler {
 	}
 	rs := h.namespace.resolver
 	for i := range reports {
-		rs.shared.put(task.TaskKey(rs.namespace, "node-0", fmt.Sprintf("t%d", i), false), task.NewReport(r.Document()), time.Hour)
+		rs.shared.put(task.ReportKey(rs.namespace, "node-0", fmt.Sprintf("t%d", i), false), task.NewReport(r.Document()), time.Hour)
 	}
 	rs.shared.put(task.SubmissionKey(rs.namespace, "s0", false), task.NewReport(r.Document()), time.Hour)
 	return h

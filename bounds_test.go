@@ -138,13 +138,11 @@ func TestLongStrings(t *testing.T) {
 	}
 	node := newBackend(t, func(w http.ResponseWriter, _ *http.Request) {
 		_, _ = io.WriteString(w, `{"result":{"taskReference":{"state":"SUCCESS"},"text":"`)
-		for chunk := strings.Repeat("all work and no play ", 1<<10); ; {
-			for range 60 << 20 / len(chunk) {
-				_, _ = io.WriteString(w, chunk)
-			}
-			_, _ = io.WriteString(w, `"}}`)
-			return
+		chunk := strings.Repeat("all work and no play ", 1<<10)
+		for range 60 << 20 / len(chunk) {
+			_, _ = io.WriteString(w, chunk)
 		}
+		_, _ = io.WriteString(w, `"}}`)
 	})
 	s := startSite(t, options(node, ""))
 	peak := peakHeap(func() {

@@ -481,11 +481,17 @@ type shared struct {
 // upstreams in the same way share a call. A wrong secret of an old configuration does not affect a new one.
 type callKey struct{ report, upstreams task.Key }
 
+// origin names an upstream.
+type origin struct {
+	role role
+	name string // a node's application server ID
+}
+
 // fetchResult is what a call gives to all its callers.
 type fetchResult struct {
 	entry  *entry
 	stored bool               // it came from the storage
-	from   *upstream          // that answered; nil if it was kept
+	from   *origin            // the upstream that answered; nil if it was kept
 	span   *trace.SpanContext // of the request to the upstream; nil if nothing is traced
 }
 

@@ -13,8 +13,8 @@ import (
 // requestInfo is what placeholders and the access log show of a request. It is attached when the request comes in, and
 // complete before the response is written: header fields of the response may contain the placeholders.
 type requestInfo struct {
-	client   *client   // nil without a valid secret
-	node     *upstream // whose report it is; nil if that is not known
+	client   *client // nil without a valid secret
+	node     *origin // whose report it is; nil if that is not known
 	cache    outcome
 	upstream role // of the upstream that answered; none if the report was kept
 }

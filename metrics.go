@@ -90,6 +90,22 @@ func countRequest(status int, cache outcome, client string) {
 	requestsTotal.WithLabelValues(strconv.Itoa(status), cache.String(), client).Inc()
 }
 
+// fetchOutcome returns the outcome of a fetch, for metrics and spans.
+func fetchOutcome(status int, err error) string {
+	if p, ok := errors.AsType[*problem](err); ok {
+		return p.reason()
+	}
+	switch {
+	case err != nil:
+		return "abandoned"
+	case status == http.StatusNoContent:
+		return "nothing_yet"
+	case status == http.StatusNotFound:
+		return "unknown"
+	}
+	return "answered"
+}
+
 // countFetch counts a request to an upstream.
 func countFetch(role role, node, outcome string, took time.Duration) {
 	questionsTotal.WithLabelValues(role.String(), node, outcome).Inc()

@@ -41,7 +41,7 @@ func nextETag(list string) (tag string, weak bool, rest string) {
 // prefersGzip reports whether a response is best compressed with gzip (RFC 9110, section 12.5.3): gzip is acceptable, and
 // the caller does not prefer no coding.
 func prefersGzip(header http.Header) bool {
-	gzip, identity, any := -1.0, -1.0, -1.0 // not given
+	gzip, identity, rest := -1.0, -1.0, -1.0 // not given
 	for _, line := range header["Accept-Encoding"] {
 		for item := range strings.SplitSeq(line, ",") {
 			coding, parameter, _ := strings.Cut(item, ";")
@@ -51,12 +51,12 @@ func prefersGzip(header http.Header) bool {
 			case strings.EqualFold(coding, "identity"):
 				identity = weight(parameter)
 			case coding == "*":
-				any = weight(parameter)
+				rest = weight(parameter)
 			}
 		}
 	}
 	if gzip < 0 {
-		gzip = any
+		gzip = rest
 	}
 	return gzip > 0 && gzip >= identity
 }

@@ -161,8 +161,7 @@ func (e Endpoint) newUpstream(repl *caddy.Replacer, role role, name string, o en
 		o.logger = o.logger.With(zap.String("node", name))
 	}
 	u := &upstream{
-		role:            role,
-		name:            name,
+		origin:          origin{role, name},
 		base:            base,
 		secret:          secret,
 		identity:        task.NewKey(base.String(), value, fmt.Sprint(secret.inHeader, secret.params, o.timeout, o.maxAnswer)),

@@ -56,7 +56,7 @@ type result struct {
 	hit     bool // it was kept
 	joined  bool // it came with the fetch of another caller
 	nocache bool
-	node    *upstream // the node whose report it is; nil if that is not known
+	node    *origin // the node whose report it is; nil if that is not known
 }
 
 // outcome returns what the cache did for a request, given its result or the problem that took its place.
@@ -135,9 +135,9 @@ func (rs *resolver) resolveStored(ctx context.Context, k task.Key, q query) (res
 }
 
 // key returns the key of the report that q asks for, and its node if that is configured.
-func (rs *resolver) key(q query) (k task.Key, node *upstream, p *problem) {
-	if q.submitID == "" {
-		node = rs.nodes[q.appServerID]
+func (rs *resolver) key(q query) (k task.Key, node *origin, p *problem) {
+	if u, ok := rs.nodes[q.appServerID]; ok && q.submitID == "" {
+		node = &u.origin
 	}
 	switch {
 	case rs.broker == nil && q.submitID != "":
@@ -150,7 +150,7 @@ func (rs *resolver) key(q query) (k task.Key, node *upstream, p *problem) {
 	case rs.broker == nil && node == nil:
 		p = &problem{kind: problemUnknownNode, detail: "no node has this appServerID: check it"}
 	default:
-		k = task.TaskKey(rs.namespace, q.appServerID, q.taskID, q.all)
+		k = task.ReportKey(rs.namespace, q.appServerID, q.taskID, q.all)
 	}
 	return k, node, p
 }
@@ -180,14 +180,13 @@ func (rs *resolver) call(ctx context.Context, k task.Key, q query) (result, erro
 // fetch returns the report under k from the storage, or from the first upstream that knows it, and keeps it. A fresh fetch
 // always asks the upstreams.
 func (rs *resolver) fetch(ctx context.Context, k task.Key, q query, fresh bool) (fetchResult, error) {
-	var unreadable error
 	_, kept := rs.shared.get(k)
 	if !kept {
-		e, err := rs.loadStored(ctx, k)
+		e, _ := rs.loadStored(ctx, k) // an upstream may know the report if the storage cannot be read
 		if e != nil && !fresh {
 			return fetchResult{entry: e, stored: true}, nil
 		}
-		unreadable, kept = err, e != nil
+		kept = e != nil
 	}
 	report, from, err := rs.fetchFromUpstreams(ctx, q, fresh)
 	if err == nil {
@@ -195,8 +194,8 @@ func (rs *resolver) fetch(ctx context.Context, k task.Key, q query, fresh bool) 
 	}
 	p, ok := errors.AsType[*problem](err)
 	if ok && !kept && p.kind != problemSubmissionFailed {
-		var e *entry
-		if e, unreadable = rs.loadStored(ctx, k); e != nil && !fresh { // another instance has stored it meanwhile
+		e, unreadable := rs.loadStored(ctx, k)
+		if e != nil && !fresh { // another instance has stored it meanwhile
 			return fetchResult{entry: e, stored: true}, nil
 		}
 		err = rs.withStorageError(p, unreadable)
@@ -206,13 +205,13 @@ func (rs *resolver) fetch(ctx context.Context, k task.Key, q query, fresh bool) 
 
 // fetchFromUpstreams returns the report from the first upstream that knows it. An upstream that fails is passed over like
 // one that does not know it. If none knows it, the error is the first failure, or else that it is unknown.
-func (rs *resolver) fetchFromUpstreams(ctx context.Context, q query, fresh bool) (*task.Report, *upstream, error) {
+func (rs *resolver) fetchFromUpstreams(ctx context.Context, q query, fresh bool) (*task.Report, *origin, error) {
 	if q.submitID != "" {
 		report, err := rs.broker.fetchSubmitted(ctx, q, fresh)
 		if errors.Is(err, errUnknown) {
 			return rs.explainUnknown(ctx, q)
 		}
-		return report, rs.broker, err
+		return report, &rs.broker.origin, err
 	}
 	var failed error
 	for _, u := range [...]*upstream{rs.nodes[q.appServerID], rs.broker} {
@@ -221,7 +220,7 @@ func (rs *resolver) fetchFromUpstreams(ctx context.Context, q query, fresh bool)
 		}
 		report, err := u.fetchTask(ctx, q, fresh)
 		if err == nil {
-			return report, u, nil
+			return report, &u.origin, nil
 		}
 		if _, ok := errors.AsType[*problem](err); !ok && !errors.Is(err, errUnknown) {
 			return nil, nil, err // ctx has ended
@@ -241,7 +240,7 @@ func (rs *resolver) fetchFromUpstreams(ctx context.Context, q query, fresh bool)
 
 // explainUnknown finds out why the broker has no report of a submission. The submission may be queued, or it may be a
 // task of a node. A failure to find out does not matter: the broker does not know the report.
-func (rs *resolver) explainUnknown(ctx context.Context, q query) (*task.Report, *upstream, error) {
+func (rs *resolver) explainUnknown(ctx context.Context, q query) (*task.Report, *origin, error) {
 	sub, err := rs.broker.fetchSubmission(ctx, q.submitID)
 	if ctx.Err() != nil {
 		return nil, nil, context.Cause(ctx)
@@ -250,7 +249,7 @@ func (rs *resolver) explainUnknown(ctx context.Context, q query) (*task.Report, 
 	switch {
 	case err != nil:
 	case sub.Queued:
-		return task.NothingYet(time.Now()), rs.broker, nil
+		return task.NothingYet(time.Now()), &rs.broker.origin, nil
 	case sub.Failed:
 		return nil, nil, &problem{
 			kind:   problemSubmissionFailed,
@@ -265,7 +264,7 @@ func (rs *resolver) explainUnknown(ctx context.Context, q query) (*task.Report, 
 }
 
 // fetchTaskOf fetches the report of the task that a submission became, together with callers that ask for the task.
-func (rs *resolver) fetchTaskOf(ctx context.Context, sub task.Submission, q query) (*task.Report, *upstream, error) {
+func (rs *resolver) fetchTaskOf(ctx context.Context, sub task.Submission, q query) (*task.Report, *origin, error) {
 	q = query{appServerID: sub.AppServerID, taskID: sub.TaskID, all: q.all, nocache: q.nocache}
 	res, err := rs.resolve(ctx, q)
 	if err != nil {

@@ -45,7 +45,7 @@ func (rp *responder) write(w http.ResponseWriter, r *http.Request, res result) i
 	inflated := report.Gzipped() && !gzipped
 	rep := e.describe(inflated)
 	if ifMatch := r.Header["If-Match"]; len(ifMatch) > 0 && !matchesETag(ifMatch, rep.ETag, false) {
-		return writeProblem(w, r, preconditionFailed, cacheStatus(res, nil))
+		return writeProblem(w, r, errPreconditionFailed, cacheStatus(res, nil))
 	}
 	if matchesETag(r.Header["If-None-Match"], rep.ETag, true) {
 		f.set("Etag", rep.ETag)
@@ -56,7 +56,7 @@ func (rp *responder) write(w http.ResponseWriter, r *http.Request, res result) i
 	body, err := rp.memory.acquireForm(e, inflated && !isHead)
 	if err != nil {
 		rp.logger.Error("a kept report is damaged", zap.Error(err))
-		return writeProblem(w, r, damaged, cacheStatus(res, damaged))
+		return writeProblem(w, r, errDamaged, cacheStatus(res, errDamaged))
 	}
 	if body != nil {
 		defer rp.memory.release(body)
@@ -132,13 +132,14 @@ func challenge(header http.Header) string {
 	return `Bearer realm="fsbroker", error="invalid_token"`
 }
 
-var preconditionFailed = &problem{
+// errPreconditionFailed means that If-Match names another report.
+var errPreconditionFailed = &problem{
 	kind:   problemPreconditionFailed,
 	detail: "the report is not the one that If-Match names: ask for it without If-Match",
 }
 
-// damaged means that the memory of the machine is faulty.
-var damaged = &problem{kind: problemInternal, detail: "the kept report cannot be read: try again with nocache"}
+// errDamaged means that the memory of the machine is faulty.
+var errDamaged = &problem{kind: problemInternal, detail: "the kept report cannot be read: try again with nocache"}
 
 // fields sets header fields, whose values share one array: most allocations of a hit would be slices of one string
 // (BenchmarkHit). Names must be in the canonical form of http.Header.

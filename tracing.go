@@ -30,13 +30,13 @@ func withSpanOf(ctx, caller context.Context) context.Context {
 }
 
 // startSpan starts the span of a request to an upstream. It does not record the URL, which may hold a secret.
-func startSpan(ctx context.Context, u *upstream, path string) (context.Context, trace.Span) {
+func startSpan(ctx context.Context, o origin, host, path string) (context.Context, trace.Span) {
 	ctx, span := trace.SpanFromContext(ctx).TracerProvider().Tracer(tracerName).Start(ctx, "fsbroker "+path,
 		trace.WithSpanKind(trace.SpanKindClient),
 		trace.WithAttributes(
-			attribute.String("server.address", u.base.Hostname()),
-			attribute.String("fsbroker.role", u.role.String()),
-			attribute.String("fsbroker.node", u.name),
+			attribute.String("server.address", host),
+			attribute.String("fsbroker.role", o.role.String()),
+			attribute.String("fsbroker.node", o.name),
 		))
 	if call, ok := ctx.Value(traceKey{}).(*callTrace); ok {
 		call.last = span.SpanContext()

@@ -25,8 +25,7 @@ import (
 
 // upstream is a node or the broker.
 type upstream struct {
-	role   role
-	name   string // a node's application server ID
+	origin
 	base   *url.URL
 	secret *upstreamSecret // a pointer, so printing an upstream does not print its secret
 
@@ -110,28 +109,12 @@ func (u *upstream) fetch(ctx context.Context, path string, params url.Values, re
 	return r.status, nil
 }
 
-// fetchOutcome returns the outcome of a fetch, for metrics and spans.
-func fetchOutcome(status int, err error) string {
-	if p, ok := errors.AsType[*problem](err); ok {
-		return p.reason()
-	}
-	switch {
-	case err != nil:
-		return "abandoned"
-	case status == http.StatusNoContent:
-		return "nothing_yet"
-	case status == http.StatusNotFound:
-		return "unknown"
-	}
-	return "answered"
-}
-
 // exchange sends a request, even to an upstream that is down. An error means that ctx has ended.
 func (u *upstream) exchange(ctx context.Context, timeout time.Duration, path string, params url.Values, read bodyReader) (r response, err error) {
 	start := time.Now()
 	timed, cancel := context.WithTimeout(ctx, timeout)
 	defer cancel()
-	timed, span := startSpan(timed, u, path)
+	timed, span := startSpan(timed, u.origin, u.base.Hostname(), path)
 	defer func() { endSpan(span, r, err) }()
 
 	var dial dialTrace

@@ -86,11 +86,11 @@ func (s *shortener) shorten(text []byte) (kept int) {
 func (s *shortener) next(c byte) (out byte, keep bool) {
 	switch s.state {
 	case inString:
-		switch {
-		case c == '"':
+		switch c {
+		case '"':
 			s.state, s.run = outside, 0
 			return c, true
-		case c == '\\':
+		case '\\':
 			s.state = inEscape
 			return c, s.run < maxToken
 		}
@@ -126,7 +126,7 @@ func (s *shortener) next(c byte) (out byte, keep bool) {
 // nextOutside takes a byte outside of strings.
 func (s *shortener) nextOutside(c byte) (out byte, keep bool) {
 	space := c == ' ' || c == '\t' || c == '\n' || c == '\r'
-	if !space && !(c >= '0' && c <= '9') {
+	if digit := c >= '0' && c <= '9'; !space && !digit {
 		s.run = 0
 		if c == '"' {
 			s.state = inString
