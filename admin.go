@@ -111,12 +111,13 @@ func (s *nodeState) fill(ctx context.Context, upstreams []liveUpstream) {
 	default:
 		s.SystemInfo = &info
 	}
-	first.health.record(sourceAdmin, r)
+	first.health.record(sourceOther, r)
 	worst := statusHealthy
 	for _, u := range upstreams {
-		worst = max(worst, u.health.status(time.Now()))
+		status, last := u.health.status(time.Now())
+		worst = max(worst, status)
 		s.Questions += u.inFlight.Load()
-		if last := u.health.last.Load(); last != nil && (s.LastProblem == nil || last.At.After(s.LastProblem.At)) {
+		if last != nil && (s.LastProblem == nil || last.At.After(s.LastProblem.At)) {
 			s.LastProblem = last
 		}
 	}
@@ -133,23 +134,30 @@ type purged struct {
 	Storage int `json:"storage"`
 }
 
-// purgeCache purges everything, or the reports of one task. A malformed query must not purge everything.
+var errPurge = errors.New("give submitID, or appServerID and taskID together, once each, to purge the reports of a submission or a task, or nothing to purge everything")
+
+// purgeCache purges everything, or the reports of one submission or task. A malformed query must not purge everything.
 func purgeCache(r *http.Request) (any, error) {
-	query, err := url.ParseQuery(r.URL.RawQuery)
+	values, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
 		return nil, adminError(http.StatusBadRequest, errors.New("the query is malformed"))
 	}
-	if len(query) == 0 {
+	if len(values) == 0 {
 		return purge(r.Context(), nil)
 	}
-	appServerID, taskID := query["appServerID"], query["taskID"]
-	if len(query) != 2 || len(appServerID) != 1 || len(taskID) != 1 || !task.ValidID(appServerID[0]) || !task.ValidID(taskID[0]) {
-		return nil, adminError(http.StatusBadRequest,
-			errors.New("give appServerID and taskID together, once each, to purge the reports of a task, or nothing to purge everything"))
+	q := query{submitID: values.Get("submitID"), appServerID: values.Get("appServerID"), taskID: values.Get("taskID")}
+	names := []string{"submitID"}
+	if q.submitID == "" {
+		names = []string{"appServerID", "taskID"}
 	}
-	keys := live.taskKeys(appServerID[0], taskID[0])
+	for _, name := range names {
+		if len(values) != len(names) || len(values[name]) != 1 || !task.ValidID(values.Get(name)) {
+			return nil, adminError(http.StatusBadRequest, errPurge)
+		}
+	}
+	keys := live.keys(q)
 	if len(keys) == 0 {
-		return nil, adminError(http.StatusNotFound, errors.New("no node has this appServerID: check it"))
+		return nil, adminError(http.StatusNotFound, errors.New("no upstream is configured that can know it: check appServerID, or configure a broker"))
 	}
 	return purge(r.Context(), keys)
 }

@@ -106,7 +106,7 @@ func TestAdminErrors(t *testing.T) {
 	node := newBackend(t, systemInfo)
 	s := startWithAdmin(t, options(node, stored), "")
 	s.get(pair)
-	const halfAPair = `{"error":"give appServerID and taskID together, once each, to purge the reports of a task, or nothing to purge everything"}`
+	const halfAPair = `{"error":"give submitID, or appServerID and taskID together, once each, to purge the reports of a submission or a task, or nothing to purge everything"}`
 	for request, want := range map[string]string{
 		"POST /fsbroker/nodes":                                       `405 {"error":"method not allowed: use GET"}`,
 		"DELETE /fsbroker/nodes":                                     `405 {"error":"method not allowed: use GET"}`,
@@ -119,7 +119,7 @@ func TestAdminErrors(t *testing.T) {
 		"DELETE /fsbroker/cache?appServerID=node-1&taskID=t1&all":    "400 " + halfAPair,
 		"DELETE /fsbroker/cache?appServerID=a&taskID=t1&taskID=t2":   "400 " + halfAPair,
 		"DELETE /fsbroker/cache?appServerID=node-1&taskID=%zz":       `400 {"error":"the query is malformed"}`,
-		"DELETE /fsbroker/cache?appServerID=node-2&taskID=t1":        `404 {"error":"no node has this appServerID: check it"}`,
+		"DELETE /fsbroker/cache?appServerID=node-2&taskID=t1":        `404 {"error":"no upstream is configured that can know it: check appServerID, or configure a broker"}`,
 		"DELETE /fsbroker/cache?appServerID=node-1&taskID=not-there": `200 {"memory":0,"queue":0,"storage":0}`,
 	} {
 		method, path, _ := strings.Cut(request, " ")

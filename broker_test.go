@@ -13,7 +13,7 @@ func TestSubmissions(t *testing.T) {
 	ofBroker, ofNode := reportOf("of the broker", "SUCCESS"), reportOf("of the node", "SUCCESS")
 	node := newBackend(t, responds(http.StatusOK, ofNode))
 	broker := newBackend(t, nil)
-	s := startSite(t, options(node, brokerOption(broker)+"\npoll_interval 200ms"))
+	s := startSite(t, options(node, brokerOption(broker)+"\npoll_interval 200ms\ntimeout 500ms"))
 	unused := func(http.ResponseWriter, *http.Request) { t.Error("/submit-result is asked, although /task answers") }
 	unknown := responds(404, "")
 
@@ -41,6 +41,8 @@ func TestSubmissions(t *testing.T) {
 		"as in the manual":            {unknown, responds(200, `{"processTime":1,"fileSize":2,"mediaType":{},"digests":{}}`), 404, "unknown_submission"},
 		"unreadable":                  {unknown, responds(200, `<html>`), 404, "unknown_submission"},
 		"empty":                       {unknown, responds(200, ``), 404, "unknown_submission"},
+		"the explanation is late":     {unknown, func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, 504, "broker_timeout"},
+		"no explanation for now":      {unknown, responds(503, ""), 503, "broker_overloaded"},
 		"the explanation is refused":  {unknown, responds(403, ""), 404, "unknown_submission"},
 		"the explanation fails":       {unknown, responds(500, ""), 404, "unknown_submission"},
 	} {

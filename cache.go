@@ -133,16 +133,21 @@ func (m *memory) get(k task.Key) (*entry, bool) {
 	return e, true
 }
 
-// put keeps a report under k for ttl and replaces what was there. The same document again renews what is there. A report
-// for which there is no room is not kept.
+// put keeps a report under k for ttl and replaces what was there. The same document again renews what is there. An
+// unfinished report does not replace a finished one, and a report for which there is no room is not kept.
 func (m *memory) put(k task.Key, report *task.Report, ttl time.Duration) *entry {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if v, ok := m.kept.Get(string(k[:])); ok && v.(*entry).report.Renew(report) {
+	if v, ok := m.kept.Get(string(k[:])); ok {
 		e := v.(*entry)
-		e.timer.Stop()
-		m.keep(e, ttl)
-		return e
+		if e.report.Renew(report) {
+			e.timer.Stop()
+			m.keep(e, ttl)
+			return e
+		}
+		if e.report.Finished() && !report.Finished() {
+			return unkept(report)
+		}
 	}
 	m.kept.Delete(string(k[:]))
 	e := newEntry(k, report)

@@ -230,20 +230,21 @@ func (e *Endpoint) unmarshal(d *caddyfile.Dispenser, args []string) error {
 			return d.WrapErr(err)
 		}
 	}
-	if len(args) == 2 {
+	hasSecret := len(args) == 2
+	if hasSecret {
 		e.Secret = args[1]
 	}
 	for nesting := d.Nesting(); d.NextBlock(nesting); {
 		switch option := d.Val(); option {
 		case "secret":
-			if e.Secret != "" {
+			if hasSecret {
 				return d.Err("the secret is given more than once")
 			}
 			args, err := arguments(d, 1, 1, "secret <secret>")
 			if err != nil {
 				return err
 			}
-			e.Secret = args[0]
+			e.Secret, hasSecret = args[0], true
 		case "secret_in":
 			if e.SecretIn != nil {
 				return d.Err("secret_in is given more than once")
@@ -261,6 +262,9 @@ func (e *Endpoint) unmarshal(d *caddyfile.Dispenser, args []string) error {
 		default:
 			return d.Errf("unknown option %s: the options are secret and secret_in", option)
 		}
+	}
+	if hasSecret && e.Secret == "" {
+		return d.Err("the secret is empty: leave it out if the upstream requires none")
 	}
 	return nil
 }

@@ -1,7 +1,7 @@
 package fsbroker
 
 import (
-	"sync/atomic"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -13,37 +13,38 @@ type health struct {
 	logger       *zap.Logger
 	notify       func(event, reason string) // reports a change to event handlers
 
-	dialFailed atomic.Pointer[time.Time] // when the upstream last could not be connected to; nil since it could
-	current    atomic.Pointer[failure]   // the current failure; nil if healthy
-	last       atomic.Pointer[failure]   // the last failure of the upstream or of one of its answers
+	mu         sync.Mutex // guards the fields below
+	dialFailed time.Time  // when the upstream last could not be connected to; zero since it could
+	failures   [3]*failure
+	last       *failure // the last failure of the upstream or of one of its answers
 }
 
 // failure is a failure of an upstream.
 type failure struct {
 	Code string    `json:"code"`
 	At   time.Time `json:"at"`
-
-	source healthSource
 }
+
+// healthSource is how a failure was found. A failure ends when the same source finds the upstream healthy again, so each
+// source has a place in health.failures. The first that is failing counts.
+type healthSource int
+
+const (
+	sourceDial    healthSource = iota // any exchange
+	sourceRequest                     // a request for a report
+	sourceCheck
+	sourceOther // only connecting counts
+)
 
 // response is the outcome of an exchange with an upstream.
 type response struct {
+	start      time.Time
 	status     int
 	problem    *problem // nil if the answer can be used
 	cause      error    // of the problem; it may hold what the upstream sent
 	dialFailed bool
 	details    []zap.Field // about the cause, for the log
 }
-
-// healthSource is how a failure was found. The same source must find the upstream healthy again.
-type healthSource int
-
-const (
-	sourceRequest healthSource = iota
-	sourceCheck
-	sourceAdmin
-	sourceDial // any of them, and any of them can end it
-)
 
 // healthStatus is the state of an upstream as an operator sees it.
 type healthStatus int
@@ -56,74 +57,92 @@ const (
 
 func (s healthStatus) String() string { return [...]string{"healthy", "unhealthy", "down"}[s] }
 
-func (h *health) status(now time.Time) healthStatus {
+// status returns the state of the upstream and its last failure, if there was one.
+func (h *health) status(now time.Time) (healthStatus, *failure) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
 	switch {
-	case h.downFor(now) > 0:
-		return statusDown
-	case h.current.Load() != nil:
-		return statusUnhealthy
+	case h.downUntil().After(now):
+		return statusDown, h.last
+	case h.current() != nil:
+		return statusUnhealthy, h.last
 	}
-	return statusHealthy
+	return statusHealthy, h.last
 }
 
 // downFor returns how long the upstream is not asked because a recent dial has failed.
 func (h *health) downFor(now time.Time) time.Duration {
-	failed := h.dialFailed.Load()
-	if failed == nil {
-		return 0
-	}
-	return max(0, failed.Add(h.failDuration).Sub(now))
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	return max(0, h.downUntil().Sub(now))
 }
 
-// recordDial records whether the upstream could be connected to.
-func (h *health) recordDial(ok bool) {
-	if !ok {
-		now := time.Now()
-		h.dialFailed.Store(&now)
-	} else if h.dialFailed.Load() != nil {
-		h.dialFailed.Store(nil)
+// downUntil returns until when the upstream is not asked. The caller holds the mutex.
+func (h *health) downUntil() time.Time {
+	if h.dialFailed.IsZero() {
+		return time.Time{}
 	}
+	return h.dialFailed.Add(h.failDuration)
 }
 
-// record records the outcome of an exchange, and logs and reports a change. A slow or malformed answer to a request is a
-// failure of that report only. In an exchange of the admin API, only a failed dial counts.
+// current returns the failure that counts, or nil if there is none. The caller holds the mutex.
+func (h *health) current() *failure {
+	for _, f := range h.failures {
+		if f != nil {
+			return f
+		}
+	}
+	return nil
+}
+
+// record records the outcome of an exchange, and logs and reports a change.
 func (h *health) record(source healthSource, r response) {
-	if r.problem == nil {
-		h.recover(source)
-		return
-	}
-	if r.problem.kind == problemBusy || source == sourceAdmin && !r.dialFailed {
-		return
-	}
-	if r.dialFailed {
-		source = sourceDial
-	}
-	now := &failure{Code: r.problem.code(), At: time.Now(), source: source}
-	h.last.Store(now)
-	if source == sourceRequest && r.problem.kind != problemRefusedSecret {
-		return
-	}
-	known := h.current.Swap(now)
-	if known != nil && known.Code == now.Code {
-		return
-	}
-	fields := []zap.Field{zap.String("code", now.Code)}
-	if r.dialFailed { // dial errors hold only an address; other errors may hold what the upstream sent
-		fields = append(fields, zap.NamedError("cause", r.cause), zap.Duration("fail_duration", h.failDuration))
-		fields = append(fields, r.details...)
-	}
-	h.logger.Warn("fails", fields...)
-	if known == nil {
-		h.notify("fsbroker_node_unhealthy", now.Code)
+	before, after := h.update(source, r)
+	switch {
+	case after != nil && (before == nil || before.Code != after.Code):
+		fields := []zap.Field{zap.String("code", after.Code)}
+		if r.dialFailed { // dial errors hold only an address; other errors may hold what the upstream sent
+			fields = append(fields, zap.NamedError("cause", r.cause), zap.Duration("fail_duration", h.failDuration))
+			fields = append(fields, r.details...)
+		}
+		h.logger.Warn("fails", fields...)
+		if before == nil {
+			h.notify("fsbroker_node_unhealthy", after.Code)
+		}
+	case after == nil && before != nil:
+		h.logger.Info("answers again")
+		h.notify("fsbroker_node_healthy", before.Code)
 	}
 }
 
-// recover ends the current failure if this source can see that it is over.
-func (h *health) recover(source healthSource) {
-	known := h.current.Load()
-	if known == nil || known.source != source && known.source != sourceDial || !h.current.CompareAndSwap(known, nil) {
-		return
+// update records the outcome of an exchange and returns the failure that counts, before and after. A slow or malformed
+// answer to a request is a failure of that report only.
+func (h *health) update(source healthSource, r response) (before, after *failure) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	before = h.current()
+	switch {
+	case r.dialFailed:
+		h.fail(sourceDial, r.problem)
+		h.dialFailed = time.Now()
+	case r.status != 0 && r.start.After(h.dialFailed): // it could be connected to since
+		h.failures[sourceDial], h.dialFailed = nil, time.Time{}
 	}
-	h.logger.Info("answers again")
-	h.notify("fsbroker_node_healthy", known.Code)
+	switch {
+	case r.dialFailed, source == sourceOther:
+	case r.problem == nil:
+		h.failures[source] = nil
+	case r.problem.kind == problemBusy:
+	case source == sourceCheck, r.problem.kind == problemRefusedSecret:
+		h.fail(source, r.problem)
+	default:
+		h.last = &failure{Code: r.problem.code(), At: time.Now()}
+	}
+	return before, h.current()
+}
+
+// fail sets the failure of a source. The caller holds the mutex.
+func (h *health) fail(source healthSource, p *problem) {
+	h.failures[source] = &failure{Code: p.code(), At: time.Now()}
+	h.last = h.failures[source]
 }

@@ -203,7 +203,7 @@ func setNocache(params url.Values, fresh bool) {
 // fetchReport fetches a report. The error is errUnknown if the upstream does not know it.
 func (u *upstream) fetchReport(ctx context.Context, params url.Values) (*task.Report, error) {
 	var report *task.Report
-	status, err := u.fetch(ctx, "task", params, func(body io.Reader, grow func(int64) error) (err error) {
+	status, err := u.fetch(ctx, "task", params, sourceRequest, func(body io.Reader, grow func(int64) error) (err error) {
 		report, err = task.ReadReport(body, grow)
 		if _, ok := errors.AsType[*problem](err); err != nil && !ok {
 			return u.problem(problemBadAnswer, fmt.Sprintf("sent something that is not a report: %s. Try again later", err))
@@ -224,7 +224,7 @@ func (u *upstream) fetchReport(ctx context.Context, params url.Values) (*task.Re
 // fetchSubmission fetches what the broker says about a submission. The error is errUnknown if the broker does not know it.
 func (u *upstream) fetchSubmission(ctx context.Context, submitID string) (task.Submission, error) {
 	var sub task.Submission
-	status, err := u.fetch(ctx, "submit-result", url.Values{"submitID": {submitID}}, func(body io.Reader, _ func(int64) error) (err error) {
+	status, err := u.fetch(ctx, "submit-result", url.Values{"submitID": {submitID}}, sourceOther, func(body io.Reader, _ func(int64) error) (err error) {
 		sub, err = task.ReadSubmission(io.LimitReader(body, maxInfo))
 		return err
 	})
@@ -298,13 +298,7 @@ func readSystemInfo(body io.Reader) (systemInfo, error) {
 	if err != nil {
 		return systemInfo{}, err
 	}
-	var info systemInfo
-	if name := doc.VersionInfo.Name.value; name != nil {
-		info.Name = *name
-	}
-	if version := doc.VersionInfo.Version.value; version != nil {
-		info.Version = *version
-	}
+	info := systemInfo{Name: short(doc.VersionInfo.Name), Version: short(doc.VersionInfo.Version)}
 	info.ActiveThreads, info.FreeDiskSpaceMB = whole(doc.ActiveThreads), whole(doc.FreeDiscSpaceInMb)
 	info.Queue = queueInfo{
 		Active:    whole(doc.QueueInfo.ActiveCount),
@@ -324,6 +318,17 @@ func (o *optional[T]) UnmarshalJSON(text []byte) error {
 		o.value = &value
 	}
 	return nil
+}
+
+// maxName bounds the name and the version of an upstream, in bytes.
+const maxName = 64
+
+// short returns a text that can be shown, or an empty string.
+func short(text optional[string]) string {
+	if text.value == nil || len(*text.value) > maxName || !task.ValidID(*text.value) {
+		return ""
+	}
+	return *text.value
 }
 
 // whole returns a number as an integer, or nil.

@@ -116,6 +116,15 @@ func (p *problem) reason() string { return problemKinds[p.kind].code }
 // requested reports whether an upstream was asked, or was tried.
 func (p *problem) requested() bool { return problemKinds[p.kind].requested }
 
+// isPassing reports whether an upstream could not be asked, for reasons that may pass.
+func (p *problem) isPassing() bool {
+	switch p.kind {
+	case problemUnreachable, problemDown, problemTimeout, problemBusy, problemOverloaded, problemWrongScheme, problemUntrustedCertificate:
+		return true
+	}
+	return false
+}
+
 // with returns a copy of p with more detail. Other requests may share p.
 func (p *problem) with(detail string) *problem {
 	more := *p

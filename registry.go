@@ -3,6 +3,7 @@ package fsbroker
 import (
 	"slices"
 	"sync"
+	"time"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
@@ -75,10 +76,12 @@ func (rg *registry) archives() []*archive.Archive {
 // stats returns the current values of the gauges.
 func (rg *registry) stats() stats {
 	var s stats
+	now := time.Now()
 	for id, upstreams := range rg.upstreams() {
 		one := upstreamStats{namespace: id.namespace, role: id.role, name: id.name, host: id.host, up: true}
 		for _, u := range upstreams {
-			one.up = one.up && u.health.current.Load() == nil
+			status, _ := u.health.status(now)
+			one.up = one.up && status == statusHealthy
 			one.inFlight += u.inFlight.Load()
 		}
 		s.upstreams = append(s.upstreams, one)
@@ -95,10 +98,10 @@ func (rg *registry) stats() stats {
 	return s
 }
 
-// taskKeys returns the keys of both reports of a task, for all resolvers.
-func (rg *registry) taskKeys(appServerID, taskID string) (keys []task.Key) {
+// keys returns the keys of both reports that a query names, for all resolvers.
+func (rg *registry) keys(q query) (keys []task.Key) {
 	for _, rs := range rg.all() {
-		keys = append(keys, rs.taskKeys(appServerID, taskID)...)
+		keys = append(keys, rs.keys(q)...)
 	}
 	return keys
 }

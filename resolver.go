@@ -111,6 +111,9 @@ func (rs *resolver) resolve(ctx context.Context, q query) (result, error) {
 		return res, err
 	}
 	res, err := rs.call(ctx, k, q)
+	if q.nocache {
+		err = rs.mentionKept(err, k)
+	}
 	res.node = node
 	if res.from != nil && res.from.role == roleNode {
 		res.node = res.from
@@ -157,8 +160,11 @@ func (rs *resolver) key(q query) (k task.Key, node *origin, p *problem) {
 
 // call fetches the report under k, together with all other callers that ask for it.
 func (rs *resolver) call(ctx context.Context, k task.Key, q query) (result, error) {
-	got, joined, err := rs.shared.calls.Do(ctx, callKey{k, rs.identity}, q.nocache,
+	nocache := q.nocache
+	got, joined, err := rs.shared.calls.Do(ctx, callKey{k, rs.identity}, nocache,
 		func(call context.Context, fresh bool) (fetchResult, error) {
+			defer rs.closeIfRetired()
+			q.nocache = fresh // a caller that joined may want no kept report
 			// It may have been kept while this call waited for its turn.
 			if e, ok := rs.shared.get(k); ok && !fresh {
 				return fetchResult{entry: e}, nil
@@ -168,13 +174,14 @@ func (rs *resolver) call(ctx context.Context, k task.Key, q query) (result, erro
 	if joined {
 		linkSpan(ctx, got.span)
 	}
-	if q.nocache {
-		err = rs.mentionKept(err, k)
-	}
-	if rs.retired.Load() { // Caddy has cleaned up the transport before
+	return result{fetchResult: got, hit: got.stored, joined: joined, nocache: nocache}, err
+}
+
+// closeIfRetired closes idle connections if Caddy has cleaned up the transport before.
+func (rs *resolver) closeIfRetired() {
+	if rs.retired.Load() {
 		rs.closeIdleConnections()
 	}
-	return result{fetchResult: got, hit: got.stored, joined: joined, nocache: q.nocache}, err
 }
 
 // fetch returns the report under k from the storage, or from the first upstream that knows it, and keeps it. A fresh fetch
@@ -239,11 +246,15 @@ func (rs *resolver) fetchFromUpstreams(ctx context.Context, q query, fresh bool)
 }
 
 // explainUnknown finds out why the broker has no report of a submission. The submission may be queued, or it may be a
-// task of a node. A failure to find out does not matter: the broker does not know the report.
+// task of a node. If the broker cannot be asked for the moment, that is told. An answer that cannot be used does not
+// matter: the broker does not know the report.
 func (rs *resolver) explainUnknown(ctx context.Context, q query) (*task.Report, *origin, error) {
 	sub, err := rs.broker.fetchSubmission(ctx, q.submitID)
 	if ctx.Err() != nil {
 		return nil, nil, context.Cause(ctx)
+	}
+	if p, ok := errors.AsType[*problem](err); ok && p.isPassing() {
+		return nil, nil, p
 	}
 	detail := "the broker does not know this submission, or has deleted it: check submitID, or submit the file again"
 	switch {
@@ -263,28 +274,38 @@ func (rs *resolver) explainUnknown(ctx context.Context, q query) (*task.Report, 
 	return nil, nil, &problem{kind: problemUnknownSubmission, detail: detail}
 }
 
-// fetchTaskOf fetches the report of the task that a submission became, together with callers that ask for the task.
+// fetchTaskOf returns the report of the task that a submission became. It is fetched together with callers that ask for
+// the task.
 func (rs *resolver) fetchTaskOf(ctx context.Context, sub task.Submission, q query) (*task.Report, *origin, error) {
 	q = query{appServerID: sub.AppServerID, taskID: sub.TaskID, all: q.all, nocache: q.nocache}
-	res, err := rs.resolve(ctx, q)
+	k, node, p := rs.key(q)
+	if p != nil {
+		return nil, nil, p
+	}
+	if e, ok := rs.shared.get(k); ok && !q.nocache {
+		return e.report, node, nil
+	}
+	res, err := rs.call(ctx, k, q)
+	if p, ok := errors.AsType[*problem](err); ok && p.kind == problemUnknownTask {
+		return nil, nil, &problem{
+			kind:   problemUnknownSubmission,
+			detail: "the broker has no report of this submission, and its task is unknown, or has been deleted: submit the file again",
+		}
+	}
 	if err != nil {
 		return nil, nil, err
 	}
-	return res.entry.report, cmp.Or(res.from, res.node), nil
+	return res.entry.report, cmp.Or(res.from, node), nil
 }
 
-// keep keeps a report under k. An unfinished report does not replace a finished one.
+// keep keeps a report under k.
 func (rs *resolver) keep(k task.Key, report *task.Report) *entry {
-	kept, ok := rs.shared.get(k)
-	switch {
-	case report.Finished():
-		e := rs.shared.put(k, report, rs.ttl)
-		rs.save(e)
-		return e
-	case ok && kept.report.Finished():
-		return unkept(report)
+	if !report.Finished() {
+		return rs.shared.put(k, report, rs.pollInterval)
 	}
-	return rs.shared.put(k, report, rs.pollInterval)
+	e := rs.shared.put(k, report, rs.ttl)
+	rs.save(e)
+	return e
 }
 
 // fetchSystemInfo fetches what an upstream says about itself. An error means that ctx has ended.
@@ -348,10 +369,10 @@ func (rs *resolver) mentionKept(err error, k task.Key) error {
 	return p.with("a report is kept here: ask without nocache to get it")
 }
 
-// taskKeys returns the keys of both reports of a task, if an upstream can know it.
-func (rs *resolver) taskKeys(appServerID, taskID string) (keys []task.Key) {
-	for _, all := range []bool{false, true} {
-		if k, _, p := rs.key(query{appServerID: appServerID, taskID: taskID, all: all}); p == nil {
+// keys returns the keys of both reports that q names, if an upstream can know them.
+func (rs *resolver) keys(q query) (keys []task.Key) {
+	for _, q.all = range []bool{false, true} {
+		if k, _, p := rs.key(q); p == nil {
 			keys = append(keys, k)
 		}
 	}

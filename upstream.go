@@ -6,10 +6,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"net/http/httptrace"
 	"net/url"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -35,8 +37,9 @@ type upstream struct {
 	upstreamOptions
 	line     *semaphore.Weighted // bounds the requests in flight; first come, first served
 	health   health
-	share    share // of the memory for answers
-	probes   limiter
+	share    share       // of the memory for answers
+	plain    atomic.Bool // it has answered plain HTTP, so it does not speak TLS
+	probe    tlsProbe
 	warnings limiter // of local errors
 	inFlight atomic.Int64
 }
@@ -84,7 +87,7 @@ type bodyReader func(body io.Reader, grow func(held int64) error) error
 // fetch sends a request and reads the answer. It returns the status, which is 200, 204 or 404. ctx belongs to the fetch
 // and not to a caller: the transport reads values from it, and the answer belongs to all callers that wait for it. An
 // error that is not a *problem means that ctx has ended.
-func (u *upstream) fetch(ctx context.Context, path string, params url.Values, read bodyReader) (status int, err error) {
+func (u *upstream) fetch(ctx context.Context, path string, params url.Values, source healthSource, read bodyReader) (status int, err error) {
 	if err := u.line.Acquire(ctx, 1); err != nil {
 		return 0, context.Cause(ctx)
 	}
@@ -97,7 +100,7 @@ func (u *upstream) fetch(ctx context.Context, path string, params url.Values, re
 	defer u.inFlight.Add(-1)
 	r, err := u.exchange(ctx, u.timeout, path, params, read)
 	if err == nil {
-		u.health.record(sourceRequest, r)
+		u.health.record(source, r)
 		if r.problem != nil {
 			err = r.problem
 		}
@@ -124,14 +127,11 @@ func (u *upstream) exchange(ctx context.Context, timeout time.Duration, path str
 	if err != nil && ctx.Err() != nil {
 		return response{}, context.Cause(ctx)
 	}
-	r = response{status: status, cause: err, dialFailed: dial.failed()}
+	r = response{start: start, status: status, cause: err, dialFailed: dial.failed()}
 	if dial.isLocal() {
 		u.diagnoseLocal(&r)
 	} else {
 		u.diagnose(ctx, &r)
-	}
-	if r.dialFailed {
-		u.health.recordDial(false)
 	}
 	if ce := u.logger.Check(zap.DebugLevel, "fetched"); ce != nil {
 		code := ""
@@ -177,11 +177,13 @@ func (u *upstream) roundTrip(req *http.Request, body *answerBody, read bodyReade
 		return 0, err
 	}
 	defer resp.Body.Close()
-	u.health.recordDial(true)
+	if u.base.Scheme == "http" && resp.StatusCode != http.StatusBadRequest {
+		u.plain.Store(true)
+	}
 	if resp.StatusCode == http.StatusOK {
 		return resp.StatusCode, body.read(resp, read)
 	}
-	drain(resp.Body)
+	drain(resp)
 	switch resp.StatusCode {
 	case http.StatusNoContent, http.StatusNotFound:
 		return resp.StatusCode, nil
@@ -275,8 +277,16 @@ func (b *answerBody) grow(held int64) error {
 	return nil
 }
 
-// drain reads a part of an unwanted body, so that the connection can be reused.
-func drain(body io.Reader) { _, _ = io.CopyN(io.Discard, body, 4<<10) }
+// drain reads a small unwanted body, so that the connection can be reused. It does not wait for a body that is late.
+func drain(resp *http.Response) {
+	const small, late = 4 << 10, 100 * time.Millisecond
+	if resp.ContentLength == 0 || resp.ContentLength > small {
+		return
+	}
+	timer := time.AfterFunc(late, func() { _ = resp.Body.Close() })
+	defer timer.Stop()
+	_, _ = io.CopyN(io.Discard, resp.Body, small)
+}
 
 // diagnose sets the problem that the error of an exchange means.
 func (u *upstream) diagnose(ctx context.Context, r *response) {
@@ -294,6 +304,7 @@ func (u *upstream) diagnose(ctx context.Context, r *response) {
 		r.problem = p
 	case r.dialFailed:
 		r.problem, r.details = u.diagnoseDial(r.cause)
+		r.cause = errors.New(u.redact(r.cause.Error())) // it may name what a certificate states
 	case isTimeout(r.cause):
 		r.problem = u.problem(problemTimeout, "did not answer in time: try again later")
 	default:
@@ -315,17 +326,34 @@ func (u *upstream) diagnoseLocal(r *response) {
 
 var errSpeaksTLS = errors.New("a TLS handshake was answered")
 
+// maxStated bounds a text that an upstream states about itself in a log, in bytes.
+const maxStated = 512
+
+// redact returns a text that an upstream states about itself without the secret that it was sent.
+func (u *upstream) redact(text string) string {
+	if len(text) > maxStated {
+		text = text[:maxStated] + "…"
+	}
+	if u.secret.value == "" {
+		return text
+	}
+	return strings.NewReplacer(u.secret.value, "REDACTED", url.QueryEscape(u.secret.value), "REDACTED").Replace(text)
+}
+
 // diagnoseDial returns the problem that a failure to connect means, with details for the log.
 func (u *upstream) diagnoseDial(err error) (*problem, []zap.Field) {
 	if untrusted, ok := errors.AsType[*tls.CertificateVerificationError](err); ok && len(untrusted.UnverifiedCertificates) > 0 {
 		cert := untrusted.UnverifiedCertificates[0]
-		names := append([]string(nil), cert.DNSNames...)
+		var names []string
+		for _, name := range cert.DNSNames {
+			names = append(names, u.redact(name))
+		}
 		for _, ip := range cert.IPAddresses {
 			names = append(names, ip.String())
 		}
 		return u.problem(problemUntrustedCertificate, "presented a certificate that is not trusted: its operator finds the cause in the log"), []zap.Field{
-			zap.String("issuer", cert.Issuer.String()),
-			zap.String("subject", cert.Subject.String()),
+			zap.String("issuer", u.redact(cert.Issuer.String())),
+			zap.String("subject", u.redact(cert.Subject.String())),
 			zap.Strings("names", names),
 			zap.Time("not_after", cert.NotAfter),
 			zap.String("hint", "trust its certificate, or the authority that issued it, with transport http { tls_trust_pool file … }; if the name differs, set tls_server_name"),
@@ -395,15 +423,33 @@ func (l *limiter) due(interval time.Duration) bool {
 	return (next == nil || !now.Before(*next)) && l.next.CompareAndSwap(next, &after)
 }
 
+// tlsProbe remembers whether an upstream speaks TLS.
+type tlsProbe struct {
+	mu     sync.Mutex // held during a probe
+	until  time.Time  // until when the verdict counts
+	speaks bool
+}
+
 // tlsProbeTimeout bounds the handshake by which an upstream is probed.
 const tlsProbeTimeout = 2 * time.Second
 
 // speaksTLS reports whether an upstream with an http address speaks TLS. Only a handshake can show that. It is tried at
-// most once in failDuration, and ends before a request is sent.
+// most once in failDuration, for all that want to know, and never with an upstream that has answered plain HTTP before.
 func (u *upstream) speaksTLS(ctx context.Context) bool {
-	if !u.probes.due(u.health.failDuration) {
+	if u.plain.Load() {
 		return false
 	}
+	u.probe.mu.Lock()
+	defer u.probe.mu.Unlock()
+	if !time.Now().Before(u.probe.until) {
+		u.probe.speaks = u.shakeHands(ctx)
+		u.probe.until = time.Now().Add(u.health.failDuration)
+	}
+	return u.probe.speaks
+}
+
+// shakeHands reports whether the upstream answers a TLS handshake. It ends before a request is sent.
+func (u *upstream) shakeHands(ctx context.Context) bool {
 	ctx, cancel := context.WithTimeout(ctx, tlsProbeTimeout)
 	defer cancel()
 	var answered atomic.Bool
@@ -424,6 +470,7 @@ func (u *upstream) speaksTLS(ctx context.Context) bool {
 // answersHandshake reports whether a TLS server has answered a handshake with that outcome.
 func answersHandshake(err error) bool {
 	_, untrusted := errors.AsType[*tls.CertificateVerificationError](err)
-	_, alert := errors.AsType[tls.AlertError](err)
+	network, ok := errors.AsType[*net.OpError](err)
+	alert := ok && network.Op == "remote error" // which is how crypto/tls reports an alert
 	return err == nil || untrusted || alert
 }

@@ -39,26 +39,29 @@ func (ps *pollers) wait(ctx context.Context, q query, res result, maxWait time.D
 	timer := time.NewTimer(maxWait)
 	defer timer.Stop()
 	q = q.target()
-	p := ps.join(ctx, q, res)
+	p, joined := ps.join(ctx, q, res)
 	select {
 	case <-p.done:
 	case <-timer.C:
 	case <-ctx.Done():
 	}
 	res, err := ps.leave(q, p)
-	linkSpan(ctx, res.span)
+	if joined {
+		linkSpan(ctx, res.span)
+	}
 	if ctx.Err() != nil {
 		err = context.Cause(ctx)
 	}
 	return res, err
 }
 
-// join adds a caller, with its own result, to those that wait for q. It starts a poller for the first one.
-func (ps *pollers) join(caller context.Context, q query, res result) *poller {
+// join adds a caller, with its own result, to those that wait for q. It starts a poller for the first one, and reports
+// whether there was one already.
+func (ps *pollers) join(caller context.Context, q query, res result) (p *poller, joined bool) {
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
-	p := ps.byQuery[q]
-	if p == nil {
+	p, joined = ps.byQuery[q]
+	if !joined {
 		ctx, cancel := context.WithCancel(ps.ctx)
 		p = &poller{result: res, cancel: cancel, done: make(chan struct{})}
 		ps.byQuery[q] = p
@@ -67,7 +70,7 @@ func (ps *pollers) join(caller context.Context, q query, res result) *poller {
 		p.result = res
 	}
 	p.waiters++
-	return p
+	return p, joined
 }
 
 // leave removes a caller and returns the newest result. The poller ends when its last caller leaves.
