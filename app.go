@@ -63,6 +63,7 @@ func (a *App) Provision(ctx caddy.Context) error {
 	a.checks, a.endChecks = context.WithCancel(context.Background())
 	a.checking = make(chan struct{}, maxChecks)
 	a.namespaces = make(map[string]*namespace)
+	filterStdLog()
 	return registerMetrics(ctx.GetMetricsRegistry(), live.stats)
 }
 

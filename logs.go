@@ -1,7 +1,11 @@
 package fsbroker
 
 import (
+	"bytes"
+	"io"
+	"log"
 	"net/http"
+	"slices"
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
@@ -82,6 +86,39 @@ func (i *requestInfo) MarshalLogObject(enc zapcore.ObjectEncoder) error {
 		enc.AddString("fsbroker_upstream", i.upstream.String())
 	}
 	return nil
+}
+
+// unsolicited begins what net/http prints to the standard logger about an upstream that sends something unasked on an idle
+// connection. It goes on with what the upstream sent, which may be an echo of a request with a secret. Nothing else that
+// net/http prints holds what an upstream sent.
+var unsolicited = []byte("Unsolicited response received on idle HTTP channel starting with ")
+
+// stdLogFilter is an output of the standard logger that leaves out what an upstream sent.
+type stdLogFilter struct{ io.Writer }
+
+// filterStdLog puts a filter in front of the output of the standard logger, unless there is one already. Caddy replaces the
+// output when a configuration has a sink for it.
+func filterStdLog() {
+	if w := log.Writer(); !isFilter(w) {
+		log.SetOutput(stdLogFilter{w})
+	}
+}
+
+func isFilter(w io.Writer) bool {
+	_, ok := w.(stdLogFilter)
+	return ok
+}
+
+// Write implements io.Writer.
+func (f stdLogFilter) Write(line []byte) (int, error) {
+	if before, _, ok := bytes.Cut(line, unsolicited); ok {
+		shortened := slices.Concat(before, unsolicited, []byte("(left out)\n"))
+		if _, err := f.Writer.Write(shortened); err != nil {
+			return 0, err
+		}
+		return len(line), nil
+	}
+	return f.Writer.Write(line)
 }
 
 // Interface guard

@@ -1,8 +1,12 @@
 package fsbroker_test
 
 import (
+	"bytes"
+	"fmt"
+	"log"
 	"net/http"
 	"strings"
+	"sync"
 	"testing"
 )
 
@@ -83,4 +87,46 @@ func TestSecretInQueryIsAdvisedAgainst(t *testing.T) {
 		return len(s.logged(advice)) == 3
 	})
 	s.wantNoSecretInLog()
+}
+
+// syncBuffer is a buffer for several goroutines.
+type syncBuffer struct {
+	mu  sync.Mutex
+	buf bytes.Buffer
+}
+
+func (b *syncBuffer) Write(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.Write(p)
+}
+
+func (b *syncBuffer) String() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.buf.String()
+}
+
+// net/http prints what a node sends on an idle connection to the standard logger, which may be an echo of its secret.
+func TestSecretInUnsolicitedResponse(t *testing.T) {
+	output := new(syncBuffer)
+	was := log.Writer()
+	log.SetOutput(output)
+	t.Cleanup(func() { log.SetOutput(was) })
+	document := reportOf("t1", "SUCCESS")
+	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+		conn, _, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		_, _ = fmt.Fprintf(conn, "HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%secho %s", len(document), document, r.URL)
+		_ = conn.Close()
+	})
+	s := startSite(t, options(node, ""))
+	s.get(pair).wantStatus(t, http.StatusOK)
+	eventually(t, "the line", func() bool { return strings.Contains(output.String(), "Unsolicited response") })
+	if strings.Contains(output.String(), nodeSecret) {
+		t.Errorf("the standard logger prints a secret: %s", output)
+	}
 }
