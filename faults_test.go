@@ -88,30 +88,21 @@ func TestWrongSchemeStaysWithoutChecks(t *testing.T) {
 	s.get(pair).wantProblem(t, 503, "node_down")
 }
 
-// A server that answers the handshake with an alert speaks TLS.
+// A server that answers the handshake with an alert speaks TLS, although an address says http.
 func TestTLSAlert(t *testing.T) {
-	tlsNode := httptest.NewUnstartedServer(responds(200, ""))
-	tlsNode.TLS = &tls.Config{MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS11}
-	tlsNode.StartTLS()
-	t.Cleanup(tlsNode.Close)
-	s := startSite(t, fmt.Sprintf(`fsbroker_task {
-		secret {env.CALLER_SECRET}
-		node node-1 http://%s {env.NODE_SECRET}
-	}`, tlsNode.Listener.Addr()))
-	s.get(pair).wantProblem(t, 502, "node_wrong_scheme")
-}
-
-// A server that requires a client certificate speaks TLS.
-func TestTLSClientCertificateRequired(t *testing.T) {
-	tlsNode := httptest.NewUnstartedServer(responds(200, ""))
-	tlsNode.TLS = &tls.Config{MaxVersion: tls.VersionTLS12, ClientAuth: tls.RequireAnyClientCert}
-	tlsNode.StartTLS()
-	t.Cleanup(tlsNode.Close)
-	s := startSite(t, fmt.Sprintf(`fsbroker_task {
-		secret {env.CALLER_SECRET}
-		node node-1 http://%s {env.NODE_SECRET}
-	}`, tlsNode.Listener.Addr()))
-	s.get(pair).wantProblem(t, 502, "node_wrong_scheme")
+	for name, config := range map[string]*tls.Config{
+		"old versions only":              {MinVersion: tls.VersionTLS10, MaxVersion: tls.VersionTLS11},
+		"a client certificate is wanted": {MaxVersion: tls.VersionTLS12, ClientAuth: tls.RequireAnyClientCert},
+	} {
+		t.Run(name, func(t *testing.T) {
+			node := httptest.NewUnstartedServer(responds(200, ""))
+			node.TLS = config
+			node.StartTLS()
+			t.Cleanup(node.Close)
+			s := startSite(t, fmt.Sprintf("fsbroker_task {\nsecret {env.CALLER_SECRET}\nnode node-1 http://%s {env.NODE_SECRET}\n}", node.Listener.Addr()))
+			s.get(pair).wantProblem(t, 502, "node_wrong_scheme")
+		})
+	}
 }
 
 // A node that has answered plain HTTP is not probed, although it also speaks TLS on that port.
