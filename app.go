@@ -283,8 +283,15 @@ func loadTransport(ctx caddy.Context, h *Handler) (*reverseproxy.HTTPTransport, 
 	if transport.ProxyProtocolEnabled() {
 		return nil, errors.New("the transport's proxy_protocol is not supported: a request to a node has no single client whose address could be sent")
 	}
+	if transport.Transport.MaxResponseHeaderBytes == 0 {
+		transport.Transport.MaxResponseHeaderBytes = maxResponseHeader
+	}
 	return transport, nil
 }
+
+// maxResponseHeader is the default for the size of an upstream's response header, in bytes. That of net/http is 10 MB, which
+// would count for nothing.
+const maxResponseHeader = 64 << 10
 
 // setUp sets up the upstreams and what answers with their reports.
 func (ns *namespace) setUp(transport *reverseproxy.HTTPTransport, logger *zap.Logger, notify func(u *upstream, event, reason string)) error {

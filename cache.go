@@ -151,7 +151,7 @@ func (m *memory) put(k task.Key, report *task.Report, ttl time.Duration) *entry 
 	}
 	m.kept.Delete(string(k[:]))
 	e := newEntry(k, report)
-	if !m.makeRoom(e.whole.size) {
+	if e.whole.size > m.limit || !m.makeRoom(e.whole.size) {
 		e.unkept = true
 		return e
 	}
@@ -316,9 +316,6 @@ func (m *memory) begin(size int64) bool {
 
 // makeRoom evicts until there is room for size bytes, and reports whether there is. The caller holds the mutex.
 func (m *memory) makeRoom(size int64) bool {
-	if size > m.limit {
-		return false // without evicting all others
-	}
 	for m.used+m.sending+m.reading+size > m.limit {
 		f := m.order.next()
 		if f == nil {
@@ -397,7 +394,7 @@ type reservation struct {
 func (m *memory) reserve(s *share) *reservation { return &reservation{memory: m, share: s} }
 
 // grow extends the reservation to size bytes and reports whether there is room. An answer up to task.SmallDocument always
-// has room, and so has the only answer that is being read. The others of an upstream may take as much as they leave free
+// has room, and so has one beside which memory holds nothing. The others of an upstream may take as much as they leave free
 // (dynamic thresholds, Choudhury and Hahne, 1998): an upstream that floods, or stalls, never takes everything.
 func (r *reservation) grow(size int64) bool {
 	more := size - r.size
@@ -407,16 +404,17 @@ func (r *reservation) grow(size int64) bool {
 	m := r.memory
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if size > task.SmallDocument && m.reading > r.size {
-		free := m.limit - m.sending - m.reading - more
-		if r.share.reading+more > free {
-			return false
-		}
+	small, alone := size <= task.SmallDocument, m.sending == 0 && m.reading == r.size
+	if !small && !alone && r.share.reading+more > m.limit-m.sending-m.reading-more {
+		return false
+	}
+	fits := m.makeRoom(more)
+	if !small && !fits && !(alone && m.used == 0) { // callers hold what is kept
+		return false
 	}
 	m.reading += more
 	r.share.reading += more
 	r.size = size
-	m.makeRoom(0)
 	return true
 }
 

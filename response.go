@@ -71,7 +71,7 @@ func (rp *responder) write(w http.ResponseWriter, r *http.Request, res result) i
 	switch {
 	case isHead:
 	case body == nil:
-		rp.stream(w, report)
+		rp.stream(w, e)
 	default:
 		_, _ = w.Write(body.rep.Body) // an error means that the client has left
 	}
@@ -80,11 +80,13 @@ func (rp *responder) write(w http.ResponseWriter, r *http.Request, res result) i
 
 // stream writes an inflated document piece by piece. The response cannot say any more that the report is damaged, so it is
 // aborted then.
-func (rp *responder) stream(w http.ResponseWriter, report *task.Report) {
+func (rp *responder) stream(w http.ResponseWriter, e *entry) {
+	rp.memory.acquire(&e.whole)
+	defer rp.memory.release(&e.whole)
 	decoder := rp.memory.reserve(new(share))
 	defer decoder.release()
 	decoder.grow(task.DecoderMemory)
-	if err := report.WriteInflated(w); errors.Is(err, task.ErrDamaged) {
+	if err := e.report.WriteInflated(w); errors.Is(err, task.ErrDamaged) {
 		rp.logger.Error("a kept report is damaged", zap.Error(err))
 		panic(http.ErrAbortHandler)
 	}
