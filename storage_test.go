@@ -485,3 +485,27 @@ func TestKilledInTheMiddleOfWriting(t *testing.T) {
 		t.Errorf("only %d reports were stored", len(confirmed))
 	}
 }
+
+// Before a report is called unknown, the storage is looked into once more: another instance may have stored it meanwhile.
+func TestStoredByAnotherInstanceMeanwhile(t *testing.T) {
+	document := reportOf("t1", "SUCCESS")
+	dir := t.TempDir()
+	knows := newBackend(t, responds(http.StatusOK, document))
+	one := startProcess(t, dir, options(knows, shared))
+	forgets := newBackend(t, func(w http.ResponseWriter, _ *http.Request) {
+		if r := <-one.goGet(pair); r.status != http.StatusOK {
+			t.Errorf("the other instance: status %d", r.status)
+		}
+		for deadline := time.Now().Add(10 * time.Second); len(storedIn(t, dir)) == 0 && time.Now().Before(deadline); {
+			time.Sleep(5 * time.Millisecond)
+		}
+		w.WriteHeader(http.StatusNotFound)
+	})
+	other := startProcess(t, dir, options(forgets, shared))
+	r := other.get(pair)
+	r.wantHeader(t, "Cache-Status", "fsbroker; hit; detail=storage")
+	if string(r.body) != document {
+		t.Errorf("status %d: %s", r.status, r.body)
+	}
+	forgets.wantRequests(t, 1)
+}
