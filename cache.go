@@ -409,7 +409,7 @@ func (r *reservation) grow(size int64) bool {
 		return false
 	}
 	fits := m.makeRoom(more)
-	if !small && !fits && !(alone && m.used == 0) { // callers hold what is kept
+	if empty := alone && m.used == 0; !small && !fits && !empty { // callers hold what is kept
 		return false
 	}
 	m.reading += more
