@@ -225,7 +225,7 @@ func TestReadmeAdminCommands(t *testing.T) {
 		t.Fatalf("the README has only %d commands", len(commands))
 	}
 	node := newBackend(t, systemInfo)
-	s := startWithAdmin(t, options(node, stored), "")
+	s := startWithAdmin(t, options(node, "broker "+node.URL+"\n"+stored), "")
 	s.get(pair)
 	for _, line := range commands {
 		line, _, _ = strings.Cut(line, "#")

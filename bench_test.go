@@ -105,6 +105,36 @@ func BenchmarkHit(b *testing.B) {
 	b.Run("query-secret", func(b *testing.B) { benchHit(b, h, "appServerID=node-0&taskID=t0&secret=bench-secret") })
 }
 
+// BenchmarkUnauthorized measures what a caller without a valid secret costs, for comparison with BenchmarkHit. It asks for
+// a report that is kept.
+func BenchmarkUnauthorized(b *testing.B) {
+	h := benchHandler(b, 1, 1, 41<<10)
+	const query = "appServerID=node-0&taskID=t0"
+	for _, test := range []struct{ name, query, authorization string }{
+		{"wrong-bearer", query, "Bearer wrong-secret"},
+		{"none", query, ""},
+		{"wrong-query-secret", query + "&secret=wrong-secret", ""},
+	} {
+		b.Run(test.name, func(b *testing.B) {
+			b.ReportAllocs()
+			b.RunParallel(func(pb *testing.PB) {
+				r := benchRequest(test.query)
+				r.Header.Del("Authorization")
+				if test.authorization != "" {
+					r.Header.Set("Authorization", test.authorization)
+				}
+				w := &discard{header: make(http.Header)}
+				for pb.Next() {
+					clear(w.header)
+					if err := h.ServeHTTP(w, r, nil); err != nil || w.header.Get("Cache-Status") != "fsbroker; detail=unauthorized" {
+						b.Error("measured something else", err, w.header)
+					}
+				}
+			})
+		})
+	}
+}
+
 func BenchmarkHitByEntriesKept(b *testing.B) {
 	for _, n := range []int{1, 1_000, 1_000_000} {
 		h := benchHandler(b, 1, n, 15<<10)

@@ -132,8 +132,8 @@ func TestDashboard(t *testing.T) {
 		Panels     []panel
 		Templating struct {
 			List []struct {
-				Type  string
-				Query any
+				Name, Type string
+				Query      any
 			}
 		}
 	}
@@ -143,7 +143,7 @@ func TestDashboard(t *testing.T) {
 	queries := make(map[string]string) // by the panel or variable
 	for _, variable := range dashboard.Templating.List {
 		if query, ok := variable.Query.(map[string]any); ok {
-			queries["variable"] = strings.Replace(fmt.Sprint(query["query"]), ", instance)", ")", 1)
+			queries[variable.Name] = labelOfVariable.ReplaceAllString(fmt.Sprint(query["query"]), ")")
 		}
 	}
 	ids := make(map[int]bool)
@@ -190,6 +190,8 @@ type panel struct {
 var (
 	notMetrics = regexp.MustCompile(`\{[^}]*\}|\[[^\]]*\]|\b(by|without|on|ignoring)\s*\([^)]*\)|\w+\s*\(`)
 	identifier = regexp.MustCompile(`[a-zA-Z_:][\w:]*`)
+
+	labelOfVariable = regexp.MustCompile(`, \w+\)$`)
 )
 
 // metricNames returns the metrics in a query: the names outside of selectors, ranges, groupings and functions.

@@ -30,7 +30,7 @@ func TestRun(t *testing.T) {
 	}
 	o := options{
 		seconds: 1, rounds: 1, kept: 20, reports: filepath.Join("..", "..", "..", "shared", "reports"),
-		peers: regexp.MustCompile("."), loads: regexp.MustCompile("gzip, 15 KB, 32"),
+		peers: regexp.MustCompile("."), loads: regexp.MustCompile("gzip, 15 KB, 32"), parts: regexp.MustCompile("."),
 	}
 	var out strings.Builder
 	if err := run(t.Context(), o, &out); err != nil {
@@ -41,7 +41,7 @@ func TestRun(t *testing.T) {
 			t.Errorf("%s is missing", c.name)
 		}
 	}
-	for _, want := range []string{"**HTTP, gzip, 15 KB, 32 conn.**", "| fsbroker_task | 200 | 1 | 0 |", "| fsbroker_task | 50 MiB | gzip |", "| 0.95 of a bare handler in Caddy |"} {
+	for _, want := range []string{"**HTTP, gzip, 15 KB, 32 conn.**", "\n| a wrong Bearer token |", "| fsbroker_task | 200 | 1 | 0 |", "| fsbroker_task | 50 MiB | gzip |", "| 0.95 of a bare handler in Caddy |"} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("%q is missing", want)
 		}

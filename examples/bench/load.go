@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os/exec"
 	"strconv"
@@ -89,32 +90,54 @@ end
 
 // run puts c under the load and measures it.
 func (l load) run(ctx context.Context, h *harness, c *contender, s *server) (measure, error) {
+	var header []string
+	if l.gzip {
+		header = append(header, "Accept-Encoding: gzip")
+	}
+	m, failed, err := h.wrk(ctx, s, l.conns, l.url(c, s), header...)
+	if err == nil && failed > 0 {
+		err = fmt.Errorf("%g of %g requests failed", failed, m.responses)
+	}
+	if err != nil {
+		return measure{}, fmt.Errorf("%s, %s: %w", c.name, l, err)
+	}
+	return m.measure, nil
+}
+
+// wrkResult is what wrk measured.
+type wrkResult struct {
+	measure
+	responses float64
+}
+
+// wrk requests a URL of s from a number of connections. A response with a status from 400 on counts as failed.
+func (h *harness) wrk(ctx context.Context, s *server, conns int, url string, header ...string) (m wrkResult, failed float64, err error) {
 	args := []string{
 		"-s", h.script, "-d", strconv.Itoa(h.options.seconds) + "s",
-		"-c", strconv.Itoa(l.conns), "-t", strconv.Itoa(min(l.conns, 2)), "--timeout", "20s",
+		"-c", strconv.Itoa(conns), "-t", strconv.Itoa(min(conns, 2)), "--timeout", "20s",
 	}
-	if l.gzip {
-		args = append(args, "-H", "Accept-Encoding: gzip")
+	for _, field := range header {
+		args = append(args, "-H", field)
 	}
 	before := s.process.cpu()
-	out, err := exec.CommandContext(ctx, "wrk", append(args, l.url(c, s))...).CombinedOutput()
+	out, err := exec.CommandContext(ctx, "wrk", append(args, url)...).CombinedOutput()
 	cpu := s.process.cpu() - before
 	_, text, ok := strings.Cut(string(out), "RESULT ")
 	if err != nil || !ok {
-		return measure{}, fmt.Errorf("wrk: %v\n%s", err, out)
+		return wrkResult{}, 0, fmt.Errorf("wrk: %v\n%s", err, out)
 	}
 	var r struct{ Requests, Micros, Bytes, P50, P99, Errors float64 }
 	if err := json.Unmarshal([]byte(text), &r); err != nil {
-		return measure{}, fmt.Errorf("wrk printed %q: %w", text, err)
+		return wrkResult{}, 0, fmt.Errorf("wrk printed %q: %w", text, err)
 	}
-	if r.Errors > 0 || r.Requests == 0 {
-		return measure{}, fmt.Errorf("%s, %s: %g requests, %g of them failed", c.name, l, r.Requests, r.Errors)
+	if r.Requests == 0 {
+		return wrkResult{}, 0, errors.New("there was no response")
 	}
-	return measure{
+	return wrkResult{measure: measure{
 		Requests: r.Requests / r.Micros * 1e6,
 		P50:      time.Duration(r.P50 * float64(time.Microsecond)),
 		P99:      time.Duration(r.P99 * float64(time.Microsecond)),
 		CPU:      time.Duration(float64(cpu) / r.Requests * 10_000),
 		Wire:     r.Bytes / r.Requests,
-	}, nil
+	}, responses: r.Requests}, r.Errors, nil
 }

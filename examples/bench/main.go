@@ -39,6 +39,7 @@ func main() {
 	flag.IntVar(&o.serverCPUs, "server-cpus", runtime.NumCPU()/2, "number of CPUs that are reserved for the servers; wrk and the node use the others. With 0, all share all CPUs")
 	peers := flag.String("peers", ".", "regular expression for the names of the servers to compare with the module")
 	loads := flag.String("loads", ".", "regular expression for the names of the loads, such as '^HTTPS, gzip'")
+	parts := flag.String("parts", ".", "regular expression for what to measure: load, unauthorized, memory, cold, miss, compression")
 	flag.StringVar(&o.reports, "reports", filepath.Join("..", "..", "..", "shared", "reports"),
 		"folder of real reports; if one is missing, a similar one is generated")
 	flag.Parse()
@@ -48,6 +49,9 @@ func main() {
 	}
 	if o.loads, err = regexp.Compile(*loads); err != nil {
 		progress.Fatalf("-loads: %v", err)
+	}
+	if o.parts, err = regexp.Compile(*parts); err != nil {
+		progress.Fatalf("-parts: %v", err)
 	}
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
 	defer stop()
@@ -64,6 +68,7 @@ type options struct {
 	serverCPUs int
 	peers      *regexp.Regexp
 	loads      *regexp.Regexp
+	parts      *regexp.Regexp
 	reports    string
 }
 

@@ -14,6 +14,7 @@ import (
 // results are the results of a run.
 type results struct {
 	loads       []loadResult
+	floods      []floodResult
 	memory      []memoryResult
 	cold        []coldResult
 	misses      []missResult
@@ -64,13 +65,18 @@ func (r *results) print(out io.Writer, h *harness) {
 		fmt.Fprintf(out, "%s: %d bytes, %s. ", s.name, len(s.document), kind)
 	}
 	fmt.Fprint(out, "\n\n")
-	r.printSummary(out)
-	r.printLoads(out)
-	r.printMemory(out)
-	r.printCold(out)
-	r.printMisses(out)
-	r.printCompression(out)
-	r.printGoals(out)
+	for _, table := range []struct {
+		rows  int
+		print func(io.Writer)
+	}{
+		{len(r.loads), r.printSummary}, {len(r.loads), r.printLoads}, {len(r.floods), r.printFloods},
+		{len(r.memory), r.printMemory}, {len(r.cold), r.printCold}, {len(r.misses), r.printMisses},
+		{len(r.compression), r.printCompression}, {len(r.loads), r.printGoals},
+	} {
+		if table.rows > 0 {
+			table.print(out)
+		}
+	}
 }
 
 // printSummary prints how many times as fast as each other contender the module is, for the loads with many callers.
@@ -128,6 +134,16 @@ func short(d time.Duration) string {
 		return fmt.Sprintf("%d µs", d.Microseconds())
 	}
 	return fmt.Sprintf("%.1f ms", float64(d)/float64(time.Millisecond))
+}
+
+// printFloods prints what callers without a valid secret cost, compared with hits.
+func (r *results) printFloods(out io.Writer) {
+	hits := r.floods[0]
+	fmt.Fprint(out, "\n**Callers without a valid secret, HTTP, 32 conn.**\n\n| requests with | requests/s | p50 | p99 | CPU µs per request | of a hit's | bytes per response | peak resident memory, MiB |\n|---|--:|--:|--:|--:|--:|--:|--:|\n")
+	for _, f := range r.floods {
+		fmt.Fprintf(out, "| %s | %.0f | %s | %s | %.1f | %.2f | %.0f | %d |\n", f.name, f.Requests, short(f.P50), short(f.P99),
+			float64(f.CPU.Microseconds())/10_000, float64(f.CPU)/float64(hits.CPU), f.Wire, f.peak>>20)
+	}
 }
 
 func (r *results) printMemory(out io.Writer) {

@@ -118,8 +118,17 @@ func run(ctx context.Context, o options, out io.Writer) error {
 			participants = append(participants, c)
 		}
 	}
-	for _, part := range []func(context.Context, []*contender, *results) error{h.load, h.memory, h.cold, h.miss, h.compression} {
-		if err := part(ctx, participants, &all); err != nil {
+	for _, part := range []struct {
+		name string
+		run  func(context.Context, []*contender, *results) error
+	}{
+		{"load", h.load}, {"unauthorized", h.unauthorized}, {"memory", h.memory}, {"cold", h.cold}, {"miss", h.miss},
+		{"compression", h.compression},
+	} {
+		if !o.parts.MatchString(part.name) {
+			continue
+		}
+		if err := part.run(ctx, participants, &all); err != nil {
 			return err
 		}
 	}

@@ -71,6 +71,33 @@ func TestGenerated(t *testing.T) {
 		t.Errorf("%s %+v", again.Status(), again.Headers304)
 	}
 
+	// The caller wants another report, or a kept one only.
+	another, onlyKept := `"another"`, "only-if-cached"
+	wanted := submission
+	wanted.IfMatch = &another
+	if r := get(wanted, bearer); r.ApplicationproblemJSON412 == nil || r.ApplicationproblemJSON412.Code != api.ProblemCodePreconditionFailed {
+		t.Errorf("%s %s", r.Status(), r.Body)
+	}
+	kept := submission
+	kept.CacheControl = &onlyKept
+	if r := get(kept, bearer); r.StatusCode() != http.StatusOK {
+		t.Errorf("%s %s", r.Status(), r.Body)
+	}
+	kept.SubmitID = &another
+	if r := get(kept, bearer); r.ApplicationproblemJSON504 == nil || r.ApplicationproblemJSON504.Code != api.ProblemCodeNotCached {
+		t.Errorf("%s %s", r.Status(), r.Body)
+	}
+
+	// Without a secret.
+	stranger, err := api.NewClientWithResponses(site)
+	if err != nil {
+		t.Fatal(err)
+	}
+	methods, err := stranger.OptionsTaskWithResponse(t.Context())
+	if err != nil || methods.Headers204 == nil || methods.Headers204.Allow != "GET, HEAD, OPTIONS" {
+		t.Errorf("%v: %+v", err, methods)
+	}
+
 	// Each way to present the secret.
 	inQuery := func(name string) func(*http.Request) {
 		return func(r *http.Request) {
@@ -93,7 +120,7 @@ func TestGenerated(t *testing.T) {
 	// Problems.
 	wrong := func(r *http.Request) { r.Header.Set("X-Api-Key", "wrong") }
 	r = get(submission, wrong)
-	if p := r.ApplicationproblemJSON401; p == nil || p.Code != api.ProblemCodeUnauthorized || r.Headers401.WWWAuthenticate != "Bearer" {
+	if p := r.ApplicationproblemJSON401; p == nil || p.Code != api.ProblemCodeUnauthorized || r.Headers401.WWWAuthenticate != `Bearer realm="fsbroker"` {
 		t.Errorf("%s %s", r.Status(), r.Body)
 	}
 	unknown := "no such submission"
@@ -111,7 +138,7 @@ func TestGenerated(t *testing.T) {
 	}
 
 	// The example polls until there is a report.
-	r, err := await(t.Context(), site, secret, queued)
+	r, err = await(t.Context(), site, secret, queued)
 	if err != nil || r.JSON200 == nil {
 		t.Errorf("await returned %v, %v", r, err)
 	}

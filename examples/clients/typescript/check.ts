@@ -1,7 +1,7 @@
 // Use the generated client. The Go test of the parent folder runs this, with a site and a queued submission.
 import assert from "node:assert/strict";
 import { createClient } from "./client/client/index.js";
-import { getTask, headTask, type GetTaskError } from "./client/index.js";
+import { getTask, headTask, optionsTask, type GetTaskError } from "./client/index.js";
 
 function env(name: string): string {
   const value = process.env[name];
@@ -40,6 +40,10 @@ const known = await getTask({ client, query: { submitID }, headers: { "If-None-M
 assert.equal(known.response?.status, 304);
 assert.equal(known.data, undefined);
 
+const methods = await optionsTask({ client: createClient({ baseUrl }) });
+assert.equal(methods.response?.status, 204);
+assert.equal(methods.response.headers.get("Allow"), "GET, HEAD, OPTIONS");
+
 const head = await headTask({ client, query: { submitID } });
 assert.equal(head.response?.status, 200);
 
@@ -72,3 +76,6 @@ const stranger = presenting("wrong", ({ scheme }) => scheme === "bearer");
 check(await getTask({ client: stranger, query: { submitID } }), 401, "unauthorized");
 check(await getTask({ client, query: { submitID: "no such submission" } }), 404, "unknown_submission");
 check(await getTask({ client, query: { taskID: "1" } }), 400, "missing_parameter");
+check(await getTask({ client, query: { submitID }, headers: { "If-Match": '"another"' } }), 412, "precondition_failed");
+const kept = { "Cache-Control": "only-if-cached" };
+check(await getTask({ client, query: { submitID: "another" }, headers: kept }), 504, "not_cached");
