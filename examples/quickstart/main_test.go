@@ -80,7 +80,7 @@ func TestPrintedLines(t *testing.T) {
 	if strings.TrimSpace(body) != strings.TrimSpace(outputs[1]) {
 		t.Errorf("3: the report differs from that in 2: %s", body)
 	}
-	if !strings.HasPrefix(outputs[3], "HTTP/2 404") || !strings.Contains(outputs[3], `"code":"unknown_task"`) {
+	if !strings.HasPrefix(outputs[3], "HTTP/2 404") || !strings.Contains(outputs[3], `"code":"unknown_submission"`) {
 		t.Errorf("4: %s", outputs[3])
 	}
 
