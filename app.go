@@ -371,7 +371,7 @@ func (ns *namespace) openArchive(ctx caddy.Context) error {
 		}
 	}
 	backend := &archive.Backend{Storage: storage, Logger: ns.logger, Retention: time.Duration(cache.Retention)}
-	opened, err := openArchive(id, backend)
+	opened, err := openArchive(ns.name, id, backend)
 	if err != nil {
 		return err
 	}

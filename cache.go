@@ -571,10 +571,10 @@ func (p pooledArchive) Destruct() error {
 	return nil
 }
 
-// openArchive attaches a backend to the archive of that ID, which it makes if there is none.
-func openArchive(id string, b *archive.Backend) (*archive.Archive, error) {
+// openArchive attaches a backend to the archive of a namespace with that ID, which it makes if there is none.
+func openArchive(namespace, id string, b *archive.Backend) (*archive.Archive, error) {
 	v, _, err := archives.LoadOrNew(id, func() (caddy.Destructor, error) {
-		return pooledArchive{archive.New()}, nil
+		return pooledArchive{archive.New(namespace)}, nil
 	})
 	if err != nil {
 		return nil, err

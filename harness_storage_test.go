@@ -26,7 +26,7 @@ const shared = "cache {\n storage file_system SHARED\n }"
 // storedIn lists the module's files in a storage folder, without those that are being written.
 func storedIn(t testing.TB, dir string) []string {
 	t.Helper()
-	names, err := filepath.Glob(filepath.Join(dir, "fsbroker_task", "[0-9a-f][0-9a-f][0-9a-f]", "*"))
+	names, err := filepath.Glob(filepath.Join(dir, "fsbroker_task", "*", "[0-9a-f][0-9a-f][0-9a-f]", "*"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -329,10 +329,11 @@ func (rs *resolver) withStorageError(p *problem, unreadable error) error {
 	case p.status() != http.StatusNotFound && p.kind != problemNotCached:
 		return p.with("the storage that may have it cannot be read either")
 	}
-	return &problem{
-		kind: problemStorageUnavailable, retryAfter: rs.failDuration,
-		detail: "no upstream knows it any more, and the storage that may have it cannot be read: try again after Retry-After",
+	detail := "no upstream knows it any more, and the storage that may have it cannot be read: try again after Retry-After"
+	if p.kind == problemNotCached {
+		detail = "memory does not have it, and the storage that may have it cannot be read: try again after Retry-After"
 	}
+	return &problem{kind: problemStorageUnavailable, retryAfter: rs.failDuration, detail: detail}
 }
 
 // loadStored returns what is stored under k, which memory keeps from then on. It returns nil if there is nothing.

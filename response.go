@@ -122,6 +122,7 @@ const allowedMethods = "GET, HEAD, OPTIONS"
 // writeOptions answers OPTIONS. CORS is left to the site, which can add the header fields that it wants.
 func writeOptions(w http.ResponseWriter) int {
 	w.Header().Set("Allow", allowedMethods)
+	w.Header().Set("X-Content-Type-Options", "nosniff")
 	w.WriteHeader(http.StatusNoContent)
 	return http.StatusNoContent
 }

@@ -134,7 +134,7 @@ func TestDamagedValues(t *testing.T) {
 			}
 			requests++
 			node.wantRequests(t, requests)
-			aside, err := os.ReadFile(filepath.Join(s.dir, "fsbroker_task", "damaged", filepath.Base(name)))
+			aside, err := os.ReadFile(filepath.Join(s.dir, "fsbroker_task", "default", "damaged", filepath.Base(name)))
 			if err != nil || !bytes.Equal(aside, value) {
 				t.Errorf("set aside: %q, error %v", aside, err)
 			}

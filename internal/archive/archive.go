@@ -23,6 +23,7 @@ import (
 // Archive reads values from a storage and writes them to it. It outlives a configuration: it uses the backend that was
 // attached last, and holds nothing else of a configuration.
 type Archive struct {
+	layout layout
 	slots  chan struct{} // bounds the operations under way, including those that hang
 	wake   chan struct{} // signals the writer that the queue is not empty
 	flush  chan struct{} // signals the writer to retry without delay
@@ -66,9 +67,10 @@ var (
 	errTooManyOperations = errors.New("too many operations are waiting for the storage")
 )
 
-// New returns an archive that does nothing until a backend is attached. It must be closed.
-func New() *Archive {
+// New returns the archive of a namespace. It does nothing until a backend is attached, and must be closed.
+func New(namespace string) *Archive {
 	a := &Archive{
+		layout:   newLayout(namespace),
 		slots:    make(chan struct{}, maxOperations),
 		wake:     make(chan struct{}, 1),
 		flush:    make(chan struct{}, 1),
@@ -156,7 +158,7 @@ func (a *Archive) Load(ctx context.Context, k task.Key, pause time.Duration) (re
 	defer cancel()
 	var stored []byte
 	err = a.try(ctx, func(ctx context.Context, storage certmagic.Storage) (err error) {
-		stored, err = storage.Load(ctx, storageKey(k))
+		stored, err = storage.Load(ctx, a.layout.key(k))
 		return err
 	})
 	switch {
@@ -172,7 +174,7 @@ func (a *Archive) Load(ctx context.Context, k task.Key, pause time.Duration) (re
 	}
 	report, err = Decode(k, stored)
 	if err != nil {
-		b.Logger.Warn("a stored value is damaged and is set aside", zap.String("key", storageKey(k)), zap.Error(err))
+		b.Logger.Warn("a stored value is damaged and is set aside", zap.String("key", a.layout.key(k)), zap.Error(err))
 		a.setAside(k, stored)
 		return nil, 0, nil
 	}
@@ -187,10 +189,10 @@ func (a *Archive) setAside(k task.Key, value []byte) {
 	ctx, cancel := context.WithTimeout(a.ctx, readTimeout)
 	defer cancel()
 	err := a.try(ctx, func(ctx context.Context, storage certmagic.Storage) error {
-		if err := storage.Store(ctx, damagedKey(k), value); err != nil {
+		if err := storage.Store(ctx, a.layout.damagedKey(k), value); err != nil {
 			return err
 		}
-		return storage.Delete(ctx, storageKey(k))
+		return storage.Delete(ctx, a.layout.key(k))
 	})
 	if b := a.backend(); err != nil && b != nil {
 		a.setFailing(b, err)

@@ -187,7 +187,7 @@ func TestPurge(t *testing.T) {
 }
 
 func TestWithoutBackend(t *testing.T) {
-	a := New()
+	a := New("tested")
 	defer a.Close()
 	if a.Save(numbered(1), report(1)) {
 		t.Error("a value is saved, although there is no backend")

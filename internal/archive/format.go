@@ -85,27 +85,37 @@ func Decode(k task.Key, value []byte) (*task.Report, error) {
 	}), nil
 }
 
-// prefix is the folder of the module's values in a storage.
-const prefix = "fsbroker_task/"
-
+// layout is the folder of a namespace in a storage. Namespaces share no folder, so none is swept or purged with another.
+//
 // The values are spread over partitions, so no folder grows without bound: one for each number of three hexadecimal
 // digits, and one for damaged values.
+type layout string
+
+// newLayout returns the layout of a namespace, whose name can be the name of a folder.
+func newLayout(namespace string) layout { return layout("fsbroker_task/" + namespace + "/") }
+
 const (
 	partitions       = 1 << 12
 	damagedPartition = partitions
 )
 
-func partition(n int) string {
+func (l layout) partition(n int) string {
 	if n == damagedPartition {
-		return prefix + "damaged"
+		return string(l) + "damaged"
 	}
-	return fmt.Sprintf("%s%03x", prefix, n)
+	return fmt.Sprintf("%s%03x", l, n)
 }
 
-// storageKey returns where k is stored.
-func storageKey(k task.Key) string {
-	return fmt.Sprintf("%s/%x", partition(int(k[0])<<4|int(k[1])>>4), k)
+// key returns where k is stored.
+func (l layout) key(k task.Key) string {
+	return fmt.Sprintf("%s/%x", l.partition(int(k[0])<<4|int(k[1])>>4), k)
 }
 
 // damagedKey returns where a damaged value of k is set aside.
-func damagedKey(k task.Key) string { return fmt.Sprintf("%s/%x", partition(damagedPartition), k) }
+func (l layout) damagedKey(k task.Key) string {
+	return fmt.Sprintf("%s/%x", l.partition(damagedPartition), k)
+}
+
+func (l layout) sweepLock() string { return string(l) + "sweep.lock" }
+
+func (l layout) sweepCursor() string { return string(l) + "sweep" }

@@ -24,7 +24,7 @@ func (a *Archive) Purge(ctx context.Context, keys []task.Key) (queued, stored in
 	// The storage may go on counting after ctx has ended, so the count comes through a channel.
 	counted := make(chan int, 1)
 	err = a.try(ctx, func(ctx context.Context, storage certmagic.Storage) error {
-		n, err := purgeStorage(ctx, storage, keys)
+		n, err := a.layout.purge(ctx, storage, keys)
 		counted <- n
 		return err
 	})
@@ -52,11 +52,11 @@ func (a *Archive) purgeQueue(keys []task.Key) (n int) {
 	return n
 }
 
-// purgeStorage deletes from the storage, including what was set aside as damaged.
-func purgeStorage(ctx context.Context, storage certmagic.Storage, keys []task.Key) (n int, err error) {
+// purge deletes from the storage, including what was set aside as damaged.
+func (l layout) purge(ctx context.Context, storage certmagic.Storage, keys []task.Key) (n int, err error) {
 	if keys == nil {
 		for i := range partitions + 1 {
-			deleted, err := purgePartition(ctx, storage, partition(i))
+			deleted, err := purgePartition(ctx, storage, l.partition(i))
 			n += deleted
 			if err != nil {
 				return n, err
@@ -65,7 +65,7 @@ func purgeStorage(ctx context.Context, storage certmagic.Storage, keys []task.Ke
 		return n, nil
 	}
 	for _, k := range keys {
-		for _, name := range []string{storageKey(k), damagedKey(k)} {
+		for _, name := range []string{l.key(k), l.damagedKey(k)} {
 			if !storage.Exists(ctx, name) {
 				continue
 			}

@@ -116,11 +116,14 @@ func (s *fakeStorage) len() int {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	n := len(s.values)
-	if _, ok := s.values[sweepCursor]; ok {
+	if _, ok := s.values[tested.sweepCursor()]; ok {
 		n--
 	}
 	return n
 }
+
+// tested is the layout of the namespace in the tests.
+var tested = newLayout("tested")
 
 // fixture is an archive over a fake storage.
 type fixture struct {
@@ -134,7 +137,7 @@ type fixture struct {
 func newFixture(t *testing.T) *fixture {
 	t.Helper()
 	core, log := observer.New(zapcore.DebugLevel)
-	f := &fixture{Archive: New(), storage: new(fakeStorage), log: log}
+	f := &fixture{Archive: New("tested"), storage: new(fakeStorage), log: log}
 	f.backend = &Backend{Storage: f.storage, Logger: zap.New(core), Retention: 24 * time.Hour}
 	f.Attach(f.backend)
 	t.Cleanup(f.Close)

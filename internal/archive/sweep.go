@@ -13,9 +13,6 @@ import (
 )
 
 const (
-	sweepLock   = prefix + "sweep.lock"
-	sweepCursor = prefix + "sweep"
-
 	sweepTimeout = time.Minute // for one pass
 
 	// maxSwept bounds the values that one pass looks at. The next pass of the partition begins at a random place.
@@ -42,7 +39,7 @@ func (a *Archive) sweepAll() {
 		}
 		ctx, cancel := context.WithTimeout(a.ctx, sweepTimeout)
 		err := a.try(ctx, func(ctx context.Context, storage certmagic.Storage) error {
-			return sweep(ctx, storage, b.Retention)
+			return a.layout.sweep(ctx, storage, b.Retention)
 		})
 		cancel()
 		if err != nil && a.ctx.Err() == nil {
@@ -52,15 +49,15 @@ func (a *Archive) sweepAll() {
 }
 
 // sweep makes one pass, unless another instance makes one or has just made one.
-func sweep(ctx context.Context, storage certmagic.Storage, retention time.Duration) error {
-	locked, err := tryLock(ctx, storage)
+func (l layout) sweep(ctx context.Context, storage certmagic.Storage, retention time.Duration) error {
+	locked, err := tryLock(ctx, storage, l.sweepLock())
 	if err != nil || !locked {
 		return err
 	}
-	defer func() { _ = storage.Unlock(context.WithoutCancel(ctx), sweepLock) }()
+	defer func() { _ = storage.Unlock(context.WithoutCancel(ctx), l.sweepLock()) }()
 
 	next, at := 0, int64(0)
-	if cursor, err := storage.Load(ctx, sweepCursor); err == nil {
+	if cursor, err := storage.Load(ctx, l.sweepCursor()); err == nil {
 		if _, err := fmt.Sscan(string(cursor), &next, &at); err != nil || next < 0 || next > damagedPartition {
 			next, at = 0, 0
 		}
@@ -71,20 +68,20 @@ func sweep(ctx context.Context, storage certmagic.Storage, retention time.Durati
 		return nil
 	}
 	cursor := fmt.Sprintln((next+1)%(partitions+1), time.Now().UnixNano())
-	if err := storage.Store(ctx, sweepCursor, []byte(cursor)); err != nil {
+	if err := storage.Store(ctx, l.sweepCursor(), []byte(cursor)); err != nil {
 		return err
 	}
-	return sweepPartition(ctx, storage, partition(next), time.Now().Add(-retention))
+	return sweepPartition(ctx, storage, l.partition(next), time.Now().Add(-retention))
 }
 
 // tryLock takes the lock of the sweep if it is free. The instance that holds it does the work.
-func tryLock(ctx context.Context, storage certmagic.Storage) (bool, error) {
+func tryLock(ctx context.Context, storage certmagic.Storage, name string) (bool, error) {
 	if locker, ok := storage.(certmagic.TryLocker); ok {
-		return locker.TryLock(ctx, sweepLock)
+		return locker.TryLock(ctx, name)
 	}
 	ctx, cancel := context.WithTimeout(ctx, time.Second)
 	defer cancel()
-	err := storage.Lock(ctx, sweepLock)
+	err := storage.Lock(ctx, name)
 	if errors.Is(err, context.DeadlineExceeded) {
 		return false, nil
 	}

@@ -40,7 +40,7 @@ func TestSweep(t *testing.T) {
 	storage := &certmagic.FileStorage{Path: t.TempDir()}
 	var old, young []string
 	for i := range 100 {
-		name := storageKey(numbered(i))
+		name := tested.key(numbered(i))
 		if i%2 == 0 {
 			old = append(old, name)
 			storeOld(t, storage, name, 2*time.Hour)
@@ -49,22 +49,22 @@ func TestSweep(t *testing.T) {
 			storeOld(t, storage, name, time.Minute)
 		}
 	}
-	old = append(old, partition(damagedPartition)+"/aa")
+	old = append(old, tested.partition(damagedPartition)+"/aa")
 	storeOld(t, storage, old[len(old)-1], 2*time.Hour)
 	// A value of another module is in no partition and is left alone.
 	storeOld(t, storage, "certificates/a", 2*time.Hour)
 
 	for n := range partitions + 1 { // a round, without the empty partitions
-		if !storage.Exists(t.Context(), partition(n)) {
+		if !storage.Exists(t.Context(), tested.partition(n)) {
 			continue
 		}
-		if err := storage.Store(t.Context(), sweepCursor, fmt.Appendln(nil, n, 0)); err != nil {
+		if err := storage.Store(t.Context(), tested.sweepCursor(), fmt.Appendln(nil, n, 0)); err != nil {
 			t.Fatal(err)
 		}
-		if err := sweep(t.Context(), storage, time.Hour); err != nil {
+		if err := tested.sweep(t.Context(), storage, time.Hour); err != nil {
 			t.Fatal(err)
 		}
-		if cursor, err := storage.Load(t.Context(), sweepCursor); err != nil || !strings.HasPrefix(string(cursor), fmt.Sprint((n+1)%(partitions+1))+" ") {
+		if cursor, err := storage.Load(t.Context(), tested.sweepCursor()); err != nil || !strings.HasPrefix(string(cursor), fmt.Sprint((n+1)%(partitions+1))+" ") {
 			t.Errorf("partition %d is followed by %s, error %v", n, cursor, err)
 		}
 	}
@@ -83,40 +83,40 @@ func TestSweep(t *testing.T) {
 func TestOneInstanceSweeps(t *testing.T) {
 	storage := &certmagic.FileStorage{Path: t.TempDir()}
 	cursor := func() string {
-		value, err := storage.Load(t.Context(), sweepCursor)
+		value, err := storage.Load(t.Context(), tested.sweepCursor())
 		if err != nil && !errors.Is(err, fs.ErrNotExist) {
 			t.Fatal(err)
 		}
 		return string(value)
 	}
-	if err := storage.Lock(t.Context(), sweepLock); err != nil {
+	if err := storage.Lock(t.Context(), tested.sweepLock()); err != nil {
 		t.Fatal(err)
 	}
 	short, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
 	defer cancel()
-	_ = sweep(short, storage, time.Hour)
+	_ = tested.sweep(short, storage, time.Hour)
 	if got := cursor(); got != "" {
 		t.Errorf("a pass was made while another instance had the lock: %s", got)
 	}
-	if err := storage.Unlock(t.Context(), sweepLock); err != nil {
+	if err := storage.Unlock(t.Context(), tested.sweepLock()); err != nil {
 		t.Fatal(err)
 	}
 
-	if err := sweep(t.Context(), storage, time.Hour); err != nil {
+	if err := tested.sweep(t.Context(), storage, time.Hour); err != nil {
 		t.Fatal(err)
 	}
 	first := cursor()
-	if err := sweep(t.Context(), storage, time.Hour); err != nil {
+	if err := tested.sweep(t.Context(), storage, time.Hour); err != nil {
 		t.Fatal(err)
 	}
 	if got := cursor(); got != first || first == "" {
 		t.Errorf("two passes were made at once: %q, %q", first, got)
 	}
 	for _, broken := range []string{"", "x", "-1 0", "99999 0", "1"} {
-		if err := storage.Store(t.Context(), sweepCursor, []byte(broken)); err != nil {
+		if err := storage.Store(t.Context(), tested.sweepCursor(), []byte(broken)); err != nil {
 			t.Fatal(err)
 		}
-		if err := sweep(t.Context(), storage, time.Hour); err != nil || cursor() == broken {
+		if err := tested.sweep(t.Context(), storage, time.Hour); err != nil || cursor() == broken {
 			t.Errorf("a broken cursor %q stopped the sweep: %v", broken, err)
 		}
 	}
@@ -126,21 +126,49 @@ func TestSweepIsBounded(t *testing.T) {
 	storage := &certmagic.FileStorage{Path: t.TempDir()}
 	const n = maxSwept + 200
 	for i := range n {
-		storeOld(t, storage, fmt.Sprintf("%s/%d", partition(7), i), 2*time.Hour)
+		storeOld(t, storage, fmt.Sprintf("%s/%d", tested.partition(7), i), 2*time.Hour)
 	}
 	left := func() int {
-		keys, err := storage.List(t.Context(), partition(7), false)
+		keys, err := storage.List(t.Context(), tested.partition(7), false)
 		if err != nil {
 			t.Fatal(err)
 		}
 		return len(keys)
 	}
 	for _, want := range []int{n - maxSwept, 0} {
-		if err := sweepPartition(t.Context(), storage, partition(7), time.Now().Add(-time.Hour)); err != nil {
+		if err := sweepPartition(t.Context(), storage, tested.partition(7), time.Now().Add(-time.Hour)); err != nil {
 			t.Fatal(err)
 		}
 		if got := left(); got != want {
 			t.Errorf("%d are left, want %d", got, want)
 		}
+	}
+}
+
+// A namespace with a short retention does not delete the values of another in the same storage, and neither does a purge.
+func TestNamespacesAreApart(t *testing.T) {
+	storage := &certmagic.FileStorage{Path: t.TempDir()}
+	other := newLayout("other")
+	k := numbered(1)
+	storeOld(t, storage, tested.key(k), 2*time.Hour)
+	storeOld(t, storage, other.key(k), 2*time.Hour)
+	for n := range partitions {
+		if storage.Exists(t.Context(), tested.partition(n)) {
+			if err := storage.Store(t.Context(), tested.sweepCursor(), fmt.Appendln(nil, n, 0)); err != nil {
+				t.Fatal(err)
+			}
+			if err := tested.sweep(t.Context(), storage, time.Hour); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if storage.Exists(t.Context(), tested.key(k)) || !storage.Exists(t.Context(), other.key(k)) {
+		t.Error("the sweep did not delete its own value, or deleted another's")
+	}
+	if n, err := tested.purge(t.Context(), storage, nil); n != 0 || err != nil {
+		t.Errorf("the purge deleted %d values, error %v", n, err)
+	}
+	if !storage.Exists(t.Context(), other.key(k)) {
+		t.Error("the purge deleted the value of another namespace")
 	}
 }

@@ -71,12 +71,12 @@ func (a *Archive) store(w *write) bool {
 		ctx, cancel := context.WithTimeout(a.ctx, writeTimeout)
 		defer cancel()
 		err = a.try(ctx, func(ctx context.Context, storage certmagic.Storage) error {
-			return storage.Store(ctx, storageKey(w.key), value)
+			return storage.Store(ctx, a.layout.key(w.key), value)
 		})
 	}
 	if err != nil {
 		failuresTotal.Inc()
-		a.setFailing(b, fmt.Errorf("storing %s: %w", storageKey(w.key), err))
+		a.setFailing(b, fmt.Errorf("storing %s: %w", a.layout.key(w.key), err))
 		a.postpone(w)
 		return false
 	}
