@@ -30,6 +30,15 @@ func (s *adminSite) in(t testing.TB) *adminSite {
 // startWithAdmin runs a site with the admin API and global options.
 func startWithAdmin(t *testing.T, directives, global string) *adminSite {
 	t.Helper()
+	s := newAdminSite(t, global)
+	s.load(directives)
+	s.trust()
+	return s
+}
+
+// newAdminSite returns a site with the admin API and global options that does not run yet.
+func newAdminSite(t *testing.T, global string) *adminSite {
+	t.Helper()
 	s := &adminSite{
 		site: newSite(t), admin: fmt.Sprintf("localhost:%d", freePort(t)), global: global,
 		adminClient: &http.Client{Transport: &http.Transport{DisableKeepAlives: true}},
@@ -40,8 +49,6 @@ func startWithAdmin(t *testing.T, directives, global string) *adminSite {
 			t.Error(err)
 		}
 	})
-	s.load(directives)
-	s.trust()
 	return s
 }
 
