@@ -409,3 +409,128 @@ func startPlainSite(t *testing.T, directives string) *site {
 	s.trust()
 	return s
 }
+
+// raw returns a handler that sends bytes that net/http would not send, and stalls until the client leaves.
+func raw(response []byte) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		conn, buf, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			panic(err)
+		}
+		defer conn.Close()
+		_, _ = conn.Write(response)
+		_, _ = buf.ReadByte() // until the client leaves
+	}
+}
+
+// Slow readers of many large reports stay within max_size together, or some of them get 503.
+func TestSlowReadersOfManyReports(t *testing.T) {
+	if fsbroker.RaceDetector {
+		t.Skip("the race detector makes allocations larger")
+	}
+	document := dense(12 * mib)
+	for _, accept := range []string{"gzip", "identity"} {
+		t.Run(accept, func(t *testing.T) {
+			node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+				responds(http.StatusOK, strings.Replace(document, "{", `{"task":"`+r.URL.Query().Get("taskID")+`",`, 1))(w, r)
+			})
+			s := startWithAdmin(t, options(node, "cache {\n max_size 32MiB\n }"), "")
+			statuses, stats := map[int]int{}, ""
+			// A small buffer, so that the site holds what is not read, and not the kernel.
+			s.client.Transport.(*http.Transport).DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+				conn, err := new(net.Dialer).DialContext(ctx, network, address)
+				if err == nil {
+					err = conn.(*net.TCPConn).SetReadBuffer(4 << 10)
+				}
+				return conn, err
+			}
+			s.client.CloseIdleConnections()
+			peak := peakHeap(func() {
+				for i := range 15 {
+					req, err := http.NewRequest(http.MethodGet, fmt.Sprintf("%s/task?appServerID=node-1&taskID=%d", s.base, i), nil)
+					if err != nil {
+						t.Fatal(err)
+					}
+					req.Header.Set("Authorization", "Bearer "+callerSecret)
+					req.Header.Set("Accept-Encoding", accept)
+					resp, err := s.client.Do(req)
+					if err != nil {
+						t.Fatal(err)
+					}
+					defer resp.Body.Close() // without reading it
+					statuses[resp.StatusCode]++
+				}
+				_, stats = s.requestAdmin(http.MethodGet, "/fsbroker/cache")
+			})
+			t.Logf("15 slow readers of 15 reports of 12 MiB get %v and take %d MiB: %s", statuses, peak/mib, stats)
+			if peak > 50*mib {
+				t.Errorf("15 slow readers take %d MiB, although max_size is 32 MiB", peak/mib)
+			}
+		})
+	}
+}
+
+// A node that sends large headers takes no more memory than its share.
+func TestLargeResponseHeaders(t *testing.T) {
+	if fsbroker.RaceDetector {
+		t.Skip("the race detector makes allocations larger")
+	}
+	header := []byte("HTTP/1.1 200 OK\r\n" + strings.Repeat("X-Long: "+strings.Repeat("a", 2000)+"\r\n", 4500))
+	node := newBackend(t, raw(header))
+	s := startSite(t, options(node, "timeout 1m\n cache {\n max_size 16MiB\n }"))
+	ctx, leave := context.WithCancel(t.Context())
+	defer leave()
+	peak := peakHeap(func() {
+		var callers sync.WaitGroup
+		for i := range 40 {
+			callers.Go(func() {
+				_, _ = s.try(ctx, http.MethodGet, fmt.Sprintf("/task?appServerID=node-1&taskID=%d", i), "Authorization: Bearer "+callerSecret)
+			})
+		}
+		time.Sleep(3 * time.Second)
+		leave()
+		callers.Wait()
+	})
+	t.Logf("40 responses with headers of 9 MB: %d MiB", peak/mib)
+	if peak > 60*mib {
+		t.Errorf("40 responses that stall in their headers take %d MiB, although max_size is 16 MiB", peak/mib)
+	}
+}
+
+// A node that switches protocols and stalls is a timeout, like one that stalls otherwise.
+func TestSwitchingProtocols(t *testing.T) {
+	node := newBackend(t, raw([]byte("HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: x\r\n\r\n")))
+	s := startSite(t, options(node, "timeout 500ms"))
+	ctx, cancel := context.WithTimeout(t.Context(), 4*time.Second)
+	defer cancel()
+	r, err := s.try(ctx, http.MethodGet, pair, "Authorization: Bearer "+callerSecret)
+	if err != nil {
+		node.CloseClientConnections()
+		t.Fatalf("there is no response after 8 times the timeout: %v", err)
+	}
+	if r.status != http.StatusGatewayTimeout && r.status != http.StatusBadGateway {
+		t.Errorf("status %d: %s", r.status, r.body)
+	}
+}
+
+// A caller without nocache gets the report that is stored, although it joins the call of a caller with nocache, and the
+// node fails.
+func TestStoredReportBesideNocache(t *testing.T) {
+	document := reportOf("t1", "SUCCESS")
+	node := newBackend(t, responds(http.StatusOK, document))
+	s := startSite(t, options(node, "cache {\n ttl 100ms\n storage\n }"))
+	s.get(pair).wantStatus(t, http.StatusOK)
+	s.wantValues(1)
+	g := newGate()
+	node.setHandler(g.then(responds(http.StatusInternalServerError, "")))
+	fresh := s.goGet(pair + "&nocache")
+	within(t, "the request", g.entered)
+	time.Sleep(300 * time.Millisecond) // memory has it no more
+	plain := s.goGet(pair)
+	wantHeld(t, 2)
+	close(g.open)
+	(<-fresh).wantProblem(t, http.StatusBadGateway, "node_bad_answer")
+	if r := <-plain; r.status != http.StatusOK || string(r.body) != document {
+		t.Errorf("status %d: %s", r.status, r.body)
+	}
+}

@@ -111,8 +111,14 @@ func (rs *resolver) resolve(ctx context.Context, q query) (result, error) {
 		return res, err
 	}
 	res, err := rs.call(ctx, k, q)
-	if q.nocache {
+	switch {
+	case q.nocache:
 		err = rs.mentionKept(err, k)
+	case err != nil && res.joined && ctx.Err() == nil:
+		// The call may be that of a caller with nocache, which gets no stored report.
+		if e, _ := rs.loadStored(ctx, k); e != nil {
+			return result{fetchResult: fetchResult{entry: e, stored: true}, hit: true, node: node}, nil
+		}
 	}
 	res.node = node
 	if res.from != nil && res.from.role == roleNode {
