@@ -151,16 +151,17 @@ func TestPurge(t *testing.T) {
 	fill()
 
 	// A purge removes damaged values that were set aside, too.
-	damaged := s.wantValues(3)[0]
-	if err := os.Mkdir(filepath.Join(s.dir, "fsbroker_task", "damaged"), 0o700); err != nil {
+	value := s.wantValues(3)[0]
+	setAside := filepath.Join(filepath.Dir(filepath.Dir(value)), "damaged")
+	if err := os.Mkdir(setAside, 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := os.Rename(damaged, filepath.Join(s.dir, "fsbroker_task", "damaged", filepath.Base(damaged))); err != nil {
+	if err := os.Rename(value, filepath.Join(setAside, filepath.Base(value))); err != nil {
 		t.Fatal(err)
 	}
 	s.wantAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusOK, `{"memory":3,"queue":0,"storage":3}`)
 	s.wantValues(0)
-	if left, _ := filepath.Glob(filepath.Join(s.dir, "fsbroker_task", "damaged", "*")); len(left) != 0 {
+	if left, _ := filepath.Glob(filepath.Join(setAside, "*")); len(left) != 0 {
 		t.Errorf("there are still the values %v", left)
 	}
 	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
