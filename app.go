@@ -157,9 +157,9 @@ type namespace struct {
 	backend   *archive.Backend
 }
 
-var namespaceName = regexp.MustCompile(`^[A-Za-z0-9._-]{1,64}$`)
+var namespaceName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
 
-var errNamespace = errors.New("namespace must be 1 to 64 letters, digits, dots, dashes or underscores")
+var errNamespace = errors.New("namespace must be 1 to 64 letters, digits, dots, dashes or underscores, the first a letter or a digit")
 
 // namespaceOf returns the namespace of a handler. The first handler makes it. The others must be configured alike.
 func (a *App) namespaceOf(ctx caddy.Context, h *Handler) (*namespace, error) {
