@@ -14,6 +14,7 @@ import (
 	"time"
 
 	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
 // stalls returns a handler that declares a large answer, sends the beginning of it and stalls until the caller leaves or
@@ -283,7 +284,7 @@ func TestHealthChecksAreSpread(t *testing.T) {
 	}
 }
 
-// An error of this machine is nobody's health.
+// An error of this machine is not a failure of an upstream.
 func TestLocalErrors(t *testing.T) {
 	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	// An address that no interface has stands for ports that are used up: EADDRNOTAVAIL, in both cases.
@@ -410,7 +411,7 @@ func startPlainSite(t *testing.T, directives string) *site {
 	if i := strings.Index(text, "\ttls /"); i >= 0 {
 		text = text[:i] + text[i+strings.IndexByte(text[i:], '\n'):]
 	}
-	if err := s.loadCaddyfile(text); err != nil {
+	if err := testsite.Load([]byte(text)); err != nil {
 		t.Fatal(err)
 	}
 	s.trust()

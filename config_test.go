@@ -7,6 +7,8 @@ import (
 	"testing"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
 func TestMatchers(t *testing.T) {
@@ -46,7 +48,7 @@ func TestJSON(t *testing.T) {
 					"routes": [{"match": [{"host": ["localhost"], "path": ["/task"]}], "handle": [%s]}, {"match": [{"host": ["localhost"]}]}]
 				}}}
 			}
-		}`, s.dir, s.write("cert.pem", certificate().pem), s.write("key.pem", certificate().key), s.port, handler)
+		}`, s.dir, s.write("cert.pem", testsite.Localhost().PEM), s.write("key.pem", testsite.Localhost().Key), s.port, handler)
 		return caddy.Load([]byte(config), true)
 	}
 	if err := load(fmt.Sprintf(`{

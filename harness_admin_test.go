@@ -10,6 +10,8 @@ import (
 	"testing"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
 // adminSite is a site of a Caddy that has its admin API on.
@@ -40,7 +42,7 @@ func startWithAdmin(t *testing.T, directives, global string) *adminSite {
 func newAdminSite(t *testing.T, global string) *adminSite {
 	t.Helper()
 	s := &adminSite{
-		site: newSite(t), admin: fmt.Sprintf("localhost:%d", freePort(t)), global: global,
+		site: newSite(t), admin: fmt.Sprintf("localhost:%d", testsite.FreePort(t)), global: global,
 		adminClient: &http.Client{Transport: &http.Transport{DisableKeepAlives: true}},
 	}
 	// caddy.Stop does not stop the admin API.
@@ -56,7 +58,7 @@ func newAdminSite(t *testing.T, global string) *adminSite {
 func (s *adminSite) load(directives string) {
 	s.t.Helper()
 	text := strings.Replace(s.caddyfile(directives), "admin off", "admin "+s.admin+"\n"+s.global, 1)
-	if err := s.loadCaddyfile(text); err != nil {
+	if err := testsite.Load([]byte(text)); err != nil {
 		s.t.Fatal(err)
 	}
 }

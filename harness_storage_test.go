@@ -54,7 +54,7 @@ type faulty struct {
 	certmagic.Storage `json:"-"`
 }
 
-// fault is what is wrong with all faulty storages.
+// fault is how all faulty storages fail.
 var fault struct {
 	sync.Mutex
 	dir     string
@@ -129,7 +129,7 @@ func (f *faulty) Store(ctx context.Context, k string, value []byte) error {
 	return f.Storage.Store(ctx, k, value)
 }
 
-// setFault changes what is wrong with the faulty storages.
+// setFault changes how the faulty storages fail.
 func setFault(err error, hang chan struct{}, garbage bool) {
 	fault.Lock()
 	defer fault.Unlock()

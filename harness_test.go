@@ -4,25 +4,16 @@ import (
 	"bytes"
 	"compress/gzip"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/tls"
-	"crypto/x509"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
-	"math/big"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime/pprof"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -30,9 +21,10 @@ import (
 	"go.uber.org/goleak"
 
 	"github.com/caddyserver/caddy/v2"
-	"github.com/caddyserver/caddy/v2/caddyconfig"
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
 // The secrets of the tests. Configurations have them as placeholders, since Caddy logs a whole configuration at debug
@@ -99,7 +91,7 @@ func newSite(t testing.TB) *site {
 	if err := caddy.Stop(); err != nil { // a test may start one site after another
 		t.Fatal(err)
 	}
-	port := freePort(t)
+	port := testsite.FreePort(t)
 	s := &site{t: t, port: port, base: fmt.Sprintf("https://localhost:%d", port), dir: t.TempDir()}
 	t.Cleanup(func() {
 		if s.client != nil {
@@ -122,7 +114,7 @@ func (s *site) load(directives string) {
 
 // tryLoad is like load, and returns the error.
 func (s *site) tryLoad(directives string) error {
-	return s.loadCaddyfile(s.caddyfile(directives))
+	return testsite.Load([]byte(s.caddyfile(directives)))
 }
 
 // caddyfile returns a Caddyfile that has the directives in its one site. It needs nothing of the machine.
@@ -148,7 +140,7 @@ https://localhost:%[3]d {
 	log
 	%[4]s
 }`, filepath.ToSlash(s.dir), filepath.ToSlash(s.logFile()), s.port, directives,
-		s.write("cert.pem", certificate().pem), s.write("key.pem", certificate().key))
+		s.write("cert.pem", testsite.Localhost().PEM), s.write("key.pem", testsite.Localhost().Key))
 }
 
 // write writes a file into the site's folder, and returns its path.
@@ -161,50 +153,15 @@ func (s *site) write(name string, content []byte) string {
 	return filepath.ToSlash(name)
 }
 
-// certificate returns a self-signed certificate for localhost. Caddy could make one when it starts, but has a data race
-// there, which the race detector would report as ours.
-var certificate = sync.OnceValue(func() (c struct{ pem, key []byte }) {
-	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		panic(err)
-	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), DNSNames: []string{"localhost"}, NotAfter: time.Now().Add(24 * time.Hour),
-		IsCA: true, BasicConstraintsValid: true,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
-	if err != nil {
-		panic(err)
-	}
-	key, err := x509.MarshalPKCS8PrivateKey(private)
-	if err != nil {
-		panic(err)
-	}
-	c.pem = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
-	c.key = pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})
-	return c
-})
-
 func (s *site) logFile() string { return filepath.Join(s.dir, "caddy.log") }
-
-// loadCaddyfile loads a whole Caddyfile.
-func (s *site) loadCaddyfile(text string) error {
-	config, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(text), map[string]any{"filename": "Caddyfile"})
-	if err != nil {
-		return err
-	}
-	return caddy.Load(config, true)
-}
 
 // trust gives the site a client that trusts it, and waits until the site responds.
 func (s *site) trust() {
 	s.t.Helper()
 	if s.client == nil {
-		pool := x509.NewCertPool()
-		pool.AppendCertsFromPEM(certificate().pem)
 		s.client = &http.Client{
 			Transport: &http.Transport{
-				TLSClientConfig:     &tls.Config{RootCAs: pool},
+				TLSClientConfig:     testsite.ClientConfig(),
 				DisableCompression:  true, // tests set Accept-Encoding themselves
 				MaxIdleConnsPerHost: 300,
 			},
@@ -341,17 +298,6 @@ func (s *site) restart(directives string) {
 	s.trust()
 }
 
-// freePort returns a port that nothing listens on.
-func freePort(t testing.TB) int {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	return l.Addr().(*net.TCPAddr).Port
-}
-
 // options returns the directive for one node, named node-1, with more options.
 func options(node *backend, more string) string {
 	return fmt.Sprintf(`fsbroker_task {
@@ -455,7 +401,7 @@ type process struct {
 // startProcess runs a site in another process. In directives, SHARED stands for a storage folder that processes share.
 func startProcess(t *testing.T, shared, directives string) *process {
 	t.Helper()
-	s := &site{t: t, port: freePort(t), dir: t.TempDir()}
+	s := &site{t: t, port: testsite.FreePort(t), dir: t.TempDir()}
 	s.base = fmt.Sprintf("https://localhost:%d", s.port)
 	config := filepath.Join(s.dir, "Caddyfile")
 	text := s.caddyfile(strings.ReplaceAll(directives, "SHARED", filepath.ToSlash(shared)))

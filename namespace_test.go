@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
 // inNamespace returns the option for a namespace.
@@ -167,7 +169,7 @@ func TestHandlersThatDifferInJSON(t *testing.T) {
 		return caddy.Load([]byte(fmt.Sprintf(`{"admin": {"disabled": true, "config": {"persist": false}}, "apps": {"http": {"servers": {
 			"one": {"listen": ["127.0.0.1:%d"], "automatic_https": {"disable": true}, "routes": [{"handle": [%s]}]},
 			"other": {"listen": ["127.0.0.1:%d"], "automatic_https": {"disable": true}, "routes": [{"handle": [%s]}]}}}}}`,
-			freePort(t), one, freePort(t), other)), true)
+			testsite.FreePort(t), one, testsite.FreePort(t), other)), true)
 	}
 	err := load(handler(""), handler(`, "poll_interval": "1s"`))
 	if err == nil || !strings.Contains(err.Error(), "poll_interval") || strings.Count(err.Error(), "server on [127.0.0.1:") != 2 || strings.Contains(err.Error(), "unspeakable") {

@@ -14,6 +14,8 @@ import (
 	"testing"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
 // openAPI is the description of the API.
@@ -204,7 +206,7 @@ func TestOpenAPIDescribesResponses(t *testing.T) {
 			responds(http.StatusOK, reportOf(task, "SUCCESS", "FAILED"))(w, r)
 		}
 	})
-	s := startSite(t, options(node, fmt.Sprintf("node closed 127.0.0.1:%d\ntimeout 500ms", freePort(t))))
+	s := startSite(t, options(node, fmt.Sprintf("node closed 127.0.0.1:%d\ntimeout 500ms", testsite.FreePort(t))))
 	etag := s.get(pair).header.Get("ETag")
 
 	const task = "/task?appServerID=node-1&taskID="

@@ -10,6 +10,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 
 	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
 func TestReloadKeepsReports(t *testing.T) {
@@ -74,7 +75,7 @@ func TestStopWhileRequestsAreInFlight(t *testing.T) {
 	node := newBackend(t, g.then(nil))
 	s := startSite(t, options(node, "timeout 60s"))
 	// A short grace period ends while the request is under way.
-	if err := s.loadCaddyfile(strings.Replace(s.caddyfile(options(node, "timeout 60s")), "grace_period 5s", "grace_period 200ms", 1)); err != nil {
+	if err := testsite.Load([]byte(strings.Replace(s.caddyfile(options(node, "timeout 60s")), "grace_period 5s", "grace_period 200ms", 1))); err != nil {
 		t.Fatal(err)
 	}
 	ended := make(chan error, 1)

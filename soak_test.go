@@ -32,6 +32,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 
 	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
 var soakFor = flag.Duration("soak", 0, "how long TestSoak runs")
@@ -41,7 +42,7 @@ var soakFor = flag.Duration("soak", 0, "how long TestSoak runs")
 //
 //   - a finished report that a caller got is answered again, byte for byte, for as long as its namespace keeps it. The one
 //     excuse is a storage that fails at that moment, and the response must say so.
-//   - nobody gets a document of another namespace: every document names the namespace with whose secret a node was asked.
+//   - no caller gets a document of another namespace: every document names the namespace with whose secret a node was asked.
 //   - the heap stays within its bound.
 //   - no response and no log holds a secret, although one node sends back what it was asked.
 func TestSoak(t *testing.T) {
@@ -240,7 +241,7 @@ func (s *soak) load(directives string) {
 	before, site, _ := strings.Cut(s.caddyfile(directives), fmt.Sprintf("https://localhost:%d {\n", s.port))
 	_, site, _ = strings.Cut(site, "\n") // the certificate
 	before = strings.Replace(before, "admin off", "admin "+s.admin, 1)
-	if err := s.loadCaddyfile(before + s.base + " {\n" + site); err != nil {
+	if err := testsite.Load([]byte(before + s.base + " {\n" + site)); err != nil {
 		s.t.Fatal(err)
 	}
 }

@@ -13,6 +13,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
 func TestSecretIn(t *testing.T) {
@@ -147,7 +149,7 @@ func TestGzippingNode(t *testing.T) {
 }
 
 func TestFailDuration(t *testing.T) {
-	address := fmt.Sprintf("127.0.0.1:%d", freePort(t))
+	address := fmt.Sprintf("127.0.0.1:%d", testsite.FreePort(t))
 	s := startSite(t, fmt.Sprintf(`fsbroker_task {
 		secret {env.CALLER_SECRET}
 		node node-1 %s {env.NODE_SECRET}

@@ -18,6 +18,7 @@ import (
 	"time"
 
 	productbackend "github.com/caddy-fsbroker/caddy-fsbroker/examples/quickstart/backend"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
 // product is a broker with one node, as the documentation describes them, in one of its variations.
@@ -273,7 +274,7 @@ func TestConnectionProblems(t *testing.T) {
 		detail        string // of the problem
 		logged        map[string]string
 	}{
-		"closed":                    {fmt.Sprintf("https://127.0.0.1:%d", freePort(t)), "", "node_unreachable", "could not be connected to", map[string]string{"cause": "connection refused"}},
+		"closed":                    {fmt.Sprintf("https://127.0.0.1:%d", testsite.FreePort(t)), "", "node_unreachable", "could not be connected to", map[string]string{"cause": "connection refused"}},
 		"no such host":              {"https://no-such-host.invalid:22001", "", "node_unreachable", "could not be connected to", map[string]string{"cause": "no-such-host.invalid"}},
 		"speaks TLS, answers 400":   {strings.Replace(secure.URL, "https", "http", 1), "", "node_wrong_scheme", "must write https://", nil},
 		"speaks TLS, resets":        {"http://" + resets, "", "node_wrong_scheme", "must write https://", nil},

@@ -31,6 +31,7 @@ import (
 
 	_ "github.com/caddy-fsbroker/caddy-fsbroker"
 	"github.com/caddy-fsbroker/caddy-fsbroker/examples/quickstart/backend"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
 // beCaddy is the environment variable that makes this test binary run as Caddy with the module. So the tests need no
@@ -560,7 +561,7 @@ func (e *example) stop(t *testing.T) {
 	t.Helper()
 	header := http.Header{"Authorization": {"Bearer " + plantedMark}, "Secret": {plantedMark}, "X-Api-Key": {plantedMark}, "Referer": {"/?secret=" + plantedMark}}
 	if response := e.do(t, http.MethodPost, "http://"+e.admin+"/stop?secret="+plantedMark, header); response.StatusCode != http.StatusOK {
-		t.Errorf("stopping Caddy: %d", response.StatusCode)
+		t.Fatalf("stopping Caddy: %d", response.StatusCode) // it runs on, so there is no end to wait for
 	}
 }
 
@@ -736,12 +737,7 @@ func TestDockerfile(t *testing.T) {
 // freeAddress returns a loopback address on which no process listens.
 func freeAddress(t *testing.T) string {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer listener.Close()
-	return listener.Addr().String()
+	return fmt.Sprintf("127.0.0.1:%d", testsite.FreePort(t))
 }
 
 func absolute(t *testing.T, path string) string {

@@ -3,17 +3,11 @@ package clients_test
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
-	"crypto/x509/pkix"
 	_ "embed"
 	"encoding/json"
-	"encoding/pem"
 	"io"
-	"math/big"
 	"mime/multipart"
 	"net"
 	"net/http"
@@ -24,12 +18,11 @@ import (
 	"testing"
 	"time"
 
-	"github.com/caddyserver/caddy/v2"
-	"github.com/caddyserver/caddy/v2/caddyconfig"
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 
 	_ "github.com/caddy-fsbroker/caddy-fsbroker"
 	"github.com/caddy-fsbroker/caddy-fsbroker/examples/quickstart/backend"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
 //go:embed Caddyfile
@@ -52,7 +45,7 @@ func startSite(t *testing.T, analysis time.Duration) *site {
 	t.Helper()
 	dir := t.TempDir()
 	s := &site{ca: filepath.Join(dir, "cert.pem"), secret: rand.Text()}
-	for name, content := range map[string][]byte{"cert.pem": certificate().pem, "key.pem": certificate().key} {
+	for name, content := range map[string][]byte{"cert.pem": testsite.Localhost().PEM, "key.pem": testsite.Localhost().Key} {
 		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
 			t.Fatal(err)
 		}
@@ -80,12 +73,7 @@ func startSite(t *testing.T, analysis time.Duration) *site {
 		}
 	}))
 
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	port := strconv.Itoa(l.Addr().(*net.TCPAddr).Port)
-	_ = l.Close()
+	port := strconv.Itoa(testsite.FreePort(t))
 	s.url = "https://localhost:" + port
 	for name, value := range map[string]string{
 		"CLIENTS_DIR": filepath.ToSlash(dir), "CLIENTS_PORT": port, "XDG_DATA_HOME": dir, // Caddy writes its instance ID there
@@ -94,50 +82,12 @@ func startSite(t *testing.T, analysis time.Duration) *site {
 	} {
 		t.Setenv(name, value)
 	}
-	config, _, err := caddyconfig.GetAdapter("caddyfile").Adapt(caddyfile, map[string]any{"filename": "Caddyfile"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := caddy.Stop(); err != nil {
-			t.Error(err)
-		}
-	})
-	if err := caddy.Load(config, true); err != nil {
-		t.Fatal(err)
-	}
-	pool := x509.NewCertPool()
-	pool.AppendCertsFromPEM(certificate().pem)
-	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}}
+	testsite.Run(t, caddyfile)
+	transport := &http.Transport{TLSClientConfig: testsite.ClientConfig()}
 	t.Cleanup(transport.CloseIdleConnections)
 	s.client = &http.Client{Transport: transport, Timeout: time.Minute}
 	return s
 }
-
-// certificate returns a self-signed certificate for localhost. All sites have it, since Caddy keeps certificates for as
-// long as the process lives.
-var certificate = sync.OnceValue(func() (c struct{ pem, key []byte }) {
-	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		panic(err)
-	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "localhost"}, DNSNames: []string{"localhost"},
-		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(24 * time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageDigitalSignature | x509.KeyUsageCertSign,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
-	if err != nil {
-		panic(err)
-	}
-	key, err := x509.MarshalPKCS8PrivateKey(private)
-	if err != nil {
-		panic(err)
-	}
-	c.pem = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
-	c.key = pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})
-	return c
-})
 
 // submit submits a file and returns the submission's ID.
 func (s *site) submit(t *testing.T) string {

@@ -4,20 +4,12 @@ package cors_test
 import (
 	"bytes"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/sha256"
-	"crypto/tls"
-	"crypto/x509"
-	"encoding/base64"
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"html"
 	"maps"
-	"math/big"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -26,16 +18,15 @@ import (
 	"regexp"
 	"slices"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
-	"github.com/caddyserver/caddy/v2/caddyconfig"
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 
 	_ "github.com/caddy-fsbroker/caddy-fsbroker"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
 const (
@@ -64,42 +55,21 @@ func startSite(t *testing.T, origin string) *site {
 	}))
 	t.Cleanup(node.Close)
 
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_, port, _ := net.SplitHostPort(listener.Addr().String())
-	_ = listener.Close()
-
 	dir := filepath.ToSlash(t.TempDir())
-	s := &site{url: "https://localhost:" + port, secret: rand.Text(), log: dir + "/caddy.log"}
+	s := &site{url: fmt.Sprintf("https://localhost:%d", testsite.FreePort(t)), secret: rand.Text(), log: dir + "/caddy.log"}
 	for name, value := range map[string]string{
 		"SITE": s.url, "ORIGIN": origin, "PORTAL_SECRET": s.secret, "NODE_1_SECRET": rand.Text(), "XDG_DATA_HOME": dir, // Caddy writes its instance ID there
 	} {
 		t.Setenv(name, value)
 	}
 	pinned := pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: node.Certificate().Raw})
-	for name, content := range map[string][]byte{"cert.pem": certificate().pem, "key.pem": certificate().key, "upstreams.crt": pinned} {
+	for name, content := range map[string][]byte{"cert.pem": testsite.Localhost().PEM, "key.pem": testsite.Localhost().Key, "upstreams.crt": pinned} {
 		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
 			t.Fatal(err)
 		}
 	}
-	config, _, err := caddyconfig.GetAdapter("caddyfile").Adapt(caddyfile(t, dir, node.URL), map[string]any{"filename": "Caddyfile"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := caddy.Stop(); err != nil {
-			t.Error(err)
-		}
-	})
-	if err := caddy.Load(config, true); err != nil {
-		t.Fatal(err)
-	}
-
-	pool := x509.NewCertPool()
-	pool.AppendCertsFromPEM(certificate().pem)
-	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}}
+	testsite.Run(t, caddyfile(t, dir, node.URL))
+	transport := &http.Transport{TLSClientConfig: testsite.ClientConfig()}
 	t.Cleanup(transport.CloseIdleConnections)
 	s.client = &http.Client{Transport: transport, Timeout: 20 * time.Second}
 	return s
@@ -127,39 +97,6 @@ func caddyfile(t *testing.T, dir, node string) []byte {
 	}
 	return []byte(text)
 }
-
-// certificate returns a self-signed certificate for localhost. All sites have it, since Caddy keeps certificates for as
-// long as the process lives.
-var certificate = sync.OnceValue(func() (c struct {
-	pem, key []byte
-	keyHash  string // of the public key
-}) {
-	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		panic(err)
-	}
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), DNSNames: []string{"localhost"}, NotAfter: time.Now().Add(24 * time.Hour),
-		IsCA: true, BasicConstraintsValid: true,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, private.Public(), private)
-	if err != nil {
-		panic(err)
-	}
-	public, err := x509.MarshalPKIXPublicKey(private.Public())
-	if err != nil {
-		panic(err)
-	}
-	hash := sha256.Sum256(public)
-	c.keyHash = base64.StdEncoding.EncodeToString(hash[:])
-	key, err := x509.MarshalPKCS8PrivateKey(private)
-	if err != nil {
-		panic(err)
-	}
-	c.pem = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})
-	c.key = pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})
-	return c
-})
 
 // TestHeader checks the header fields of CORS without a browser.
 func TestHeader(t *testing.T) {
@@ -426,11 +363,11 @@ func open(t *testing.T, browser, url string) (results []result) {
 
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
-	// Virtual time stands still while a response is pending. The browser trusts the site's certificate, and no other that
-	// is signed by nobody. It would not cache a response if it ignored all errors of certificates.
+	// Virtual time stands still while a response is pending. The browser trusts the site's certificate, and no other
+	// self-signed certificate. It would not cache a response if it ignored all errors of certificates.
 	command := exec.CommandContext(ctx, browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
 		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
-		"--user-data-dir="+profile, "--ignore-certificate-errors-spki-list="+certificate().keyHash, "--virtual-time-budget=10000", "--dump-dom", url)
+		"--user-data-dir="+profile, "--ignore-certificate-errors-spki-list="+testsite.Localhost().KeyHash, "--virtual-time-budget=10000", "--dump-dom", url)
 	command.Env = append(os.Environ(), "HOME="+profile)
 	command.WaitDelay = 5 * time.Second
 	var stderr bytes.Buffer

@@ -4,18 +4,16 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
-	"net"
 	"net/http"
 	"path/filepath"
 	"strings"
 	"testing"
 	"time"
 
-	"github.com/caddyserver/caddy/v2"
-	"github.com/caddyserver/caddy/v2/caddyconfig"
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 
 	_ "github.com/caddy-fsbroker/caddy-fsbroker"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
 // callerSecret is what the callers of Caddy send.
@@ -25,14 +23,7 @@ const callerSecret = "of the callers"
 // are a line for the broker and one for the node.
 func startCaddy(t *testing.T, upstreams string) string {
 	t.Helper()
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	site := "http://" + listener.Addr().String()
-	if err := listener.Close(); err != nil {
-		t.Fatal(err)
-	}
+	site := fmt.Sprintf("http://127.0.0.1:%d", testsite.FreePort(t))
 	dir := t.TempDir()
 	t.Setenv("XDG_DATA_HOME", dir) // Caddy writes its instance ID there
 	t.Setenv("CALLER_SECRET", callerSecret)
@@ -53,18 +44,7 @@ func startCaddy(t *testing.T, upstreams string) string {
 			poll_interval 100ms
 		}
 	}`, filepath.ToSlash(dir), site, upstreams)
-	config, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(text), map[string]any{"filename": "Caddyfile"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := caddy.Stop(); err != nil {
-			t.Error(err)
-		}
-	})
-	if err := caddy.Load(config, true); err != nil {
-		t.Fatal(err)
-	}
+	testsite.Run(t, []byte(text))
 	return site
 }
 
