@@ -16,6 +16,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -143,7 +144,7 @@ func purgeCache(r *http.Request) (any, error) {
 		return nil, adminError(http.StatusBadRequest, errors.New("the query is malformed"))
 	}
 	if len(values) == 0 {
-		return purge(r.Context(), nil)
+		return purge(r.Context(), live.everything())
 	}
 	q := query{submitID: values.Get("submitID"), appServerID: values.Get("appServerID"), taskID: values.Get("taskID")}
 	names := []string{"submitID"}
@@ -155,26 +156,34 @@ func purgeCache(r *http.Request) (any, error) {
 			return nil, adminError(http.StatusBadRequest, errPurge)
 		}
 	}
-	keys := live.keys(q)
-	if len(keys) == 0 {
+	targets := live.reports(q)
+	if len(targets) == 0 {
 		return nil, adminError(http.StatusNotFound, errors.New("no upstream is configured that can know it: check appServerID, or configure a broker"))
 	}
-	return purge(r.Context(), keys)
+	return purge(r.Context(), targets)
 }
 
-// purge removes what is kept under keys, or everything if keys is nil, from memory and all storages. Memory is purged
-// before and after the storages: a hit may save what the queue had no room for, and a miss may load what is still stored.
-func purge(ctx context.Context, keys []task.Key) (purged, error) {
+// purge removes the targets from memory and all storages. Memory is purged before and after the storages: a hit may save
+// what the queue had no room for, and a miss may load what is still stored.
+func purge(ctx context.Context, targets []purgeTarget) (purged, error) {
 	var sum purged
-	sum.Memory += live.purgeMemory(keys)
+	byArchive := make(map[*archive.Archive][]task.Key) // during a reload, two resolvers may share one
+	for _, t := range targets {
+		sum.Memory += t.shared.purge(t.keys)
+		if t.archive != nil {
+			byArchive[t.archive] = append(byArchive[t.archive], t.keys...)
+		}
+	}
 	var failed error
-	for _, a := range live.archives() {
+	for a, keys := range byArchive {
 		queued, stored, err := a.Purge(ctx, keys)
 		sum.Queue += queued
 		sum.Storage += stored
 		failed = errors.Join(failed, err)
 	}
-	sum.Memory += live.purgeMemory(keys)
+	for _, t := range targets {
+		sum.Memory += t.shared.purge(t.keys)
+	}
 	if failed != nil {
 		return sum, adminError(http.StatusBadGateway,
 			fmt.Errorf("memory is purged, but the storage is not, or only in part: try again: %w", failed))

@@ -185,3 +185,26 @@ func TestHandlersThatDifferInJSON(t *testing.T) {
 		t.Errorf("got %v", err)
 	}
 }
+
+// A purge removes the reports of a task in every namespace, each from its own storage folder.
+func TestPurgeOfSeveralNamespaces(t *testing.T) {
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	one := at("/one", options(node, inNamespace("one", "storage")))
+	other := at("/other", options(node, inNamespace("other", "storage")))
+	s := startWithAdmin(t, one+"\n"+other, "")
+	for _, path := range []string{"/one", "/other"} {
+		for _, task := range []string{"t1", "t2"} {
+			s.get(path+"?appServerID=node-1&taskID="+task).wantStatus(t, http.StatusOK)
+		}
+	}
+	s.wantValues(4)
+	s.wantAdmin(http.MethodDelete, "/fsbroker/cache?appServerID=node-1&taskID=t1", http.StatusOK, `{"memory":2,"queue":0,"storage":2}`)
+	s.wantValues(2)
+	for _, path := range []string{"/one", "/other"} {
+		s.get(path+"?appServerID=node-1&taskID=t2").wantHeader(t, "Cache-Status", "fsbroker; hit")
+		s.get(path+"?appServerID=node-1&taskID=t1").wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
+	}
+	s.wantValues(4)
+	s.wantAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusOK, `{"memory":4,"queue":0,"storage":4}`)
+	s.wantValues(0)
+}

@@ -5,7 +5,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -62,17 +61,6 @@ func (rg *registry) upstreams() map[upstreamID][]liveUpstream {
 	return all
 }
 
-// archives returns the archives of all resolvers.
-func (rg *registry) archives() []*archive.Archive {
-	var all []*archive.Archive
-	for _, rs := range rg.all() {
-		if rs.archive != nil && !slices.Contains(all, rs.archive) {
-			all = append(all, rs.archive)
-		}
-	}
-	return all
-}
-
 // stats returns the current values of the gauges.
 func (rg *registry) stats() stats {
 	var s stats
@@ -98,18 +86,26 @@ func (rg *registry) stats() stats {
 	return s
 }
 
-// keys returns the keys of both reports that a query names, for all resolvers.
-func (rg *registry) keys(q query) (keys []task.Key) {
-	for _, rs := range rg.all() {
-		keys = append(keys, rs.keys(q)...)
-	}
-	return keys
+// purgeTarget is what to purge of a resolver: the reports under keys, or all reports if keys is nil.
+type purgeTarget struct {
+	*resolver
+	keys []task.Key
 }
 
-// purgeMemory removes what memory keeps under keys, or everything if keys is nil, and returns how much there was.
-func (rg *registry) purgeMemory(keys []task.Key) (n int) {
+// everything returns all that is kept.
+func (rg *registry) everything() (targets []purgeTarget) {
 	for _, rs := range rg.all() {
-		n += rs.shared.purge(keys)
+		targets = append(targets, purgeTarget{resolver: rs})
 	}
-	return n
+	return targets
+}
+
+// reports returns both reports that a query names, in each namespace whose upstreams can know them.
+func (rg *registry) reports(q query) (targets []purgeTarget) {
+	for _, rs := range rg.all() {
+		if keys := rs.keys(q); len(keys) > 0 {
+			targets = append(targets, purgeTarget{rs, keys})
+		}
+	}
+	return targets
 }
