@@ -127,24 +127,20 @@ func startBackend(o options, brokerSecret, dir string) (stop func(), err error) 
 	}
 	secretIn := []backend.SecretPlace{backend.SecretInHeader}
 
-	var servers []*http.Server
-	var running sync.WaitGroup
+	servers := backend.Servers{TLS: certificate.ServerConfig()}
+	var dispatching sync.WaitGroup
 	ctx, cancel := context.WithCancel(context.Background())
 	stop = func() {
 		cancel()
-		for _, s := range servers {
-			shutdown(s)
-		}
-		running.Wait()
+		servers.Stop()
+		dispatching.Wait()
 	}
 	serve := func(name string, port int, handler http.Handler) (int, error) {
 		l, err := listen(port, name+"-port")
 		if err != nil {
 			return 0, err
 		}
-		s := &http.Server{Handler: handler, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: time.Minute, WriteTimeout: time.Minute}
-		servers = append(servers, s)
-		running.Go(func() { _ = s.Serve(tls.NewListener(l, certificate.ServerConfig())) })
+		servers.Serve(l, handler)
 		return l.Addr().(*net.TCPAddr).Port, nil
 	}
 	env := map[string]string{"BROKER_SECRET": brokerSecret}
@@ -169,7 +165,7 @@ func startBackend(o options, brokerSecret, dir string) (stop func(), err error) 
 		stop()
 		return nil, err
 	}
-	running.Go(func() { broker.Run(ctx) })
+	dispatching.Go(func() { broker.Run(ctx) })
 	env["BROKER_PORT"] = strconv.Itoa(port)
 	for name, value := range env {
 		if err := os.Setenv(name, value); err != nil {
@@ -178,15 +174,6 @@ func startBackend(o options, brokerSecret, dir string) (stop func(), err error) 
 		}
 	}
 	return stop, nil
-}
-
-// shutdown stops a server. It gives requests in flight a few seconds to finish.
-func shutdown(s *http.Server) {
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
-	defer cancel()
-	if s.Shutdown(ctx) != nil {
-		_ = s.Close()
-	}
 }
 
 // listen listens on a loopback port. If that fails, its error names the flag for another port.

@@ -107,7 +107,7 @@ func (n *Node) scan(w http.ResponseWriter, r *http.Request) {
 	})
 }
 
-// readFile reads the file of a request, or answers what is wrong with it.
+// readFile reads the file of a request. If there is none, or it is too large, it responds with an error.
 func readFile(w http.ResponseWriter, r *http.Request) (name string, file []byte, ok bool) {
 	r.Body = http.MaxBytesReader(w, r.Body, maxFile)
 	content, header, err := r.FormFile("file")

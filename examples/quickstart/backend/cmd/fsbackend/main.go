@@ -8,7 +8,6 @@ package main
 import (
 	"context"
 	"crypto/rand"
-	"crypto/tls"
 	"errors"
 	"flag"
 	"fmt"
@@ -20,7 +19,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"syscall"
 	"time"
 
@@ -111,8 +109,8 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	if err != nil {
 		return err
 	}
-	s := &servers{scheme: "http"}
-	defer s.stop()
+	var servers backend.Servers
+	defer servers.Stop()
 	var certificate *backend.Certificate
 	certificateFile := ""
 	if o.tls {
@@ -128,7 +126,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 		if err := os.WriteFile(certificateFile, certificate.PEM, 0o600); err != nil {
 			return err
 		}
-		s.scheme, s.tls = "https", certificate.ServerConfig()
+		servers.TLS = certificate.ServerConfig()
 	}
 
 	var nodes []backend.NodeRef
@@ -140,7 +138,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 			node.NumericIDs = true
 			ref.AppServerID = strconv.Itoa(i + 1)
 		}
-		if ref.Address, err = s.serve(ctx, address, node); err != nil {
+		if ref.Address, err = serve(ctx, &servers, address, node); err != nil {
 			return err
 		}
 		nodes = append(nodes, ref)
@@ -151,7 +149,7 @@ func run(ctx context.Context, args []string, stdout io.Writer) error {
 	if certificate != nil {
 		broker.NodeClient = certificate.Client()
 	}
-	brokerAddress, err := s.serve(ctx, o.listen[0], broker)
+	brokerAddress, err := serve(ctx, &servers, o.listen[0], broker)
 	if err != nil {
 		return err
 	}
@@ -171,38 +169,11 @@ func printLines(stdout io.Writer, broker, secret string, nodes []backend.NodeRef
 	}
 }
 
-// servers are the running servers.
-type servers struct {
-	scheme  string
-	tls     *tls.Config // nil for HTTP
-	list    []*http.Server
-	running sync.WaitGroup
-}
-
 // serve starts a server and returns its URL.
-func (s *servers) serve(ctx context.Context, address string, handler http.Handler) (string, error) {
+func serve(ctx context.Context, servers *backend.Servers, address string, handler http.Handler) (string, error) {
 	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", address)
 	if err != nil {
 		return "", fmt.Errorf("%w: choose other addresses with -listen", err)
 	}
-	url := s.scheme + "://" + listener.Addr().String()
-	if s.tls != nil {
-		listener = tls.NewListener(listener, s.tls)
-	}
-	server := &http.Server{Handler: handler, ReadHeaderTimeout: 10 * time.Second, ReadTimeout: time.Minute, WriteTimeout: time.Minute}
-	s.list = append(s.list, server)
-	s.running.Go(func() { _ = server.Serve(listener) })
-	return url, nil
-}
-
-// stop gives every server a moment to finish its answers.
-func (s *servers) stop() {
-	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
-	defer cancel()
-	for _, server := range s.list {
-		if server.Shutdown(ctx) != nil {
-			_ = server.Close()
-		}
-	}
-	s.running.Wait()
+	return servers.Serve(listener, handler), nil
 }
