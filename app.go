@@ -289,8 +289,8 @@ func loadTransport(ctx caddy.Context, h *Handler) (*reverseproxy.HTTPTransport, 
 	return transport, nil
 }
 
-// maxResponseHeader is the default for the size of an upstream's response header, in bytes. That of net/http is 10 MB, which
-// would count for nothing.
+// maxResponseHeader is the default for the size of an upstream's response header, in bytes. The header does not count as
+// memory for answers, and the default of net/http is 10 MB.
 const maxResponseHeader = 64 << 10
 
 // setUp sets up the upstreams and what answers with their reports.

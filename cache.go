@@ -24,8 +24,8 @@ type Cache struct {
 	// health, the cache and the storage, so they must be configured alike in everything but `secrets` and `max_wait`. Two
 	// namespaces share nothing, whatever their nodes are called and however they are reached. Reports are kept under the
 	// namespace and not under an address, so a node that moves keeps its reports. Installations that use one storage for
-	// different upstreams need different namespaces. 1 to 64 letters, digits, dots, dashes or underscores, the
-	// first a letter or a digit. Default: `default`
+	// different upstreams need different namespaces. 1 to 64 letters, digits, dots, dashes or underscores, the first a
+	// letter or a digit. Default: `default`
 	Namespace string `json:"namespace,omitempty"`
 
 	// How long a finished report is kept in memory. It never changes: the TTL only bounds memory. Default: `24h`
@@ -36,8 +36,8 @@ type Cache struct {
 	// several times `max_report`. Default: 268435456 (256 MiB)
 	MaxSize int64 `json:"max_size,omitempty"`
 
-	// A storage that keeps finished reports beyond the process, and shares them with all instances that use it: any `caddy.storage` module, or `{}` for the storage that the server is configured with.
-	// Reports are confidential. They are compressed but not encrypted: protect the storage. Default: none
+	// A storage that keeps finished reports beyond the process, and shares them with all instances that use it: any
+	// `caddy.storage` module, or `{}` for the storage that the server is configured with. Reports are confidential. They are compressed but not encrypted: protect the storage. Default: none
 	StorageRaw json.RawMessage `json:"storage,omitempty" caddy:"namespace=caddy.storage inline_key=module"`
 
 	// How long the storage keeps a report. Needs a storage. Default: `720h` (30 days)

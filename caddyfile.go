@@ -107,8 +107,8 @@ func compareWithOthers(helper httpcaddyfile.Helper, h *Handler, place string) er
 //	    }
 //	}
 //
-// secret and node can be repeated. A secret is required, and so is a node or a broker. Without a matcher, the handler serves
-// the path /task only.
+// secret and node can be repeated. A secret is required, and so is a node or a broker. Without a matcher, the handler
+// serves the path /task only.
 func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // the directive's name
 	if d.CountRemainingArgs() > 0 {

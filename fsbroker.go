@@ -27,13 +27,13 @@ func init() {
 //
 // A caller identifies the report by the submission (`submitID`), which requires a broker, or by the node and its task
 // (`appServerID` and `taskID`). With `all=true` it asks for the complete report, and with `nocache=true` for the upstream's
-// current one, whatever is kept. With `Prefer: wait=<seconds>`, or the query parameter `wait`, the response is held until the report is
-// finished. The caller authenticates with `Authorization: Bearer <secret>`, with the header `secret` or `X-Api-Key`, or with
-// the query parameter `secret` or `serect`, which ends up in logs.
+// current one, whatever is kept. With `Prefer: wait=<seconds>`, or the query parameter `wait`, the response is held until
+// the report is finished. The caller authenticates with `Authorization: Bearer <secret>`, with the header `secret` or
+// `X-Api-Key`, or with the query parameter `secret` or `serect`, which ends up in logs.
 //
 // A finished report is kept for the cache's TTL, whatever the node does with it meanwhile. An unfinished report is kept
-// for the poll interval, so any number of callers that poll or wait cost an upstream one request. Errors are never kept. They
-// are problem documents (RFC 9457) with a stable code.
+// for the poll interval, so any number of callers that poll or wait cost an upstream one request. Errors are never kept.
+// They are problem documents (RFC 9457) with a stable code.
 //
 // The placeholder `{http.fsbroker.client}` is the name of the client whose secret was presented. So is
 // `{http.auth.user.id}`, which Caddy's access log shows as `user_id`, unless another handler has set it before. When the

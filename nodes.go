@@ -258,7 +258,8 @@ type queueInfo struct {
 // maxInfo is how much is read of what an upstream says about itself or about a submission, in bytes.
 const maxInfo = 64 << 10
 
-// fetchSystemInfo fetches what an upstream says about itself, even if the upstream is down. An error means that ctx has ended.
+// fetchSystemInfo fetches what an upstream says about itself, even if the upstream is down. An error means that ctx has
+// ended.
 func (u *upstream) fetchSystemInfo(ctx context.Context, timeout time.Duration) (response, systemInfo, error) {
 	var info systemInfo
 	r, err := u.exchange(ctx, timeout, "system-info", make(url.Values), func(body io.Reader, _ func(int64) error) (err error) {

@@ -15,8 +15,8 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
-// resolver is the one way of a namespace to a report: memory, then the storage, then the upstreams, one after the other. What an
-// upstream answers is kept.
+// resolver is the one way of a namespace to a report: memory, then the storage, then the upstreams, one after the other.
+// What an upstream answers is kept.
 type resolver struct {
 	resolverOptions
 	namespace string
@@ -367,10 +367,7 @@ func (rs *resolver) mentionKept(err error, k task.Key) error {
 		return err
 	}
 	e, ok := rs.shared.get(k)
-	if !ok {
-		return err
-	}
-	if e.report.IsEmpty() {
+	if !ok || e.report.IsEmpty() {
 		return err
 	}
 	return p.with("a report is kept here: ask without nocache to get it")

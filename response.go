@@ -112,7 +112,9 @@ func writeProblem(w http.ResponseWriter, r *http.Request, p *problem, cacheStatu
 		header.Set("Retry-After", wholeSeconds(p.retryAfter))
 	}
 	w.WriteHeader(p.status())
-	writeBody(w, r, body)
+	if r.Method != http.MethodHead {
+		_, _ = w.Write(body) // an error means that the client has left
+	}
 	return p.status()
 }
 
@@ -170,14 +172,6 @@ func (f *fields) addVary(name string) {
 		return
 	}
 	f.header.Add("Vary", name)
-}
-
-// writeBody writes the body of a response. An error means that the client has left. It is dropped, because Caddy would
-// log it with the request URI.
-func writeBody(w http.ResponseWriter, r *http.Request, body []byte) {
-	if r.Method != http.MethodHead {
-		_, _ = w.Write(body)
-	}
 }
 
 // cacheStatus returns the field of RFC 9211 for a result, or for the problem that took its place.

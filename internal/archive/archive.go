@@ -253,13 +253,6 @@ type Stats struct {
 	Failing     bool `json:"failing"`
 }
 
-// Add adds the stats of another archive.
-func (s *Stats) Add(other Stats) {
-	s.Queued += other.Queued
-	s.QueuedBytes += other.QueuedBytes
-	s.Failing = s.Failing || other.Failing
-}
-
 // Stats returns the current stats.
 func (a *Archive) Stats() Stats {
 	a.mu.Lock()

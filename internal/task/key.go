@@ -31,8 +31,7 @@ func NewKey(parts ...string) Key {
 }
 
 // ReportKey returns the key of a report by its node and task. The high-level report and the complete report of a task are
-// two reports. The node's address does not matter: a node that
-// moves keeps its reports.
+// two reports. The node's address does not matter: a node that moves keeps its reports.
 func ReportKey(namespace, appServerID, taskID string, all bool) Key {
 	return NewKey("task", namespace, appServerID, taskID, strconv.FormatBool(all))
 }
