@@ -41,7 +41,7 @@ func TestSecretInACertificate(t *testing.T) {
 }
 
 // A broker that refuses to explain why it has no report is not unhealthy: callers could make it so.
-func TestExplanationsAreNobodysHealth(t *testing.T) {
+func TestExplanationsDoNotChangeHealth(t *testing.T) {
 	broker := newBackend(t, brokerResponds(responds(404, ""), responds(403, "")))
 	s := startWithAdmin(t, fmt.Sprintf("fsbroker_task {\n secret {env.CALLER_SECRET}\n %s\n}", brokerOption(broker)), recordEvents)
 	for i := range 4 {
