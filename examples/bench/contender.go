@@ -272,10 +272,8 @@ func (c *contender) start(ctx context.Context, h *harness) (*server, error) {
 	if err := os.CopyFS(s.Dir, os.DirFS(h.files)); err != nil {
 		return nil, err
 	}
-	for _, address := range []*string{&s.Plain, &s.Secure, &s.Admin} {
-		if *address, err = freeAddress(); err != nil {
-			return nil, err
-		}
+	if err := findAddresses(&s.Plain, &s.Secure, &s.Admin); err != nil {
+		return nil, err
 	}
 	var text bytes.Buffer
 	if err := c.config.Execute(&text, s); err != nil {

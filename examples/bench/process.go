@@ -140,11 +140,15 @@ func (p *process) resetPeak() error {
 	return nil
 }
 
-// freeAddress returns a loopback address on which no process listens.
-func freeAddress() (string, error) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		return "", err
+// findAddresses sets loopback addresses on which no process listens. They differ, because all are taken for a moment.
+func findAddresses(addresses ...*string) error {
+	for _, address := range addresses {
+		listener, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			return err
+		}
+		defer listener.Close()
+		*address = listener.Addr().String()
 	}
-	return listener.Addr().String(), listener.Close()
+	return nil
 }
