@@ -1,0 +1,228 @@
+package archive
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
+)
+
+const (
+	// maxReads is the number of reads at once. Further reads wait.
+	maxReads = 128
+
+	// slowRead is how long a read may take before it counts as a failure. It is still waited for, since a single slow value
+	// says nothing about the storage.
+	slowRead = 2 * time.Second
+
+	readTimeout = 10 * time.Second
+
+	// complainEvery is how often a failed read is logged while the storage works on the whole.
+	complainEvery = time.Minute
+)
+
+// Found is what Load finds. The zero value means that there is nothing.
+type Found struct {
+	Report *task.Report
+	Target *task.Key     // the key under which the report is stored, if it was found through a reference
+	TTL    time.Duration // how long the report may still be kept
+}
+
+// Load returns the report that is stored or queued under k. It calls grow with the memory that it needs, in bytes, and an
+// error of grow ends it. While the storage fails, Load returns ErrUnreadable at once, so that callers do not wait for it.
+func (a *Archive) Load(ctx context.Context, k task.Key, grow func(held int64) error) (Found, error) {
+	b := a.backend()
+	if b == nil {
+		return Found{}, ErrUnreadable
+	}
+	retention := a.retention(b)
+	if i := a.queued(k); i != nil {
+		return Found{Report: i.Report, Target: i.Target, TTL: retention}, nil
+	}
+	v, err := a.read(ctx, b, place{kind: inPartition, key: k}, func(stored int) error { return grow(int64(stored)) })
+	var target *task.Key
+	if err == nil && v.kind == kindReference {
+		target, v, err = a.follow(ctx, b, k, v, grow)
+	}
+	if err != nil || v.report == nil {
+		return Found{}, err
+	}
+	ttl := retention - a.Now().Sub(v.report.At())
+	if ttl <= 0 {
+		return Found{}, nil
+	}
+	return Found{Report: v.report, Target: target, TTL: min(ttl, retention)}, nil
+}
+
+// follow returns the document that a reference under k refers to, and its key if that is another one.
+func (a *Archive) follow(ctx context.Context, b *Backend, k task.Key, ref value, grow func(held int64) error) (*task.Key, value, error) {
+	var target *task.Key
+	if ref.target.key != k {
+		target = &ref.target.key
+		if i := a.queued(*target); i != nil {
+			return target, value{kind: kindDocument, report: i.Report}, nil
+		}
+	}
+	if err := grow(ref.size); err != nil {
+		return nil, value{}, err
+	}
+	v, err := a.read(ctx, b, ref.target, func(int) error { return nil })
+	return target, v, err
+}
+
+// read returns the value at a place. It returns the zero value if there is none that can be used.
+func (a *Archive) read(ctx context.Context, b *Backend, p place, grow func(stored int) error) (value, error) {
+	name := a.layout.name(p)
+	stored, err := a.load(ctx, b, p.key, name)
+	if stored == nil || err != nil {
+		return value{}, err
+	}
+	if err := grow(len(stored)); err != nil {
+		return value{}, err
+	}
+	v, err := decode(stored, name, p.key, b.Keyring)
+	switch {
+	case err == nil:
+		return v, nil
+	case errors.Is(err, errUnknownVersion), errors.Is(err, errLostKey):
+		if a.leaveAlone(p.key) {
+			b.Logger.Warn("a stored value cannot be read and is left alone", zap.String("key", name), zap.Error(err))
+		}
+		return value{}, nil
+	}
+	b.Logger.Warn("a stored value is damaged and is set aside", zap.String("key", name), zap.Error(err))
+	if err := a.setAside(b, p, stored); err != nil {
+		b.Logger.Warn("a damaged value could not be set aside", zap.String("key", name), zap.Error(err))
+	}
+	return value{}, nil
+}
+
+// load loads a stored value. It returns nil if there is none.
+func (a *Archive) load(ctx context.Context, b *Backend, k task.Key, name string) ([]byte, error) {
+	if !a.reads.allow(time.Now()) {
+		return nil, ErrUnreadable
+	}
+	if err := a.takeSlot(ctx); err != nil {
+		a.reads.abandon()
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, readTimeout)
+	defer cancel()
+	type loaded struct {
+		stored []byte
+		err    error
+	}
+	done := make(chan loaded, 1)
+	go func() {
+		stored, err := b.Storage.Load(ctx, name)
+		<-a.slots // a read that hangs holds its slot
+		done <- loaded{stored, err}
+	}()
+	slow := time.NewTimer(slowRead)
+	defer slow.Stop()
+	select {
+	case l := <-done:
+		return a.noteRead(ctx, b, k, l.stored, l.err)
+	case <-ctx.Done():
+		return a.noteRead(ctx, b, k, nil, ctx.Err())
+	case <-slow.C:
+	}
+	a.noteFailedRead(b, k, errTimeout)
+	select {
+	case l := <-done:
+		return a.noteRead(ctx, b, k, l.stored, l.err)
+	case <-ctx.Done():
+	case <-a.reads.done():
+	}
+	if errors.Is(ctx.Err(), context.Canceled) {
+		return nil, ctx.Err()
+	}
+	return nil, fmt.Errorf("%w: %w", ErrUnreadable, errTimeout)
+}
+
+// takeSlot waits for a slot for a read, unless the storage begins to fail.
+func (a *Archive) takeSlot(ctx context.Context) error {
+	select {
+	case a.slots <- struct{}{}:
+		return nil
+	default:
+	}
+	select {
+	case a.slots <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-a.reads.done():
+		return ErrUnreadable
+	}
+}
+
+// noteRead tells the breaker how a read has ended, and returns its outcome.
+func (a *Archive) noteRead(ctx context.Context, b *Backend, k task.Key, stored []byte, err error) ([]byte, error) {
+	switch {
+	case err == nil || errors.Is(err, fs.ErrNotExist):
+		if a.reads.succeed() {
+			a.tellClosed(b, "read")
+		}
+		if err == nil && stored == nil {
+			stored = []byte{}
+		}
+		return stored, nil
+	case errors.Is(ctx.Err(), context.Canceled): // all callers have left
+		a.reads.abandon()
+		return nil, ctx.Err()
+	case ctx.Err() != nil:
+		err = errTimeout
+	}
+	a.noteFailedRead(b, k, err)
+	return nil, fmt.Errorf("%w: %w", ErrUnreadable, err)
+}
+
+// noteFailedRead tells the breaker that a read has failed or is slow.
+func (a *Archive) noteFailedRead(b *Backend, k task.Key, err error) {
+	now := time.Now()
+	if a.reads.fail(k, now) {
+		a.tellOpened(b, "read", err)
+		return
+	}
+	a.mu.Lock()
+	complain := now.After(a.complain) && !a.reads.open()
+	if complain {
+		a.complain = now.Add(complainEvery)
+	}
+	a.mu.Unlock()
+	if complain {
+		b.Logger.Warn("a stored value could not be read", zap.String("key", a.layout.name(place{kind: inPartition, key: k})), zap.Error(err))
+	}
+}
+
+// setAside moves a damaged value to a place where it can be examined until its retention is over. It leaves a value alone
+// that has been stored meanwhile.
+func (a *Archive) setAside(b *Backend, p place, stored []byte) error {
+	ctx, cancel := context.WithTimeout(a.ctx, readTimeout)
+	defer cancel()
+	aside := place{kind: damaged, key: p.key}
+	if err := a.storeValue(ctx, b, aside, value{kind: kindDamaged, at: a.Now(), key: p.key, raw: stored}); err != nil {
+		return err
+	}
+	name := a.layout.name(p)
+	again, err := b.Storage.Load(ctx, name)
+	if err != nil || !bytes.Equal(again, stored) || a.queued(p.key) != nil {
+		return ignoreNotExist(err)
+	}
+	return ignoreNotExist(b.Storage.Delete(ctx, name))
+}
+
+// ignoreNotExist returns err unless it means that there is no such value.
+func ignoreNotExist(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
