@@ -59,7 +59,8 @@ func (a *Archive) meetPeers(ctx context.Context, b *Backend) error {
 	}
 	folder := path.Dir(own)
 	names, err := listBelow(ctx, b.Storage, folder, func(name string) bool {
-		return strings.Count(strings.TrimPrefix(name, folder+"/"), "/") == 0
+		base := strings.TrimPrefix(name, folder+"/")
+		return base != "" && !strings.Contains(base, "/")
 	})
 	if err != nil {
 		return err

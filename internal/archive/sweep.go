@@ -131,7 +131,7 @@ func (a *Archive) sweepIndex(ctx context.Context, b *Backend, c *cursor, before 
 	ctx, cancel := context.WithTimeout(ctx, passTimeout)
 	defer cancel()
 	last := indexDay(before)
-	if _, err := time.Parse(time.DateOnly, c.Day); err != nil {
+	if _, err := time.Parse(indexDayFormat, c.Day); err != nil {
 		first, err := a.firstIndexDay(ctx, b, last)
 		if err != nil {
 			return err
@@ -143,17 +143,17 @@ func (a *Archive) sweepIndex(ctx context.Context, b *Backend, c *cursor, before 
 		if err != nil || !done || c.Day == last {
 			return err
 		}
-		day, err := time.Parse(time.DateOnly, c.Day)
+		day, err := time.Parse(indexDayFormat, c.Day)
 		if err != nil {
 			return err
 		}
-		c.Day = day.AddDate(0, 0, 1).Format(time.DateOnly)
+		c.Day = day.AddDate(0, 0, 1).Format(indexDayFormat)
 	}
 	return nil
 }
 
 // indexDay returns the day of the index that has a time.
-func indexDay(t time.Time) string { return t.UTC().Format(time.DateOnly) }
+func indexDay(t time.Time) string { return t.UTC().Format(indexDayFormat) }
 
 // firstIndexDay returns the first day that the index has, or last if it has none before.
 func (a *Archive) firstIndexDay(ctx context.Context, b *Backend, last string) (string, error) {
