@@ -1,0 +1,234 @@
+package archive
+
+import (
+	"context"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// saveAll saves reports of all kinds, and returns how many values they are.
+func saveAll(t *testing.T, f *fixture) (values int) {
+	t.Helper()
+	for i := range 100 {
+		f.Save(Item{Key: numbered(i), Report: reportOf(100, [32]byte{byte(i), 1})})
+		target := numbered(i)
+		f.Save(Item{Key: numbered(1000 + i), Report: report(100), Target: &target})
+	}
+	f.Save(item(200, 1<<20))
+	time.Sleep(time.Minute)
+	values = 100 + 100 + 100 + 2
+	if n := len(f.storage.stored()); n != values {
+		t.Fatalf("%d values are stored, want %d", n, values)
+	}
+	return values
+}
+
+// What the index has is deleted as soon as its retention is over, and nothing before.
+func TestSweepByIndex(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		f.storage.delay = 20 * time.Millisecond
+		values := saveAll(t, f)
+		time.Sleep(24*time.Hour - 2*time.Minute)
+		if n := len(f.storage.stored()); n != values {
+			t.Errorf("before their retention is over, %d of %d values are left", n, values)
+		}
+		f.Save(item(300, 100))
+		time.Sleep(30 * time.Minute)
+		if n := len(f.storage.stored()); n != 1 {
+			t.Errorf("after their retention, %d old values are left", n-1)
+		}
+		if n := len(f.storage.names(tested.indexFolder())); n != 1 {
+			t.Errorf("the index has %d objects", n)
+		}
+	})
+}
+
+// A value that was stored again is not deleted because of an old object of the index.
+func TestSweepSparesWhatIsStoredAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		f.Save(item(0, 100))
+		time.Sleep(20 * time.Hour)
+		f.Save(item(0, 100))
+		time.Sleep(20 * time.Hour)
+		if n := len(f.storage.stored()); n != 1 {
+			t.Error("a young value is deleted")
+		}
+		time.Sleep(5 * time.Hour)
+		if n := len(f.storage.stored()); n != 0 {
+			t.Error("an old value is left")
+		}
+	})
+}
+
+// A round of the scan finds what the index has lost.
+func TestSweepByScan(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		saveAll(t, f)
+		time.Sleep(time.Hour)
+		for _, name := range f.storage.names(tested.indexFolder()) {
+			delete(f.storage.values, name)
+		}
+		time.Sleep(60 * 24 * time.Hour)
+		if n := len(f.storage.stored()); n != 0 {
+			t.Errorf("%d values are left", n)
+		}
+	})
+}
+
+// The sweep keeps up with 43 million values a day over a storage of 20 ms: that is 500 a second.
+func TestSweepKeepsUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		const reports = 50_000
+		for i := range reports {
+			for !f.Save(item(i, 10)) {
+				time.Sleep(time.Second)
+			}
+		}
+		time.Sleep(time.Hour)
+		f.storage.set(func() { f.storage.delay = 20 * time.Millisecond })
+		time.Sleep(23*time.Hour - 10*time.Minute)
+		for f.storage.count("Delete") == 0 {
+			time.Sleep(time.Second)
+		}
+		begin := time.Now()
+		for f.storage.count("Delete") < reports {
+			time.Sleep(time.Second)
+		}
+		if rate := reports / time.Since(begin).Seconds(); rate < 500 {
+			t.Errorf("%.0f values a second are deleted", rate)
+		}
+	})
+}
+
+// A sweep that fails goes on where it was.
+func TestSweepDuringAnOutage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		values := saveAll(t, f)
+		deletes := 0
+		f.storage.set(func() {
+			f.storage.fault = func(_ context.Context, operation, _ string, _ []byte) error {
+				if operation == "Delete" {
+					f.storage.set(func() { deletes++ })
+					if deletes > 50 {
+						return errAway
+					}
+				}
+				return nil
+			}
+		})
+		time.Sleep(25 * time.Hour)
+		if left := len(f.storage.stored()); left != values-50 {
+			t.Errorf("%d of %d values are left", left, values)
+		}
+		f.storage.fail(nil)
+		time.Sleep(30 * time.Minute)
+		if left := len(f.storage.stored()); left != 0 {
+			t.Errorf("after the outage, %d values are left", left)
+		}
+	})
+}
+
+// A lock that hangs costs one operation, and no reads and writes.
+func TestLockThatHangs(t *testing.T) {
+	for _, operation := range []string{"Lock", "Unlock"} {
+		t.Run(operation, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newFixture()
+				defer f.Close()
+				release := make(chan struct{})
+				var hanging atomic.Int32
+				f.storage.fault = func(_ context.Context, o, _ string, _ []byte) error {
+					if o == operation {
+						hanging.Add(1)
+						<-release
+					}
+					return nil
+				}
+				for i := range 200 {
+					f.Save(item(i, 100))
+					time.Sleep(10 * time.Minute)
+					if got, err := f.find(t, numbered(i)); err != nil || got.Report == nil {
+						t.Fatalf("found %+v, error %v", got, err)
+					}
+				}
+				if n := hanging.Load(); n != 1 {
+					t.Errorf("%d operations hang", n)
+				}
+				close(release)
+			})
+		})
+	}
+}
+
+// Two instances that disagree about the retention are warned, and the longer one counts while both run.
+func TestInstancesDisagreeAboutTheRetention(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		long := newFixture()
+		long.backend.Retention = 90 * 24 * time.Hour
+		short := newFixture()
+		defer short.Close()
+		short.storage, short.backend.Storage, short.backend.Retention = long.storage, long.storage, 2*time.Hour
+		short.Seed = 2
+		short.writer = "another"
+		long.Save(item(0, 100))
+		short.Save(item(1, 100))
+		time.Sleep(10 * 24 * time.Hour)
+		if n := len(long.storage.stored()); n != 2 {
+			t.Errorf("%d of 2 values are left", n)
+		}
+		if got, err := short.find(t, numbered(1)); got.Report == nil || err != nil {
+			t.Errorf("the instance with the short retention finds %+v, error %v", got, err)
+		}
+		const warning = "another instance uses this namespace"
+		if one, two := long.logged(warning), short.logged(warning); one != 1 || two != 1 {
+			t.Errorf("logged %d and %d times", one, two)
+		}
+		long.Close()
+		time.Sleep(24 * time.Hour)
+		if n := len(long.storage.stored()); n != 0 {
+			t.Errorf("after the instance with the long retention has ended, %d values are left", n)
+		}
+		if n := len(long.storage.names(strings.TrimSuffix(tested.recordName(""), "/"))); n != 1 {
+			t.Errorf("%d records are left", n)
+		}
+	})
+}
+
+// A clock that is wrong for a while does not stop anything: only the age of values depends on it.
+func TestClockThatSteps(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		var step atomic.Int64
+		f.Now = func() time.Time { return time.Now().Add(time.Duration(step.Load())) }
+		f.storage.fail(errAway)
+		for i := range 10 {
+			f.Save(item(i, 100))
+			_, _ = f.find(t, numbered(100+i))
+		}
+		time.Sleep(time.Second)
+		step.Store(-int64(time.Hour))
+		f.storage.fail(nil)
+		time.Sleep(lastProbe)
+		if got, err := f.find(t, numbered(0)); got.Report == nil || err != nil {
+			t.Errorf("found %+v, error %v", got, err)
+		}
+		time.Sleep(lastRetry)
+		if f.confirmations() != 10 || f.Stats().Failing {
+			t.Errorf("%d of 10 reports are stored", f.confirmations())
+		}
+	})
+}
