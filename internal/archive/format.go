@@ -158,7 +158,7 @@ func wrap(h header, name string, ring *Keyring, body ...[]byte) ([]byte, error) 
 		return nil, err
 	}
 	if ring != nil {
-		return ring.seal(stored, slices.Concat(body...), additionalData(stored, name)), nil
+		return ring.seal(stored, additionalData(stored, name), body...), nil
 	}
 	stored = append(stored, make([]byte, sha256.Size)...)
 	for _, part := range body {
@@ -340,9 +340,9 @@ const (
 	root       = "fsbroker_task/"
 	partitions = 1 << 12
 
-	filesFolder  = "files"
-	damagedNames = "damaged"
-	largeSuffix  = ".large"
+	filesDir    = "files"
+	damagedDir  = "damaged"
+	largeSuffix = ".large"
 )
 
 // place is where a value is stored.
@@ -383,9 +383,9 @@ func (l layout) parse(name string) (place, bool) {
 	switch {
 	case isLarge:
 		p.kind = large
-	case folder == filesFolder:
+	case folder == filesDir:
 		p.kind = ofFile
-	case folder == damagedNames:
+	case folder == damagedDir:
 		p.kind = damaged
 	}
 	if !found || len(digits) != hex.EncodedLen(len(p.key)) {
@@ -420,11 +420,11 @@ func (l layout) sourceFolder(n int, s task.Source) string {
 
 // fileFolder returns the folder that has all references from a file, and those from a few others.
 func (l layout) fileFolder(file task.Source) string {
-	return l.partition(partitionBy(file[:])) + "/" + filesFolder
+	return l.partition(partitionBy(file[:])) + "/" + filesDir
 }
 
 // damagedFolder returns the folder of the damaged values of a partition.
-func (l layout) damagedFolder(n int) string { return l.partition(n) + "/" + damagedNames }
+func (l layout) damagedFolder(n int) string { return l.partition(n) + "/" + damagedDir }
 
 // recordName returns where a writer keeps its record.
 func (l layout) recordName(writer string) string { return string(l) + "instances/" + writer }

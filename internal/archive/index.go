@@ -30,8 +30,7 @@ const (
 	indexHeaderSize = indexSumAt + sha256.Size
 	indexEntrySize  = 1 + sha256.Size
 
-	// maxIndexed is how many places an object of the index has at most. It must fit into the smallest values that storages
-	// allow, which are of 512 KiB.
+	// maxIndexed is how many places an object of the index has at most. Some storages allow values of 512 KiB only.
 	maxIndexed = 4096
 
 	// indexDayFormat is the format of the names of the days in the folder of the index.
@@ -43,8 +42,8 @@ func encodeIndex(newest time.Time, places []place) []byte {
 	size := indexHeaderSize + len(places)*indexEntrySize
 	stored := append(make([]byte, 0, size), indexMagic...)
 	stored = append(stored, indexVersion, 0, 0, 0)
-	stored = binary.BigEndian.AppendUint32(stored, uint32(len(places)))        //nolint:gosec // there are not so many
-	stored = binary.BigEndian.AppendUint64(stored, uint64(newest.UnixNano())) //nolint:gosec // as it is read
+	stored = binary.BigEndian.AppendUint32(stored, uint32(len(places))) //nolint:gosec // there are not so many
+	stored = binary.BigEndian.AppendUint64(stored, uint64(newest.UnixNano()))
 	stored = append(stored, make([]byte, sha256.Size)...)
 	for _, p := range places {
 		stored = append(append(stored, byte(p.kind)), p.key[:]...)

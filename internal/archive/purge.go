@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -232,13 +233,13 @@ func (a *Archive) purgePartitions(ctx context.Context, b *Backend, s Selection, 
 		for _, n := range counts {
 			done.Stored += n
 		}
-		if ctx.Err() != nil {
-			break
-		}
-		if err != nil {
+		switch {
+		case ctx.Err() != nil: // the next call begins with these
+		case err != nil:
 			return done, err
+		default:
+			done.Next = end
 		}
-		done.Next = end
 	}
 	return done, nil
 }
@@ -263,10 +264,8 @@ func (a *Archive) purgePartition(ctx context.Context, b *Backend, s Selection, p
 		return n, err
 	}
 	for _, p := range left {
-		for _, deleted := range selected {
-			if p == deleted {
-				return n, fmt.Errorf("%s is still there after it was deleted", a.layout.name(p))
-			}
+		if slices.Contains(selected, p) {
+			return n, fmt.Errorf("%s is still there after it was deleted", a.layout.name(p))
 		}
 	}
 	return n, nil

@@ -70,7 +70,7 @@ func TestPurgeInSteps(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f, _, _ := filled(t)
 		defer f.Close()
-		f.storage.delay = time.Second
+		f.storage.slow(time.Second)
 		steps, deleted, next := 0, 0, 0
 		for next < Partitions {
 			begin := time.Now()
@@ -93,7 +93,7 @@ func TestPurgeQueued(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture()
 		defer f.Close()
-		f.storage.delay = time.Second
+		f.storage.slow(time.Second)
 		f.Save(item(0, 100))
 		time.Sleep(time.Millisecond)
 		got, err := f.Purge(t.Context(), Selection{Keys: []task.Key{numbered(0)}}, 0)

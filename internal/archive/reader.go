@@ -124,14 +124,15 @@ func (a *Archive) load(ctx context.Context, b *Backend, k task.Key, name string)
 		<-a.slots // a read that hangs holds its slot
 		done <- loaded{stored, err}
 	}()
-	slow := time.NewTimer(slowRead)
-	defer slow.Stop()
+	slow, cancel := context.WithTimeout(ctx, slowRead)
+	defer cancel()
 	select {
 	case l := <-done:
 		return a.noteRead(ctx, b, k, l.stored, l.err)
-	case <-ctx.Done():
+	case <-slow.Done():
+	}
+	if ctx.Err() != nil {
 		return a.noteRead(ctx, b, k, nil, ctx.Err())
-	case <-slow.C:
 	}
 	a.noteFailedRead(b, k, errTimeout)
 	select {

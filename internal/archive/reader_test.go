@@ -32,7 +32,7 @@ func TestSaveAndLoad(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture()
 		defer f.Close()
-		f.storage.delay = 20 * time.Millisecond
+		f.storage.slow(20 * time.Millisecond)
 		for size, k := range map[int]task.Key{1000: numbered(1), inlineLimit + 1: numbered(2), 5 << 20: numbered(3)} {
 			want := report(size)
 			f.Save(Item{Key: k, Report: want})
@@ -98,7 +98,7 @@ func TestReference(t *testing.T) {
 			}
 			documents := 0
 			for _, name := range f.storage.names("") {
-				if len(f.storage.values[name]) > size {
+				if len(f.storage.get(name)) > size {
 					documents++
 				}
 			}
@@ -122,7 +122,7 @@ func TestManyReads(t *testing.T) {
 		const reports, callers, latency = 1000, 300, 20 * time.Millisecond
 		f := storedFixture(t, reports)
 		defer f.Close()
-		f.storage.delay = latency
+		f.storage.slow(latency)
 		next := make(chan int, reports)
 		for i := range reports {
 			next <- i
@@ -158,12 +158,12 @@ func TestSlowValue(t *testing.T) {
 		f := storedFixture(t, 10)
 		defer f.Close()
 		slow := tested.name(place{kind: inPartition, key: numbered(0)})
-		f.storage.fault = func(ctx context.Context, _, key string, _ []byte) error {
+		f.storage.misbehave(func(ctx context.Context, _, key string, _ []byte) error {
 			if key == slow {
 				return sleep(ctx, 3*time.Second)
 			}
 			return nil
-		}
+		})
 		done := make(chan Found)
 		go func() {
 			got, err := f.find(t, numbered(0))
@@ -216,10 +216,10 @@ func TestReadsThatHang(t *testing.T) {
 		f := storedFixture(t, 300)
 		defer f.Close()
 		release := make(chan struct{})
-		f.storage.fault = func(context.Context, string, string, []byte) error {
+		f.storage.misbehave(func(context.Context, string, string, []byte) error {
 			<-release
 			return nil
-		}
+		})
 		var wg sync.WaitGroup
 		for i := range 300 {
 			wg.Go(func() {
@@ -249,7 +249,7 @@ func TestLeavingIsNoFailure(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := storedFixture(t, 10)
 		defer f.Close()
-		f.storage.delay = time.Second
+		f.storage.slow(time.Second)
 		for i := range 10 {
 			stop, leave := context.WithCancel(t.Context())
 			time.AfterFunc(time.Millisecond, leave)
@@ -269,9 +269,9 @@ func TestNewerVersion(t *testing.T) {
 		f := storedFixture(t, 1)
 		defer f.Close()
 		name := tested.name(place{kind: inPartition, key: numbered(0)})
-		newer := bytes.Clone(f.storage.values[name])
+		newer := bytes.Clone(f.storage.get(name))
 		newer[4]++
-		f.storage.values[name] = newer
+		f.storage.put(name, newer)
 		for range 2 {
 			if got, err := f.find(t, numbered(0)); got.Report != nil || err != nil {
 				t.Errorf("found %+v, error %v", got, err)
@@ -279,7 +279,7 @@ func TestNewerVersion(t *testing.T) {
 		}
 		f.Save(item(0, 100))
 		time.Sleep(3 * 24 * time.Hour)
-		if !bytes.Equal(f.storage.values[name], newer) || len(f.storage.stored()) != 1 {
+		if !bytes.Equal(f.storage.get(name), newer) || len(f.storage.stored()) != 1 {
 			t.Error("the value was not left alone")
 		}
 		if n := f.logged("left alone"); n != 1 {
@@ -294,7 +294,7 @@ func TestDamagedValue(t *testing.T) {
 		f := storedFixture(t, 1)
 		defer f.Close()
 		name := tested.name(place{kind: inPartition, key: numbered(0)})
-		f.storage.values[name] = f.storage.values[name][:70]
+		f.storage.put(name, f.storage.get(name)[:70])
 		if got, err := f.find(t, numbered(0)); got.Report != nil || err != nil {
 			t.Errorf("found %+v, error %v", got, err)
 		}
@@ -302,7 +302,7 @@ func TestDamagedValue(t *testing.T) {
 		if got := f.storage.stored(); !slices.Equal(got, []place{aside}) {
 			t.Fatalf("stored are %v", got)
 		}
-		v, err := decode(f.storage.values[tested.name(aside)], tested.name(aside), numbered(0), nil)
+		v, err := decode(f.storage.get(tested.name(aside)), tested.name(aside), numbered(0), nil)
 		if err != nil || len(v.raw) != 70 {
 			t.Errorf("set aside are %d bytes, error %v", len(v.raw), err)
 		}

@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -33,14 +34,17 @@ func (s *fakeStorage) set(change func()) {
 	change()
 }
 
+// slow makes each operation take d.
+func (s *fakeStorage) slow(d time.Duration) { s.set(func() { s.delay = d }) }
+
+// misbehave makes each operation do what fault says.
+func (s *fakeStorage) misbehave(fault func(ctx context.Context, operation, key string, value []byte) error) {
+	s.set(func() { s.fault = fault })
+}
+
 // fail makes all operations fail with err, or none if it is nil.
 func (s *fakeStorage) fail(err error) {
-	s.set(func() {
-		s.fault = nil
-		if err != nil {
-			s.fault = func(context.Context, string, string, []byte) error { return err }
-		}
-	})
+	s.misbehave(func(context.Context, string, string, []byte) error { return err })
 }
 
 func (s *fakeStorage) begin(ctx context.Context, operation, key string, value []byte) error {
@@ -59,14 +63,10 @@ func (s *fakeStorage) begin(ctx context.Context, operation, key string, value []
 
 // sleep sleeps, unless ctx ends.
 func sleep(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
+	slept, cancel := context.WithTimeout(ctx, d)
+	defer cancel()
+	<-slept.Done()
+	return ctx.Err()
 }
 
 func (s *fakeStorage) Load(ctx context.Context, k string) ([]byte, error) {
@@ -86,7 +86,7 @@ func (s *fakeStorage) Store(ctx context.Context, k string, value []byte) error {
 	if err := s.begin(ctx, "Store", k, value); err != nil {
 		return err
 	}
-	s.set(func() { s.values[k] = value })
+	s.put(k, value)
 	return nil
 }
 
@@ -109,6 +109,16 @@ func (s *fakeStorage) List(ctx context.Context, folder string, _ bool) (keys []s
 	}
 	return s.names(folder + "/"), nil
 }
+
+// get returns the value under a name.
+func (s *fakeStorage) get(name string) []byte {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.values[name]
+}
+
+// put replaces the value under a name.
+func (s *fakeStorage) put(name string, value []byte) { s.set(func() { s.values[name] = value }) }
 
 // names returns the names of the values that begin with prefix.
 func (s *fakeStorage) names(prefix string) (names []string) {
@@ -165,37 +175,42 @@ type fixture struct {
 
 	mu        sync.Mutex
 	confirmed map[task.Key]int // reports that are said to be stored
-	room      int
+
+	room atomic.Int32 // how often room was offered
 }
 
 // newFixture returns an archive, which must be closed.
-func newFixture() *fixture {
+func newFixture() *fixture { return newFixtureWith(nil) }
+
+// newFixtureWith returns an archive that set has changed before it starts.
+func newFixtureWith(set func(f *fixture, c *Config)) *fixture {
 	core, log := observer.New(zapcore.DebugLevel)
 	f := &fixture{storage: new(fakeStorage), log: log, confirmed: make(map[task.Key]int)}
-	f.backend = &Backend{Storage: f.storage, Logger: zap.New(core), Retention: 24 * time.Hour}
-	f.Archive = New(Config{
+	f.backend = &Backend{Logger: zap.New(core), Retention: 24 * time.Hour}
+	c := Config{
 		Namespace: "tested", Seed: 1,
 		Stored: func(k task.Key, _ *task.Report) {
 			f.mu.Lock()
 			defer f.mu.Unlock()
 			f.confirmed[k]++
 		},
-		Room: func() {
-			f.mu.Lock()
-			defer f.mu.Unlock()
-			f.room++
-		},
-	})
+		Room: func() { f.room.Add(1) },
+	}
+	if set != nil {
+		set(f, &c)
+	}
+	f.backend.Storage = f.storage
+	f.Archive = New(c)
 	f.Attach(f.backend)
 	return f
 }
 
 // reopen returns another archive over the same storage.
 func (f *fixture) reopen() *fixture {
-	other := newFixture()
-	other.backend.Storage = f.storage
-	other.storage = f.storage
-	return other
+	return newFixtureWith(func(other *fixture, c *Config) {
+		other.storage = f.storage
+		c.Seed = f.Seed + 1
+	})
 }
 
 func (f *fixture) confirmations() int {

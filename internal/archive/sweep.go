@@ -39,11 +39,10 @@ func (a *Archive) sweepAll() {
 		wait = min(wait, sweepInterval(b.Retention)+time.Duration(jitter.Int64N(int64(time.Second))))
 	}
 	for {
-		timer := time.NewTimer(wait)
-		select {
-		case <-timer.C:
-		case <-a.ctx.Done():
-			timer.Stop()
+		waited, cancel := context.WithTimeout(a.ctx, wait)
+		<-waited.Done()
+		cancel()
+		if a.ctx.Err() != nil {
 			return
 		}
 		wait = time.Minute
@@ -230,8 +229,7 @@ func (a *Archive) expireAll(ctx context.Context, b *Backend, places []place, bef
 	return group.Wait()
 }
 
-// expire deletes a value if it is older than a time. Only the time inside decides. A damaged value has none, and is set
-// aside.
+// expire deletes a value if it is older than a time. Only the time inside decides.
 func (a *Archive) expire(ctx context.Context, b *Backend, p place, before time.Time) error {
 	name := a.layout.name(p)
 	stored, err := b.Storage.Load(ctx, name)
@@ -239,12 +237,10 @@ func (a *Archive) expire(ctx context.Context, b *Backend, p place, before time.T
 		return ignoreNotExist(err)
 	}
 	at, err := timeOf(stored, name, p.key, b.Keyring)
-	switch {
-	case errors.Is(err, errUnknownVersion):
-		return nil
-	case err != nil && p.kind != damaged:
-		return a.setAside(b, p, stored)
-	case err != nil || !at.Before(before) || a.queued(p.key) != nil:
+	if err != nil {
+		return a.keepWithoutTime(b, p, stored, err)
+	}
+	if !at.Before(before) || a.queued(p.key) != nil {
 		return nil
 	}
 	if err := b.Storage.Delete(ctx, name); ignoreNotExist(err) != nil {
@@ -252,6 +248,15 @@ func (a *Archive) expire(ctx context.Context, b *Backend, p place, before time.T
 	}
 	a.Metrics.swept.Inc()
 	return nil
+}
+
+// keepWithoutTime deals with a value whose time cannot be told. That of another version is left alone. A damaged one is set
+// aside, which gives it a time.
+func (a *Archive) keepWithoutTime(b *Backend, p place, stored []byte, err error) error {
+	if errors.Is(err, errUnknownVersion) || p.kind == damaged {
+		return nil
+	}
+	return a.setAside(b, p, stored)
 }
 
 // scan deletes the old values of a partition.
@@ -297,4 +302,3 @@ func (a *Archive) listPlaces(ctx context.Context, b *Backend, folder string) ([]
 	}
 	return places, nil
 }
-

@@ -31,7 +31,7 @@ func TestSweepByIndex(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture()
 		defer f.Close()
-		f.storage.delay = 20 * time.Millisecond
+		f.storage.slow(20 * time.Millisecond)
 		values := saveAll(t, f)
 		time.Sleep(24*time.Hour - 2*time.Minute)
 		if n := len(f.storage.stored()); n != values {
@@ -75,7 +75,7 @@ func TestSweepByScan(t *testing.T) {
 		saveAll(t, f)
 		time.Sleep(time.Hour)
 		for _, name := range f.storage.names(tested.indexFolder()) {
-			delete(f.storage.values, name)
+			_ = f.storage.Delete(t.Context(), name)
 		}
 		time.Sleep(60 * 24 * time.Hour)
 		if n := len(f.storage.stored()); n != 0 {
@@ -96,7 +96,7 @@ func TestSweepKeepsUp(t *testing.T) {
 			}
 		}
 		time.Sleep(time.Hour)
-		f.storage.set(func() { f.storage.delay = 20 * time.Millisecond })
+		f.storage.slow(20 * time.Millisecond)
 		time.Sleep(23*time.Hour - 10*time.Minute)
 		for f.storage.count("Delete") == 0 {
 			time.Sleep(time.Second)
@@ -117,17 +117,12 @@ func TestSweepDuringAnOutage(t *testing.T) {
 		f := newFixture()
 		defer f.Close()
 		values := saveAll(t, f)
-		deletes := 0
-		f.storage.set(func() {
-			f.storage.fault = func(_ context.Context, operation, _ string, _ []byte) error {
-				if operation == "Delete" {
-					f.storage.set(func() { deletes++ })
-					if deletes > 50 {
-						return errAway
-					}
-				}
-				return nil
+		var deletes atomic.Int32
+		f.storage.misbehave(func(_ context.Context, operation, _ string, _ []byte) error {
+			if operation == "Delete" && deletes.Add(1) > 50 {
+				return errAway
 			}
+			return nil
 		})
 		time.Sleep(25 * time.Hour)
 		if left := len(f.storage.stored()); left != values-50 {
@@ -150,13 +145,13 @@ func TestLockThatHangs(t *testing.T) {
 				defer f.Close()
 				release := make(chan struct{})
 				var hanging atomic.Int32
-				f.storage.fault = func(_ context.Context, o, _ string, _ []byte) error {
+				f.storage.misbehave(func(_ context.Context, o, _ string, _ []byte) error {
 					if o == operation {
 						hanging.Add(1)
 						<-release
 					}
 					return nil
-				}
+				})
 				for i := range 200 {
 					f.Save(item(i, 100))
 					time.Sleep(10 * time.Minute)
@@ -176,13 +171,12 @@ func TestLockThatHangs(t *testing.T) {
 // Two instances that disagree about the retention are warned, and the longer one counts while both run.
 func TestInstancesDisagreeAboutTheRetention(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		long := newFixture()
-		long.backend.Retention = 90 * 24 * time.Hour
-		short := newFixture()
+		long := newFixtureWith(func(f *fixture, _ *Config) { f.backend.Retention = 90 * 24 * time.Hour })
+		short := newFixtureWith(func(f *fixture, c *Config) {
+			f.storage, f.backend.Retention = long.storage, 2*time.Hour
+			c.Seed = 2
+		})
 		defer short.Close()
-		short.storage, short.backend.Storage, short.backend.Retention = long.storage, long.storage, 2*time.Hour
-		short.Seed = 2
-		short.writer = "another"
 		long.Save(item(0, 100))
 		short.Save(item(1, 100))
 		time.Sleep(10 * 24 * time.Hour)
@@ -210,10 +204,11 @@ func TestInstancesDisagreeAboutTheRetention(t *testing.T) {
 // A clock that is wrong for a while does not stop anything: only the age of values depends on it.
 func TestClockThatSteps(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := newFixture()
-		defer f.Close()
 		var step atomic.Int64
-		f.Now = func() time.Time { return time.Now().Add(time.Duration(step.Load())) }
+		f := newFixtureWith(func(_ *fixture, c *Config) {
+			c.Now = func() time.Time { return time.Now().Add(time.Duration(step.Load())) }
+		})
+		defer f.Close()
 		f.storage.fail(errAway)
 		for i := range 10 {
 			f.Save(item(i, 100))

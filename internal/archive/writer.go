@@ -222,9 +222,9 @@ func (a *Archive) Flush(b *Backend) {
 // A context has no say in it: the grace period of the server may be over already.
 func (a *Archive) Drain(b *Backend) error {
 	a.Flush(b)
-	end := time.NewTimer(drainTimeout)
-	defer end.Stop()
-	patience := time.NewTimer(drainPatience)
+	ctx, cancel := context.WithTimeout(a.ctx, drainTimeout)
+	defer cancel()
+	patience := time.AfterFunc(drainPatience, cancel)
 	defer patience.Stop()
 	stored := uint64(0)
 	for {
@@ -245,11 +245,7 @@ func (a *Archive) Drain(b *Backend) error {
 		}
 		select {
 		case <-changed:
-		case <-patience.C:
-			return drainError(queued)
-		case <-end.C:
-			return drainError(queued)
-		case <-a.ctx.Done():
+		case <-ctx.Done():
 			return drainError(queued)
 		}
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -16,7 +17,7 @@ func TestWritesKeepUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture()
 		defer f.Close()
-		f.storage.delay = 20 * time.Millisecond
+		f.storage.slow(20 * time.Millisecond)
 		const reports = 6000
 		most := 0
 		for i := range reports {
@@ -47,13 +48,13 @@ func TestRoom(t *testing.T) {
 			t.Error("a full queue has room, or says more than once that it has none")
 		}
 		time.Sleep(time.Minute)
-		if f.room != 0 {
+		if f.room.Load() != 0 {
 			t.Error("room is offered although there is none")
 		}
 		f.storage.fail(nil)
 		time.Sleep(time.Minute)
-		if f.room != 1 || f.confirmations() != n || f.logged("has room again") != 1 {
-			t.Errorf("room was offered %d times, %d of %d reports are stored", f.room, f.confirmations(), n)
+		if f.room.Load() != 1 || f.confirmations() != n || f.logged("has room again") != 1 {
+			t.Errorf("room was offered %d times, %d of %d reports are stored", f.room.Load(), f.confirmations(), n)
 		}
 	})
 }
@@ -82,12 +83,12 @@ func TestRefusedValues(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture()
 		defer f.Close()
-		f.storage.fault = func(_ context.Context, _, _ string, value []byte) error {
+		f.storage.misbehave(func(_ context.Context, _, _ string, value []byte) error {
 			if len(value) > 4000 {
 				return errors.New("value too large")
 			}
 			return nil
-		}
+		})
 		const refused = 20
 		for i := range refused {
 			f.Save(item(i, 20_000))
@@ -148,14 +149,13 @@ func TestWriteThatHangs(t *testing.T) {
 		f := newFixture()
 		defer f.Close()
 		name := tested.name(place{kind: inPartition, key: numbered(0)})
-		hangs := true
-		f.storage.fault = func(_ context.Context, operation, key string, _ []byte) error {
-			if operation == "Store" && key == name && hangs {
-				hangs = false
+		var hung atomic.Bool
+		f.storage.misbehave(func(_ context.Context, operation, key string, _ []byte) error {
+			if operation == "Store" && key == name && !hung.Swap(true) {
 				time.Sleep(10 * time.Minute)
 			}
 			return nil
-		}
+		})
 		f.Save(item(0, 100))
 		time.Sleep(time.Second)
 		newest := item(0, 300)
@@ -181,7 +181,7 @@ func TestDrain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture()
 		defer f.Close()
-		f.storage.delay = 20 * time.Millisecond
+		f.storage.slow(20 * time.Millisecond)
 		for i := range maxQueue {
 			f.Save(item(i, 100))
 		}
@@ -228,13 +228,13 @@ func TestDrainWithRefusedValues(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture()
 		defer f.Close()
-		f.storage.delay = 20 * time.Millisecond
-		f.storage.fault = func(_ context.Context, _, _ string, value []byte) error {
+		f.storage.slow(20 * time.Millisecond)
+		f.storage.misbehave(func(_ context.Context, _, _ string, value []byte) error {
 			if len(value) > 4000 {
 				return errors.New("value too large")
 			}
 			return nil
-		}
+		})
 		for i := range 20 {
 			f.Save(item(i, 20_000))
 		}
