@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -349,6 +350,7 @@ const (
 type place struct {
 	kind placeKind
 	key  task.Key
+	at   int64 // of a reference from a file: its time in Unix nanoseconds, so that the newest can be found by its name
 }
 
 // placeKind is where the value of a key is stored. The index stores it.
@@ -367,7 +369,7 @@ func (l layout) name(p place) string {
 	case large:
 		return l.name(place{kind: inPartition, key: p.key}) + largeSuffix
 	case ofFile:
-		return fmt.Sprintf("%s/%x", l.fileFolder(p.key.Source()), p.key)
+		return fmt.Sprintf("%s/%x-%019d", l.fileFolder(p.key.Source()), p.key, max(0, p.at))
 	case damaged:
 		return fmt.Sprintf("%s/%x", l.damagedFolder(partitionOf(p.key)), p.key)
 	}
@@ -384,7 +386,10 @@ func (l layout) parse(name string) (place, bool) {
 	case isLarge:
 		p.kind = large
 	case folder == filesDir:
+		var at string
 		p.kind = ofFile
+		digits, at, _ = strings.Cut(digits, "-")
+		p.at, _ = strconv.ParseInt(at, 10, 64) // what is no number is another name
 	case folder == damagedDir:
 		p.kind = damaged
 	}

@@ -12,7 +12,7 @@ import (
 )
 
 // indexHeader begins each object of the index, which says where values are that were stored at about the same time.
-// Entries follow, each the kind of a place and a key.
+// Entries follow, each the kind, the key and the time of a place.
 type indexHeader struct {
 	Magic   [4]byte
 	Version uint8
@@ -28,7 +28,7 @@ const (
 
 	indexSumAt      = 20
 	indexHeaderSize = indexSumAt + sha256.Size
-	indexEntrySize  = 1 + sha256.Size
+	indexEntrySize  = 1 + sha256.Size + 8
 
 	// maxIndexed is how many places an object of the index has at most. Some storages allow values of 512 KiB only.
 	maxIndexed = 4096
@@ -47,6 +47,7 @@ func encodeIndex(newest time.Time, places []place) []byte {
 	stored = append(stored, make([]byte, sha256.Size)...)
 	for _, p := range places {
 		stored = append(append(stored, byte(p.kind)), p.key[:]...)
+		stored = binary.BigEndian.AppendUint64(stored, uint64(p.at))
 	}
 	sum := sha256.Sum256(stored)
 	copy(stored[indexSumAt:], sum[:])
@@ -65,7 +66,8 @@ func decodeIndex(stored []byte) (places []place, newest time.Time, err error) {
 		if places[i].kind = placeKind(entry[0]); places[i].kind > damaged {
 			return nil, time.Time{}, errMalformed
 		}
-		copy(places[i].key[:], entry[1:])
+		at := copy(places[i].key[:], entry[1:]) + 1
+		places[i].at = int64(binary.BigEndian.Uint64(entry[at:])) //nolint:gosec // as it was written
 	}
 	return places, time.Unix(0, h.Newest), nil
 }

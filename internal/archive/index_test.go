@@ -15,7 +15,7 @@ import (
 func indexedPlaces(n int) []place {
 	places := make([]place, n)
 	for i := range places {
-		places[i] = place{kind: placeKind(i % 4), key: formatKey(byte(i))}
+		places[i] = place{kind: placeKind(i % 4), key: formatKey(byte(i)), at: int64(i)}
 	}
 	return places
 }
@@ -37,8 +37,8 @@ func TestIndexRoundTrip(t *testing.T) {
 }
 
 func TestIndexFormat(t *testing.T) {
-	stored := encodeIndex(time.Unix(0, 5), []place{{kind: ofFile, key: formatKey(1)}})
-	begin, end := []byte("fsbi\x01\x00\x00\x00\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00\x00\x05"), append([]byte{2}, keySlice(1)...)
+	stored := encodeIndex(time.Unix(0, 5), []place{{kind: ofFile, key: formatKey(1), at: 9}})
+	begin, end := []byte("fsbi\x01\x00\x00\x00\x00\x00\x00\x01\x00\x00\x00\x00\x00\x00\x00\x05"), append(append([]byte{2}, keySlice(1)...), 0, 0, 0, 0, 0, 0, 0, 9)
 	if !bytes.HasPrefix(stored, begin) || !bytes.HasSuffix(stored, end) || len(stored) != len(begin)+32+len(end) {
 		t.Errorf("%x", stored)
 	}

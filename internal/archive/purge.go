@@ -169,30 +169,34 @@ func (a *Archive) remove(ctx context.Context, b *Backend, p place) (int, error) 
 		return 0, fmt.Errorf("verifying that %s is deleted: %w", name, err)
 	}
 	if v, err := decode(stored, name, p.key, b.Keyring); err == nil && v.report != nil && v.report.File() != [32]byte{} {
-		file := task.FileKey(task.FileSource(a.Namespace, v.report.File()), p.key)
-		if _, err := a.remove(ctx, b, place{kind: ofFile, key: file}); err != nil {
-			return 1, err
+		for _, source := range a.fileSources(v.report.File()) {
+			ref := place{kind: ofFile, key: task.FileKey(source, p.key), at: v.at.UnixNano()}
+			if _, err := a.remove(ctx, b, ref); err != nil {
+				return 1, err
+			}
 		}
 	}
 	return 1, nil
 }
 
+// fileSources returns the sources of the references to the reports of a file.
+func (a *Archive) fileSources(sum [32]byte) []task.Source {
+	return []task.Source{task.FileSource(a.Namespace, sum, false), task.FileSource(a.Namespace, sum, true)}
+}
+
 // purgeFile deletes the reports of a file, and the references to them.
 func (a *Archive) purgeFile(ctx context.Context, b *Backend, sum [32]byte) (n int, err error) {
-	source := task.FileSource(a.Namespace, sum)
-	folder := a.layout.fileFolder(source)
-	refs, err := a.listPlaces(ctx, b, folder)
-	if err != nil {
-		return 0, err
-	}
-	for _, p := range refs {
-		if p.key.Source() != source {
-			continue
-		}
-		deleted, err := a.purgeReference(ctx, b, p)
-		n += deleted
+	for _, source := range a.fileSources(sum) {
+		refs, err := a.listFile(ctx, b, source)
 		if err != nil {
 			return n, err
+		}
+		for _, p := range refs {
+			deleted, err := a.purgeReference(ctx, b, p)
+			n += deleted
+			if err != nil {
+				return n, err
+			}
 		}
 	}
 	return n, nil

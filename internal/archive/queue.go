@@ -20,6 +20,9 @@ type Item struct {
 	Key    task.Key
 	Report *task.Report
 
+	// All reports whether it is the complete report of its task.
+	All bool
+
 	// Target is the key under which the report itself is stored: Key becomes a reference to it. If it is nil, the report is
 	// stored under Key.
 	Target *task.Key

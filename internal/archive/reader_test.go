@@ -116,6 +116,47 @@ func TestReference(t *testing.T) {
 	})
 }
 
+// The newest report of a file is found, high-level and complete apart, however many there are.
+func TestNewest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		file := [32]byte{7}
+		for i := range 30 {
+			f.Save(Item{Key: numbered(i), Report: reportOf(100+i, file), All: i%2 == 1})
+			time.Sleep(time.Minute)
+		}
+		f.Save(Item{Key: numbered(99), Report: reportOf(1, [32]byte{8})})
+		time.Sleep(time.Minute)
+		newest := func(sum [32]byte, all bool) Found {
+			t.Helper()
+			got, err := f.Newest(t.Context(), sum, all, func(int64) error { return nil })
+			if err != nil {
+				t.Error(err)
+			}
+			return got
+		}
+		before := f.storage.count("Load")
+		for all, want := range map[bool]int{false: 28, true: 29} {
+			if got := newest(file, all); got.Report == nil || got.Report.Length() != 100+want || got.Target == nil || *got.Target != numbered(want) {
+				t.Errorf("all %v: found %+v", all, got)
+			}
+		}
+		if n := f.storage.count("Load") - before; n != 4 {
+			t.Errorf("the storage was read %d times", n)
+		}
+		if got := newest([32]byte{9}, false); got.Report != nil {
+			t.Errorf("of an unknown file: %+v", got)
+		}
+		if _, err := f.Purge(t.Context(), Selection{Keys: []task.Key{numbered(28)}}, 0); err != nil {
+			t.Error(err)
+		}
+		if got := newest(file, false); got.Report == nil || got.Report.Length() != 126 {
+			t.Errorf("after the newest was purged: %+v", got)
+		}
+	})
+}
+
 // Callers wait for a full pool, which is no failure.
 func TestManyReads(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

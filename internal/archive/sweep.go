@@ -284,21 +284,3 @@ func (a *Archive) scan(ctx context.Context, b *Backend, partition int, before ti
 	}
 	return group.Wait()
 }
-
-// listPlaces returns where there are values below a folder.
-func (a *Archive) listPlaces(ctx context.Context, b *Backend, folder string) ([]place, error) {
-	names, err := listBelow(ctx, b.Storage, folder, func(name string) bool {
-		_, ok := a.layout.parse(name)
-		return ok
-	})
-	if err != nil {
-		return nil, err
-	}
-	places := make([]place, 0, len(names))
-	for _, name := range names {
-		if p, ok := a.layout.parse(name); ok {
-			places = append(places, p)
-		}
-	}
-	return places, nil
-}

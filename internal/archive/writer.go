@@ -176,8 +176,9 @@ func (a *Archive) store(ctx context.Context, b *Backend, i Item) error {
 		}
 	}
 	if file := r.File(); i.Target == nil && file != [32]byte{} {
-		k := task.FileKey(task.FileSource(a.Namespace, file), i.Key)
-		return a.storeValue(ctx, b, place{kind: ofFile, key: k}, value{kind: kindReference, at: r.At(), key: k, target: doc, size: size})
+		k := task.FileKey(task.FileSource(a.Namespace, file, i.All), i.Key)
+		ref := place{kind: ofFile, key: k, at: r.At().UnixNano()}
+		return a.storeValue(ctx, b, ref, value{kind: kindReference, at: r.At(), key: k, target: doc, size: size})
 	}
 	return nil
 }
