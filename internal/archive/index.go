@@ -47,7 +47,7 @@ func encodeIndex(newest time.Time, places []place) []byte {
 	stored = append(stored, make([]byte, sha256.Size)...)
 	for _, p := range places {
 		stored = append(append(stored, byte(p.kind)), p.key[:]...)
-		stored = binary.BigEndian.AppendUint64(stored, uint64(p.at))
+		stored = binary.BigEndian.AppendUint64(stored, uint64(p.at)) //nolint:gosec // as it is read
 	}
 	sum := sha256.Sum256(stored)
 	copy(stored[indexSumAt:], sum[:])

@@ -73,7 +73,7 @@ func (a *Archive) Purge(ctx context.Context, s Selection, from int) (Purged, err
 	defer cancel()
 	done := Purged{Next: from}
 	var err error
-	if done.Queued, err = a.purgeQueue(ctx, s); err != nil {
+	if done.Queued, err = a.purgeQueue(ctx, b, s); err != nil {
 		return done, err
 	}
 	if err := a.probe(ctx, b); err != nil {
@@ -101,12 +101,13 @@ func (a *Archive) Purge(ctx context.Context, s Selection, from int) (Purged, err
 
 // purgeQueue removes what is selected from the queue, and waits until no write of it is under way, which would bring it
 // back.
-func (a *Archive) purgeQueue(ctx context.Context, s Selection) (n int, err error) {
+func (a *Archive) purgeQueue(ctx context.Context, b *Backend, s Selection) (n int, err error) {
 	match := func(i Item) bool { return s.Matches(i.Key, i.Target, i.Report) }
 	defer func() {
 		a.mu.Lock()
 		defer a.mu.Unlock()
-		a.notify() // those who drain
+		clear(a.alone)
+		a.queueChanged(b)
 	}()
 	for {
 		a.mu.Lock()

@@ -105,6 +105,12 @@ func (a *Archive) write(b *Backend, w *write, i Item) {
 	default:
 		a.retry(b, w, now, err)
 	}
+	a.queueChanged(b)
+}
+
+// queueChanged wakes those who wait for the queue, offers the room that it has, and starts the writes that are due. The
+// caller holds the mutex.
+func (a *Archive) queueChanged(b *Backend) {
 	a.notify()
 	a.offerRoom(b)
 	a.startWrites()
