@@ -132,7 +132,7 @@ func (q *queue) next(now time.Time, retry bool) *write {
 	due := retry && len(q.failed) > 0 && !now.Before(q.failed[0].retryAt)
 	var w *write
 	switch q.turn++; {
-	case front != nil && !(due && q.turn%4 == 0):
+	case front != nil && (!due || q.turn%4 != 0):
 		w = q.fresh.Remove(front).(*write)
 		w.fresh = nil
 	case due:
