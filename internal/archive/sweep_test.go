@@ -2,6 +2,7 @@ package archive
 
 import (
 	"context"
+	"errors"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -107,6 +108,37 @@ func TestSweepKeepsUp(t *testing.T) {
 		}
 		if rate := reports / time.Since(begin).Seconds(); rate < 500 {
 			t.Errorf("%.0f values a second are deleted", rate)
+		}
+	})
+}
+
+// Values that cannot be read or deleted keep no others from being deleted.
+func TestSweepWithBadValues(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		bad := make(map[string]bool)
+		for i := range 5 {
+			bad[tested.name(place{kind: inPartition, key: numbered(i)})] = true
+		}
+		f.storage.misbehave(func(_ context.Context, operation, key string, _ []byte) error {
+			if bad[key] && operation != "Store" {
+				return errors.New("bad")
+			}
+			return nil
+		})
+		for i := range 10 * 24 {
+			f.Save(item(i, 100))
+			time.Sleep(time.Hour)
+		}
+		time.Sleep(25 * time.Hour)
+		if left := len(f.storage.stored()); left != len(bad) {
+			t.Errorf("%d values are left", left)
+		}
+		f.storage.fail(nil)
+		time.Sleep(60 * 24 * time.Hour)
+		if left := len(f.storage.stored()); left != 0 {
+			t.Errorf("%d values are left in the end", left)
 		}
 	})
 }
