@@ -79,6 +79,7 @@ func (a *Archive) write(b *Backend, w *write, i Item) {
 	if a.ctx.Err() != nil {
 		return
 	}
+	refused := err != nil && a.isRefused(w)
 	if err == nil {
 		a.Metrics.written.Inc()
 		if a.Stored != nil {
@@ -89,13 +90,15 @@ func (a *Archive) write(b *Backend, w *write, i Item) {
 		}
 	} else {
 		a.Metrics.failed.Inc()
-		a.noteFailedWrite(b, i.Key, err)
+		if !refused {
+			a.noteFailedWrite(b, i.Key, err)
+		}
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.writing--
 	now := time.Now()
-	switch a.failing = err != nil; {
+	switch a.failing = err != nil && !refused; {
 	case err == nil:
 		a.stored++
 		a.storedAt = now
@@ -106,6 +109,14 @@ func (a *Archive) write(b *Backend, w *write, i Item) {
 		a.retry(b, w, now, err)
 	}
 	a.queueChanged(b)
+}
+
+// isRefused reports whether a write has failed before, although others have succeeded since. When it fails again, that says
+// nothing about the storage, unless nothing else can be stored any more.
+func (a *Archive) isRefused(w *write) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return w.tries > 0 && a.storedAt.After(w.failedSince) && !a.writes.open()
 }
 
 // queueChanged wakes those who wait for the queue, offers the room that it has, and starts the writes that are due. The

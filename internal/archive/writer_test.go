@@ -109,6 +109,9 @@ func TestRefusedValues(t *testing.T) {
 		if n := f.logged("does not take a report: it is retried"); n != refused {
 			t.Errorf("%d values are logged", n)
 		}
+		if fails, works := f.logged("the storage fails"), f.logged("the storage works again"); fails != 1 || works != 1 {
+			t.Errorf("logged %d times that the storage fails and %d times that it works again", fails, works)
+		}
 		if n := f.logged("it is given up"); n != refused || f.Stats().Queued != 0 {
 			t.Errorf("%d values are given up, %d are queued", n, f.Stats().Queued)
 		}
