@@ -44,7 +44,7 @@ func (s Selection) Matches(k task.Key, target *task.Key, r *task.Report) bool {
 	case s.Source != nil:
 		return is(func(k task.Key) bool { return k.Source() == *s.Source })
 	case s.File != nil:
-		return r.File() == *s.File
+		return r.File() == *s.File && r.File() != [32]byte{}
 	case !s.Before.IsZero():
 		return r.At().Before(s.Before)
 	}
