@@ -158,6 +158,24 @@ func TestNewest(t *testing.T) {
 	})
 }
 
+// A reference finds its report, even if that has become large since.
+func TestReferenceToWhatHasGrown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		target := numbered(0)
+		small := report(100)
+		f.Save(Item{Key: target, Report: small})
+		f.Save(Item{Key: numbered(1), Report: small, Target: &target})
+		time.Sleep(time.Minute)
+		f.Save(item(0, 1<<20))
+		time.Sleep(time.Minute)
+		if got, err := f.find(t, numbered(1)); err != nil || got.Report == nil || got.Report.Length() != 1<<20 {
+			t.Errorf("found %+v, error %v", got, err)
+		}
+	})
+}
+
 // Callers wait for a full pool, which is no failure.
 func TestManyReads(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
