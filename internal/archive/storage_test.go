@@ -97,6 +97,13 @@ func newFixtureWith(set func(f *fixture, c *Config)) *fixture {
 	return f
 }
 
+// Close closes the archive, and waits for what is under way, which Close of the archive does not.
+func (f *fixture) Close() {
+	f.Archive.Close()
+	f.storage.Mend()
+	time.Sleep(time.Minute)
+}
+
 // reopen returns another archive over the same storage.
 func (f *fixture) reopen() *fixture {
 	return newFixtureWith(func(other *fixture, c *Config) {
