@@ -76,9 +76,22 @@ func (a *Archive) Purge(ctx context.Context, s Selection, from int) (Purged, err
 	if done.Queued, err = a.purgeQueue(ctx, b, s); err != nil {
 		return done, err
 	}
-	if err := a.probe(ctx, b); err != nil {
+	if err := b.Storage.Store(ctx, a.purgeMark(), []byte(a.writer)); err != nil {
+		return done, fmt.Errorf("the storage does not work: %w", err)
+	}
+	if done, err = a.purgeStorage(ctx, b, s, done); err != nil {
 		return done, err
 	}
+	if err := a.checkMark(ctx, b); err != nil {
+		return done, err
+	}
+	unmark, cancel := context.WithTimeout(context.WithoutCancel(ctx), readTimeout)
+	defer cancel()
+	return done, ignoreNotExist(b.Storage.Delete(unmark, a.purgeMark()))
+}
+
+// purgeStorage deletes what is selected from the storage.
+func (a *Archive) purgeStorage(ctx context.Context, b *Backend, s Selection, done Purged) (_ Purged, err error) {
 	switch {
 	case s.Keys != nil:
 		for _, k := range s.Keys {
@@ -97,6 +110,20 @@ func (a *Archive) Purge(ctx context.Context, s Selection, from int) (Purged, err
 	}
 	done.Next = partitions
 	return done, nil
+}
+
+// purgeMark returns the name of a value that is there as long as the storage works: some storages say that there is nothing
+// if they cannot be reached.
+func (a *Archive) purgeMark() string { return a.layout.recordName(a.writer) + "-purge" }
+
+// checkMark returns an error if the storage does not work.
+func (a *Archive) checkMark(ctx context.Context, b *Backend) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), readTimeout)
+	defer cancel()
+	if _, err := b.Storage.Load(ctx, a.purgeMark()); err != nil {
+		return fmt.Errorf("the storage does not work: %w", err)
+	}
+	return nil
 }
 
 // purgeQueue removes what is selected from the queue, and waits until no write of it is under way, which would bring it
@@ -123,18 +150,6 @@ func (a *Archive) purgeQueue(ctx context.Context, b *Backend, s Selection) (n in
 			return n, fmt.Errorf("a report that is to be purged is still being written: %w", ctx.Err())
 		}
 	}
-}
-
-// probe returns an error if the storage does not work: some storages say that there is nothing if they cannot be reached.
-func (a *Archive) probe(ctx context.Context, b *Backend) error {
-	name := a.layout.recordName(a.writer) + "-purge"
-	if err := b.Storage.Store(ctx, name, []byte("{}")); err != nil {
-		return fmt.Errorf("the storage does not work: %w", err)
-	}
-	if _, err := b.Storage.Load(ctx, name); err != nil {
-		return fmt.Errorf("the storage does not work: %w", err)
-	}
-	return ignoreNotExist(b.Storage.Delete(ctx, name))
 }
 
 // purgeKey deletes what is stored under a key.
@@ -237,6 +252,9 @@ func (a *Archive) purgePartitions(ctx context.Context, b *Backend, s Selection, 
 		err := group.Wait()
 		for _, n := range counts {
 			done.Stored += n
+		}
+		if err == nil {
+			err = a.checkMark(ctx, b)
 		}
 		switch {
 		case ctx.Err() != nil: // the next call begins with these

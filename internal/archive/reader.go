@@ -51,8 +51,12 @@ func (a *Archive) Load(ctx context.Context, k task.Key, grow func(held int64) er
 func (a *Archive) loadFrom(ctx context.Context, b *Backend, p place, grow func(held int64) error) (Found, error) {
 	v, err := a.read(ctx, b, p, func(stored int) error { return grow(int64(stored)) })
 	var target *task.Key
-	if err == nil && v.kind == kindReference {
-		target, v, err = a.follow(ctx, b, p.key, v, grow)
+	// A reference to a report that has grown since refers to the reference to the large document.
+	for hops := 0; err == nil && v.kind == kindReference && hops < 2; hops++ {
+		if k := v.target.key; k != p.key {
+			target = &k
+		}
+		v, err = a.follow(ctx, b, v, grow)
 	}
 	if err != nil || v.report == nil {
 		return Found{}, err
@@ -65,20 +69,15 @@ func (a *Archive) loadFrom(ctx context.Context, b *Backend, p place, grow func(h
 	return Found{Report: v.report, Target: target, TTL: min(ttl, retention)}, nil
 }
 
-// follow returns the document that a reference under k refers to, and its key if that is another one.
-func (a *Archive) follow(ctx context.Context, b *Backend, k task.Key, ref value, grow func(held int64) error) (*task.Key, value, error) {
-	var target *task.Key
-	if ref.target.key != k {
-		target = &ref.target.key
-		if i := a.queued(*target); i != nil {
-			return target, value{kind: kindDocument, report: i.Report}, nil
-		}
+// follow returns the value that a reference refers to.
+func (a *Archive) follow(ctx context.Context, b *Backend, ref value, grow func(held int64) error) (value, error) {
+	if i := a.queued(ref.target.key); i != nil {
+		return value{kind: kindDocument, report: i.Report}, nil
 	}
 	if err := grow(ref.size); err != nil {
-		return nil, value{}, err
+		return value{}, err
 	}
-	v, err := a.read(ctx, b, ref.target, func(int) error { return nil })
-	return target, v, err
+	return a.read(ctx, b, ref.target, func(stored int) error { return grow(max(ref.size, int64(stored))) })
 }
 
 // Newest returns the newest report of a file that is stored, high-level or complete, given the SHA-256 sum of the file. Of

@@ -111,7 +111,9 @@ func (a *Archive) sweep(ctx context.Context, b *Backend, jitter *rand.Rand) erro
 		a.sweepIndex(ctx, b, &c, before),
 		a.scan(ctx, b, c.Partition, before, jitter),
 	)
-	c.Partition = (c.Partition + 1) % partitions
+	if c.Partition = (c.Partition + 1) % partitions; c.Partition == 0 {
+		c.Day = "" // look for objects of the index that were left behind
+	}
 	text, err := json.Marshal(c)
 	if err != nil {
 		return err

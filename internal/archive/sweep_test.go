@@ -1,13 +1,13 @@
 package archive
 
 import (
-	"context"
-	"errors"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
 )
 
 // saveAll saves reports of all kinds, and returns how many values they are.
@@ -43,7 +43,7 @@ func TestSweepByIndex(t *testing.T) {
 		if n := len(f.storage.stored()); n != 1 {
 			t.Errorf("after their retention, %d old values are left", n-1)
 		}
-		if n := len(f.storage.names(tested.indexFolder())); n != 1 {
+		if n := len(f.storage.Names(tested.indexFolder())); n != 1 {
 			t.Errorf("the index has %d objects", n)
 		}
 	})
@@ -75,8 +75,8 @@ func TestSweepByScan(t *testing.T) {
 		defer f.Close()
 		saveAll(t, f)
 		time.Sleep(time.Hour)
-		for _, name := range f.storage.names(tested.indexFolder()) {
-			_ = f.storage.Delete(t.Context(), name)
+		for _, name := range f.storage.Names(tested.indexFolder()) {
+			f.storage.Remove(name)
 		}
 		time.Sleep(60 * 24 * time.Hour)
 		if n := len(f.storage.stored()); n != 0 {
@@ -99,11 +99,11 @@ func TestSweepKeepsUp(t *testing.T) {
 		time.Sleep(time.Hour)
 		f.storage.slow(20 * time.Millisecond)
 		time.Sleep(23*time.Hour - 10*time.Minute)
-		for f.storage.count("Delete") == 0 {
+		for f.storage.Calls(storagetest.Delete) == 0 {
 			time.Sleep(time.Second)
 		}
 		begin := time.Now()
-		for f.storage.count("Delete") < reports {
+		for f.storage.Calls(storagetest.Delete) < reports {
 			time.Sleep(time.Second)
 		}
 		if rate := reports / time.Since(begin).Seconds(); rate < 500 {
@@ -121,11 +121,11 @@ func TestSweepWithBadValues(t *testing.T) {
 		for i := range 5 {
 			bad[tested.name(place{kind: inPartition, key: numbered(i)})] = true
 		}
-		f.storage.misbehave(func(_ context.Context, operation, key string, _ []byte) error {
-			if bad[key] && operation != "Store" {
-				return errors.New("bad")
+		f.storage.Set(func(c storagetest.Call) storagetest.Fault {
+			if bad[c.Name] && c.Op != storagetest.Store {
+				return storagetest.Fault{Effect: storagetest.None}
 			}
-			return nil
+			return storagetest.Fault{}
 		})
 		for i := range 10 * 24 {
 			f.Save(item(i, 100))
@@ -135,7 +135,7 @@ func TestSweepWithBadValues(t *testing.T) {
 		if left := len(f.storage.stored()); left != len(bad) {
 			t.Errorf("%d values are left", left)
 		}
-		f.storage.fail(nil)
+		f.storage.Mend()
 		time.Sleep(60 * 24 * time.Hour)
 		if left := len(f.storage.stored()); left != 0 {
 			t.Errorf("%d values are left in the end", left)
@@ -150,17 +150,17 @@ func TestSweepDuringAnOutage(t *testing.T) {
 		defer f.Close()
 		values := saveAll(t, f)
 		var deletes atomic.Int32
-		f.storage.misbehave(func(_ context.Context, operation, _ string, _ []byte) error {
-			if operation == "Delete" && deletes.Add(1) > 50 {
-				return errAway
+		f.storage.Set(func(c storagetest.Call) storagetest.Fault {
+			if c.Op == storagetest.Delete && deletes.Add(1) > 50 {
+				return storagetest.Fault{Effect: storagetest.None}
 			}
-			return nil
+			return storagetest.Fault{}
 		})
 		time.Sleep(25 * time.Hour)
 		if left := len(f.storage.stored()); left != values-50 {
 			t.Errorf("%d of %d values are left", left, values)
 		}
-		f.storage.fail(nil)
+		f.storage.Mend()
 		time.Sleep(30 * time.Minute)
 		if left := len(f.storage.stored()); left != 0 {
 			t.Errorf("after the outage, %d values are left", left)
@@ -170,20 +170,12 @@ func TestSweepDuringAnOutage(t *testing.T) {
 
 // A lock that hangs costs one operation, and no reads and writes.
 func TestLockThatHangs(t *testing.T) {
-	for _, operation := range []string{"Lock", "Unlock"} {
-		t.Run(operation, func(t *testing.T) {
+	for _, operation := range []storagetest.Op{storagetest.TryLock, storagetest.Unlock} {
+		t.Run(operation.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				f := newFixture()
 				defer f.Close()
-				release := make(chan struct{})
-				var hanging atomic.Int32
-				f.storage.misbehave(func(_ context.Context, o, _ string, _ []byte) error {
-					if o == operation {
-						hanging.Add(1)
-						<-release
-					}
-					return nil
-				})
+				f.storage.Set(storagetest.On(storagetest.Hanging(true), operation))
 				for i := range 200 {
 					f.Save(item(i, 100))
 					time.Sleep(10 * time.Minute)
@@ -191,10 +183,10 @@ func TestLockThatHangs(t *testing.T) {
 						t.Fatalf("found %+v, error %v", got, err)
 					}
 				}
-				if n := hanging.Load(); n != 1 {
+				if n := f.storage.Calls(operation); n != 1 {
 					t.Errorf("%d operations hang", n)
 				}
-				close(release)
+				f.storage.Release()
 			})
 		})
 	}
@@ -227,7 +219,7 @@ func TestInstancesDisagreeAboutTheRetention(t *testing.T) {
 		if n := len(long.storage.stored()); n != 0 {
 			t.Errorf("after the instance with the long retention has ended, %d values are left", n)
 		}
-		if n := len(long.storage.names(strings.TrimSuffix(tested.recordName(""), "/"))); n != 1 {
+		if n := len(long.storage.Names(strings.TrimSuffix(tested.recordName(""), "/"))); n != 1 {
 			t.Errorf("%d records are left", n)
 		}
 	})
@@ -248,7 +240,7 @@ func TestClockThatSteps(t *testing.T) {
 		}
 		time.Sleep(time.Second)
 		step.Store(-int64(time.Hour))
-		f.storage.fail(nil)
+		f.storage.Mend()
 		time.Sleep(lastProbe)
 		if got, err := f.find(t, numbered(0)); got.Report == nil || err != nil {
 			t.Errorf("found %+v, error %v", got, err)

@@ -1,13 +1,14 @@
 package archive
 
 import (
-	"context"
 	"errors"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
 )
 
 var errAway = errors.New("away")
@@ -51,7 +52,7 @@ func TestRoom(t *testing.T) {
 		if f.room.Load() != 0 {
 			t.Error("room is offered although there is none")
 		}
-		f.storage.fail(nil)
+		f.storage.Mend()
 		time.Sleep(time.Minute)
 		if f.room.Load() != 1 || f.confirmations() != n || f.logged("has room again") != 1 {
 			t.Errorf("room was offered %d times, %d of %d reports are stored", f.room.Load(), f.confirmations(), n)
@@ -70,7 +71,7 @@ func TestConfirmation(t *testing.T) {
 		if f.confirmations() != 0 {
 			t.Error("a report is confirmed that is not stored")
 		}
-		f.storage.fail(nil)
+		f.storage.Mend()
 		time.Sleep(lastRetry)
 		if f.confirmations() != 1 || len(f.storage.stored()) != 1 {
 			t.Error("a report is not stored when the storage works again")
@@ -83,12 +84,7 @@ func TestRefusedValues(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture()
 		defer f.Close()
-		f.storage.misbehave(func(_ context.Context, _, _ string, value []byte) error {
-			if len(value) > 4000 {
-				return errors.New("value too large")
-			}
-			return nil
-		})
+		f.storage.Set(refuseLarge)
 		const refused = 20
 		for i := range refused {
 			f.Save(item(i, 20_000))
@@ -129,12 +125,12 @@ func TestOutage(t *testing.T) {
 			f.Save(item(i, 100))
 		}
 		time.Sleep(5 * time.Hour)
-		before := f.storage.count("Store")
+		before := f.storage.Calls(storagetest.Store)
 		time.Sleep(time.Minute)
-		if tries := f.storage.count("Store") - before; tries > 60 {
+		if tries := f.storage.Calls(storagetest.Store) - before; tries > 60 {
 			t.Errorf("the storage is tried %d times a minute", tries)
 		}
-		f.storage.fail(nil)
+		f.storage.Mend()
 		time.Sleep(time.Minute)
 		if n := f.confirmations(); n != reports || f.Stats().Failing {
 			t.Errorf("%d of %d reports are stored in the end", n, reports)
@@ -153,11 +149,11 @@ func TestWriteThatHangs(t *testing.T) {
 		defer f.Close()
 		name := tested.name(place{kind: inPartition, key: numbered(0)})
 		var hung atomic.Bool
-		f.storage.misbehave(func(_ context.Context, operation, key string, _ []byte) error {
-			if operation == "Store" && key == name && !hung.Swap(true) {
-				time.Sleep(10 * time.Minute)
+		f.storage.Set(func(c storagetest.Call) storagetest.Fault {
+			if c.Op == storagetest.Store && c.Name == name && !hung.Swap(true) {
+				return storagetest.Fault{Before: 10 * time.Minute, Deaf: true}
 			}
-			return nil
+			return storagetest.Fault{}
 		})
 		f.Save(item(0, 100))
 		time.Sleep(time.Second)
@@ -195,7 +191,7 @@ func TestDrain(t *testing.T) {
 		if took := time.Since(begin); took > 10*time.Second || f.confirmations() != maxQueue {
 			t.Errorf("draining took %s, %d reports are stored", took, f.confirmations())
 		}
-		if n := len(f.storage.names(tested.indexFolder())); n != 3 {
+		if n := len(f.storage.Names(tested.indexFolder())); n != 3 {
 			t.Errorf("the index has %d objects", n)
 		}
 	})
@@ -215,7 +211,7 @@ func TestDrainAfterAnOutage(t *testing.T) {
 		if err := f.Drain(f.backend); err == nil || !strings.Contains(err.Error(), "100 reports") || time.Since(begin) != drainPatience {
 			t.Errorf("error %v after %s", err, time.Since(begin))
 		}
-		f.storage.fail(nil)
+		f.storage.Mend()
 		begin = time.Now()
 		if err := f.Drain(f.backend); err != nil {
 			t.Error(err)
@@ -232,12 +228,7 @@ func TestDrainWithRefusedValues(t *testing.T) {
 		f := newFixture()
 		defer f.Close()
 		f.storage.slow(20 * time.Millisecond)
-		f.storage.misbehave(func(_ context.Context, _, _ string, value []byte) error {
-			if len(value) > 4000 {
-				return errors.New("value too large")
-			}
-			return nil
-		})
+		f.storage.Set(refuseLarge)
 		for i := range 20 {
 			f.Save(item(i, 20_000))
 		}
@@ -259,14 +250,15 @@ func TestDrainLeavesTheQueueToOthers(t *testing.T) {
 		f.storage.fail(errAway)
 		f.Save(item(0, 100))
 		time.Sleep(time.Second)
-		other := &Backend{Storage: new(fakeStorage), Logger: f.backend.Logger, Retention: time.Hour}
+		newer := newTestStorage()
+		other := &Backend{Storage: newer.Storage(), Logger: f.backend.Logger, Retention: time.Hour}
 		f.Attach(other)
 		if err := f.Drain(f.backend); err != nil {
 			t.Error(err)
 		}
 		f.Detach(f.backend)
 		time.Sleep(time.Minute)
-		if n := len(other.Storage.(*fakeStorage).stored()); n != 1 {
+		if n := len(newer.stored()); n != 1 {
 			t.Errorf("%d values are stored in the other storage", n)
 		}
 	})
