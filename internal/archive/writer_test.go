@@ -67,7 +67,7 @@ func TestRoomIsLoggedRarely(t *testing.T) {
 		defer f.Close()
 		f.storage.slow(20 * time.Millisecond)
 		small, saved := report(1), 0
-		for range 20 {
+		for range 12 {
 			for f.Save(Item{Key: numbered(saved), Report: small}) {
 				saved++
 			}
