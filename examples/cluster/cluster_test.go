@@ -4,7 +4,6 @@ package cluster_test
 import (
 	"bytes"
 	"fmt"
-	"maps"
 	"net/http"
 	"os"
 	"os/exec"
@@ -50,7 +49,7 @@ func TestRestart(t *testing.T) {
 	c := newCluster(t)
 	one := c.start()
 	var paths []string
-	for range 300 {
+	for range 1000 {
 		paths = append(paths, c.mustScan(1, text(1)))
 	}
 	reports := one.collect(paths...)
@@ -103,6 +102,7 @@ const outage = 20 * time.Second
 
 // While Redis is away, answers go on. When it is back, all of them are stored.
 func TestOutage(t *testing.T) {
+	t.Parallel()
 	for name, test := range map[string]struct {
 		options     []string
 		leave, back func(*redistest.Server)
@@ -209,51 +209,12 @@ func TestFull(t *testing.T) {
 	other.wantAll(reports)
 }
 
-func TestPurge(t *testing.T) {
-	c := newCluster(t)
-	// The other instance keeps nothing in memory, so it shows what is stored.
-	one, other := c.start(), c.start("retention 90d", "retention 90d\nmax_size 1")
-	var tasks []string
-	for _, node := range []int{1, 1, 2} {
-		tasks = append(tasks, c.mustScan(node, text(1)))
-	}
-	submitted := c.submit(text(1))
-	reports := one.collect(tasks[0], tasks[0]+"&all", tasks[1], tasks[2])
-	eventually(t, "the submission's report", func() bool {
-		r, _ := one.get(submitted)
-		reports[submitted] = r.body
-		return r.status == http.StatusOK
-	})
-	one.wantStored()
-	c.forget()
-
-	purge := func(query string, want purged, gone ...string) {
-		t.Helper()
-		if got := one.purge(query); got != want {
-			t.Errorf("purging %q: %+v, want %+v", query, got, want)
-		}
-		for _, path := range gone {
-			delete(reports, path)
-			for _, i := range []*instance{one, other} {
-				i.want(path, http.StatusNotFound, fromNowhere)
-			}
-		}
-		other.wantAll(reports)
-	}
-	purge("?"+strings.TrimPrefix(tasks[0], "/task?"), purged{2, 0, 2}, tasks[0], tasks[0]+"&all")
-	purge("?"+strings.TrimPrefix(submitted, "/task?"), purged{1, 0, 1}, submitted)
-	purge("", purged{2, 0, 2}, slices.Collect(maps.Keys(reports))...)
-	if keys := c.redis.Keys("fsbroker/fsbroker_task/default/[0-9a-f][0-9a-f][0-9a-f]/*"); len(keys) > 0 {
-		t.Errorf("Redis still has %q", keys)
-	}
-}
-
 func TestCaddyfile(t *testing.T) {
 	c := newCluster(t)
 	for _, args := range [][]string{{"fmt", caddyfile}, {"validate", "--config", caddyfile}} {
 		command := exec.Command(os.Args[0], args...)
 		var stderr bytes.Buffer
-		command.Env, command.Stderr = c.env, &stderr
+		command.Env, command.Stderr = append(slices.Clone(c.env), "HOME="+t.TempDir()), &stderr
 		if err := command.Run(); err != nil {
 			t.Errorf("caddy %s: %v\n%s", strings.Join(args, " "), err, &stderr)
 		}
