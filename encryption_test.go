@@ -77,7 +77,7 @@ func TestEncryption(t *testing.T) {
 	}
 	store(2)
 	s.restart(options(node, encrypted(two)))
-	if has(1) || has(1) || !has(0) || !has(2) {
+	if has(1) || !has(0) || !has(2) {
 		t.Error("without the old key, the wrong reports can be read")
 	}
 	const lost = "a stored value cannot be read and is left alone"
