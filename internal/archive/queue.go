@@ -35,11 +35,12 @@ type write struct {
 	underway bool
 	removed  bool // while the write was under way: it is not retried
 
-	tries       int       // that have failed
-	failedSince time.Time // when the first one failed
-	retryAt     time.Time
-	backoff     backoff
-	reported    bool // that the storage does not take it
+	tries     int           // that have failed
+	failedAt  time.Time     // the last one that counts, see giveUpAfter
+	failedFor time.Duration // how long they have failed while others were stored
+	retryAt   time.Time
+	backoff   backoff
+	reported  bool // that the storage does not take it
 
 	fresh *list.Element // in queue.fresh
 	index int           // in queue.failed

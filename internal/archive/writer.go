@@ -22,8 +22,10 @@ const (
 	firstRetry = 250 * time.Millisecond
 	lastRetry  = 30 * time.Second
 
-	// giveUpAfter is how long a value is retried that fails while others are stored.
+	// giveUpAfter is how long a value is retried that fails while others are stored. Time counts if another value was stored
+	// in it, at most maxCounted at once, so that nothing is given up in an outage.
 	giveUpAfter = time.Hour
+	maxCounted  = 5 * time.Minute
 
 	// reportAfter is the number of failures after which a value is logged that fails while others are stored.
 	reportAfter = 3
@@ -116,7 +118,7 @@ func (a *Archive) write(b *Backend, w *write, i Item) {
 func (a *Archive) isRefused(w *write) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return w.tries > 0 && a.storedAt.After(w.failedSince) && !a.writes.open()
+	return (w.failedFor > 0 || w.tries > 0 && a.storedAt.After(w.failedAt)) && !a.writes.open()
 }
 
 // queueChanged wakes those who wait for the queue, offers the room that it has, and starts the writes that are due. The
@@ -137,15 +139,18 @@ func (a *Archive) noteFailedWrite(b *Backend, k task.Key, err error) {
 // retry schedules another try of a write that has failed, unless it is given up. The caller holds the mutex.
 func (a *Archive) retry(b *Backend, w *write, now time.Time, err error) {
 	if w.tries++; w.tries == 1 {
-		w.failedSince = now
+		w.failedAt = now
 	}
-	others := a.storedAt.After(w.failedSince) // are stored
+	if a.storedAt.After(w.failedAt) {
+		w.failedFor += min(now.Sub(w.failedAt), maxCounted)
+		w.failedAt = now
+	}
 	field := zap.String("key", a.layout.name(place{kind: inPartition, key: w.Key}))
-	if w.tries >= reportAfter && others && !w.reported {
+	if w.tries >= reportAfter && w.failedFor > 0 && !w.reported {
 		w.reported = true
 		b.Logger.Warn("the storage does not take a report: it is retried", field, zap.Error(err))
 	}
-	if now.Sub(w.failedSince) >= giveUpAfter && others {
+	if w.failedFor >= giveUpAfter {
 		a.Metrics.givenUp.Inc()
 		b.Logger.Warn("the storage does not take a report: it is given up", field, zap.Error(err))
 		a.queue.finish(w)
