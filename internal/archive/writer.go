@@ -88,7 +88,7 @@ func (a *Archive) write(b *Backend, w *write, i Item) {
 			a.Stored(i.Key, i.Report)
 		}
 		if a.writes.succeed() {
-			a.tellClosed(b, "write")
+			a.tellClosed(b, a.writes.operation)
 		}
 	} else {
 		a.Metrics.failed.Inc()
@@ -132,7 +132,7 @@ func (a *Archive) queueChanged(b *Backend) {
 // noteFailedWrite tells the breaker of a write that has failed or hangs.
 func (a *Archive) noteFailedWrite(b *Backend, k task.Key, err error) {
 	if a.writes.fail(k, time.Now()) {
-		a.tellOpened(b, "write", err)
+		a.tellOpened(b, a.writes.operation, err)
 	}
 }
 
