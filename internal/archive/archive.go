@@ -137,7 +137,10 @@ func (a *Archive) Attach(b *Backend) {
 	a.mu.Lock()
 	a.backends = append(a.backends, b)
 	a.mu.Unlock()
-	a.sweepOnce.Do(func() { go a.sweepAll() })
+	a.sweepOnce.Do(func() {
+		go a.sweepAll()
+		go a.renewAll()
+	})
 	a.pump()
 }
 
