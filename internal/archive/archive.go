@@ -61,6 +61,7 @@ type Archive struct {
 	queue     queue
 	jitter    *rand.Rand // of retries
 	writing   int        // writes under way
+	hanging   int        // those of them whose time is over
 	wake      *time.Timer
 	refused   int           // reports refused since Room was called
 	tellFull  time.Time     // when it may be logged again that the queue is full

@@ -53,7 +53,7 @@ func (a *Archive) startWrites() {
 	for {
 		limit, probe := maxWrites, time.Duration(0)
 		if a.writes.open() {
-			limit, probe = 1, a.writes.untilProbe(now)
+			limit, probe = min(a.hanging+1, maxWrites), a.writes.untilProbe(now)
 		}
 		if a.writing >= limit {
 			return // the end of a write starts the next
@@ -74,8 +74,18 @@ func (a *Archive) startWrites() {
 func (a *Archive) write(b *Backend, w *write, i Item) {
 	ctx, cancel := context.WithTimeout(a.ctx, writeTimeout)
 	defer cancel()
-	// A storage that ignores the context may hang for longer. Then the write still holds its place.
-	overdue := time.AfterFunc(writeTimeout, func() { a.noteFailedWrite(b, i.Key, errTimeout) })
+	// A storage that ignores the context may hang for longer. Then the write still holds its place, but is no probe.
+	var hangs, returned bool // guarded by a.mu
+	overdue := time.AfterFunc(writeTimeout+time.Second, func() {
+		a.noteFailedWrite(b, i.Key, errTimeout)
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		if !returned {
+			hangs = true
+			a.hanging++
+			a.startWrites()
+		}
+	})
 	err := a.store(ctx, b, i)
 	overdue.Stop()
 	if a.ctx.Err() != nil {
@@ -99,6 +109,9 @@ func (a *Archive) write(b *Backend, w *write, i Item) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.writing--
+	if returned = true; hangs {
+		a.hanging--
+	}
 	now := time.Now()
 	switch a.failing = err != nil && !refused; {
 	case err == nil:

@@ -217,6 +217,28 @@ func TestWriteThatHangs(t *testing.T) {
 	})
 }
 
+// A write that hangs for longer than its time does not keep the others from finding out that the storage works again.
+func TestProbeThatHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		f.storage.fail(errAway)
+		const reports = 10
+		for i := range reports {
+			f.Save(item(i, 100))
+		}
+		time.Sleep(time.Minute)
+		f.storage.Set(storagetest.On(storagetest.Hanging(true), storagetest.Store))
+		time.Sleep(time.Minute)
+		hanging := f.storage.Pending(storagetest.Store)
+		f.storage.Set(storagetest.Delayed(time.Millisecond))
+		time.Sleep(2 * time.Minute)
+		if n := f.confirmations(); n < reports-hanging {
+			t.Errorf("%d reports are stored while %d writes hang", n, hanging)
+		}
+	})
+}
+
 // At a stop, 10,000 reports are stored over a storage of 20 ms.
 func TestDrain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
