@@ -48,7 +48,7 @@ func TestAlerts(t *testing.T) {
 			}
 		}
 	}
-	if found < 6 {
+	if found < 7 {
 		t.Errorf("found only %d alerts", found)
 	}
 }

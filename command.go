@@ -22,6 +22,8 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
 )
 
 func init() {
@@ -411,12 +413,6 @@ func purgeQuery(fl caddycmd.Flags) (url.Values, error) {
 	return query, nil
 }
 
-// purgeStep is the answer to a request to purge.
-type purgeStep struct {
-	purged
-	Next *int `json:"next,omitempty"` // where the next step begins; nil when all is done
-}
-
 // String tells what was removed.
 func (p purged) String() string {
 	return fmt.Sprintf("removed %d from memory, %d from the queue, %d from the storage", p.Memory, p.Queue, p.Storage)
@@ -427,7 +423,7 @@ func (c *invocation) purge(query url.Values) (sum purged, err error) {
 	bar := newProgress(c.errOut)
 	defer bar.end()
 	for from := 0; ; {
-		var step purgeStep
+		var step purged
 		if _, err := c.request(http.MethodDelete, "/fsbroker/cache?"+query.Encode(), &step); err != nil {
 			return sum, err
 		}
@@ -437,17 +433,14 @@ func (c *invocation) purge(query url.Values) (sum purged, err error) {
 		if step.Next == nil {
 			return sum, nil
 		}
-		if *step.Next <= from && step.purged == (purged{}) {
+		if *step.Next <= from && step.Memory+step.Queue+step.Storage == 0 {
 			return sum, errors.New("the storage is too slow: a step has removed nothing. Run the command again later")
 		}
 		from = *step.Next
 		query.Set("from", strconv.Itoa(from))
-		bar.show(float64(from)/purgeSteps, sum)
+		bar.show(float64(from)/archive.Partitions, sum)
 	}
 }
-
-// purgeSteps is what next counts up to.
-const purgeSteps = 1 << 12
 
 // progress shows how far a purge has come. On a terminal, it is a bar that grows in place. Elsewhere, each step is a line.
 type progress struct {

@@ -118,6 +118,8 @@ func TestCommandPurge(t *testing.T) {
 	}
 	s.wantValues(4)
 	purge := func(args ...string) ran {
+		t.Helper()
+		s.wantQueueEmpty()
 		return runCommand(t, append([]string{"purge", "--address", s.admin}, args...)...)
 	}
 	purge("--app-server-id", "node-1", "--task-id", "t1").want(t, 0, `^removed 2 from memory, 0 from the queue, 2 from the storage\n$`)
@@ -125,6 +127,15 @@ func TestCommandPurge(t *testing.T) {
 	purge("--submit-id", "s1", "--json").want(t, 0, `^\{"memory":1,"queue":0,"storage":1\}\n$`)
 	s.wantValues(1)
 	purge("--app-server-id", "node-3", "--task-id", "t1", "--json").want(t, 0, `"storage":0`) // the broker may know it
+	purge("--older-than", "1h").want(t, 0, `^removed 0 from memory, 0 from the queue, 0 from the storage\n$`)
+	purge("--older-than", "1 hour").want(t, 2, `older_than must be a duration of more than 0, such as 24h or 30d`)
+	purge("--sha256", "ab").want(t, 2, `sha256 must be 64 hexadecimal digits`)
+	purge("--sha256", strings.Repeat("ab", 32)).want(t, 0, `^removed 0 from memory`)
+	s.wantValues(1)
+	purge("--app-server-id", "node-1").want(t, 0, `^removed 1 from memory, 0 from the queue, 1 from the storage\n$`)
+	s.wantValues(0)
+	s.get(pair).wantStatus(t, http.StatusOK)
+	s.wantValues(1)
 	purge("--all").want(t, 0, `^removed 1 from memory, 0 from the queue, 1 from the storage\n$`)
 	s.wantValues(0)
 }
