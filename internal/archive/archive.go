@@ -213,6 +213,13 @@ func (a *Archive) queued(k task.Key) *Item {
 	return a.queue.get(k)
 }
 
+// Queued returns all items that are queued, in no order.
+func (a *Archive) Queued() []Item {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.queue.items()
+}
+
 // Stats describes the queue to a storage.
 type Stats struct {
 	Queued      int  `json:"queued"`

@@ -121,6 +121,17 @@ func (q *queue) get(k task.Key) *Item {
 	return nil
 }
 
+// items returns the newest item of each key, in no order.
+func (q *queue) items() []Item {
+	items := make([]Item, 0, q.len())
+	for _, w := range q.byKey {
+		if !w.dropped() {
+			items = append(items, *w.latest())
+		}
+	}
+	return items
+}
+
 // dropped reports whether nothing is left to store when the write under way returns.
 func (w *write) dropped() bool { return w.removed && w.newer == nil }
 
