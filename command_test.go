@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -213,8 +214,8 @@ func TestCommandPurgeInSteps(t *testing.T) {
 // On a terminal, the bar of a long purge grows in place, and disappears at the end.
 func TestCommandPurgeOnATerminal(t *testing.T) {
 	t.Parallel()
-	if _, err := exec.LookPath("script"); err != nil {
-		t.Skip("there is no script, which provides a terminal")
+	if _, err := exec.LookPath("script"); err != nil || runtime.GOOS != "linux" {
+		t.Skip("there is no script of Linux, which provides a terminal")
 	}
 	admin := newFakeAdmin(t, `{"memory":0,"queue":0,"storage":10,"next":2048}`, `{"memory":0,"queue":0,"storage":1}`)
 	cmd := exec.CommandContext(t.Context(), "script", "-qec", "'"+os.Args[0]+"' fsbroker purge --all --address "+admin.address(), os.DevNull)
@@ -296,7 +297,7 @@ func TestCommandErrors(t *testing.T) {
 		return strings.TrimPrefix(server.URL, "http://")
 	}
 	for address, want := range map[string]string{
-		nowhere(t):                                                     "cannot be reached at .*: is Caddy running, is its admin API on, and is it there.*give --address or --config: .*connection refused",
+		nowhere(t):                                                     "cannot be reached at .*: is Caddy running, is its admin API on, and is it there.*give --address or --config: .*connect",
 		other(http.StatusOK, "<html>"):                                 "is not Caddy's admin API",
 		other(http.StatusTeapot, "<html>"):                             "is not Caddy's admin API, its status is 418: check --address",
 		other(http.StatusNotFound, "404 page not found"):               "has no fsbroker_task: build Caddy with this plugin",
@@ -308,6 +309,9 @@ func TestCommandErrors(t *testing.T) {
 
 // The command finds the admin API as `caddy reload` does, on a Unix socket as well.
 func TestCommandAddress(t *testing.T) {
+	if runtime.GOOS == "windows" {
+		t.Skip("Caddy does not take the path of a socket with a drive letter")
+	}
 	node := newBackend(t, systemInfo)
 	s := newAdminSite(t, "")
 	socket := filepath.Join(t.TempDir(), "admin.sock")
