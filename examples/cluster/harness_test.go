@@ -279,8 +279,19 @@ func (i *instance) run() {
 // stop stops the instance as systemd does, and waits until it has ended.
 func (i *instance) stop() {
 	i.c.t.Helper()
+	i.terminate()
+	i.wait()
+}
+
+// terminate begins to stop the instance.
+func (i *instance) terminate() {
 	i.client.CloseIdleConnections()
 	_ = i.cmd.Process.Signal(syscall.SIGTERM)
+}
+
+// wait waits until the instance has ended.
+func (i *instance) wait() {
+	i.c.t.Helper()
 	if err := i.cmd.Wait(); err != nil {
 		i.c.t.Errorf("Caddy ended with %v", err)
 	}
