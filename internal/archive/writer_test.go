@@ -133,6 +133,29 @@ func TestRefusedValues(t *testing.T) {
 	})
 }
 
+// A value that the storage refuses is not given up in an outage either, although others were stored before.
+func TestNothingIsGivenUpInAnOutage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		f.storage.Set(refuseLarge)
+		f.Save(item(0, 20_000))
+		time.Sleep(time.Second)
+		f.Save(item(1, 100))
+		time.Sleep(time.Minute)
+		f.storage.fail(errAway)
+		time.Sleep(5 * time.Hour)
+		if n := f.logged("it is given up"); n != 0 || f.Stats().Queued != 1 {
+			t.Error("a report is given up in an outage")
+		}
+		f.storage.Mend()
+		time.Sleep(time.Minute)
+		if n := f.confirmations(); n != 2 {
+			t.Errorf("%d reports are stored in the end", n)
+		}
+	})
+}
+
 // In an outage, nothing is given up, and the storage is not flooded.
 func TestOutage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -190,6 +213,28 @@ func TestWriteThatHangs(t *testing.T) {
 		defer other.Close()
 		if got, err := other.find(t, numbered(0)); err != nil || got.Report == nil || len(got.Report.Document().Body) != 300 {
 			t.Errorf("found %+v, error %v", got, err)
+		}
+	})
+}
+
+// A write that hangs for longer than its time does not keep the others from finding out that the storage works again.
+func TestProbeThatHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		f.storage.fail(errAway)
+		const reports = 10
+		for i := range reports {
+			f.Save(item(i, 100))
+		}
+		time.Sleep(time.Minute)
+		f.storage.Set(storagetest.On(storagetest.Hanging(true), storagetest.Store))
+		time.Sleep(time.Minute)
+		hanging := f.storage.Pending(storagetest.Store)
+		f.storage.Set(storagetest.Delayed(time.Millisecond))
+		time.Sleep(2 * time.Minute)
+		if n := f.confirmations(); n < reports-hanging {
+			t.Errorf("%d reports are stored while %d writes hang", n, hanging)
 		}
 	})
 }
