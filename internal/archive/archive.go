@@ -234,12 +234,13 @@ func (a *Archive) notify() {
 	a.changed = make(chan struct{})
 }
 
-// tell logs that a breaker has opened or closed.
+// tellOpened logs that the breaker of an operation has opened.
 func (a *Archive) tellOpened(b *Backend, operation string, err error) {
 	b.Logger.Warn("the storage fails: answers go on without it",
 		zap.String("operation", operation), zap.Int("queued", a.Stats().Queued), zap.Error(err))
 }
 
+// tellClosed logs that the breaker of an operation has closed.
 func (a *Archive) tellClosed(b *Backend, operation string) {
 	b.Logger.Info("the storage works again", zap.String("operation", operation), zap.Int("queued", a.Stats().Queued))
 }

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -158,7 +159,7 @@ func wrap(h header, name string, ring *Keyring, body ...[]byte) ([]byte, error) 
 		return nil, err
 	}
 	if ring != nil {
-		return ring.seal(stored, slices.Concat(body...), additionalData(stored, name)), nil
+		return ring.seal(stored, additionalData(stored, name), body...), nil
 	}
 	stored = append(stored, make([]byte, sha256.Size)...)
 	for _, part := range body {
@@ -340,15 +341,16 @@ const (
 	root       = "fsbroker_task/"
 	partitions = 1 << 12
 
-	filesFolder  = "files"
-	damagedNames = "damaged"
-	largeSuffix  = ".large"
+	filesDir    = "files"
+	damagedDir  = "damaged"
+	largeSuffix = ".large"
 )
 
 // place is where a value is stored.
 type place struct {
 	kind placeKind
 	key  task.Key
+	at   int64 // of a reference from a file: its time in Unix nanoseconds, so that the newest can be found by its name
 }
 
 // placeKind is where the value of a key is stored. The index stores it.
@@ -367,7 +369,7 @@ func (l layout) name(p place) string {
 	case large:
 		return l.name(place{kind: inPartition, key: p.key}) + largeSuffix
 	case ofFile:
-		return fmt.Sprintf("%s/%x", l.fileFolder(p.key.Source()), p.key)
+		return fmt.Sprintf("%s/%x-%019d", l.fileFolder(p.key.Source()), p.key, max(0, p.at))
 	case damaged:
 		return fmt.Sprintf("%s/%x", l.damagedFolder(partitionOf(p.key)), p.key)
 	}
@@ -383,9 +385,12 @@ func (l layout) parse(name string) (place, bool) {
 	switch {
 	case isLarge:
 		p.kind = large
-	case folder == filesFolder:
+	case folder == filesDir:
+		var at string
 		p.kind = ofFile
-	case folder == damagedNames:
+		digits, at, _ = strings.Cut(digits, "-")
+		p.at, _ = strconv.ParseInt(at, 10, 64) // what is no number is another name
+	case folder == damagedDir:
 		p.kind = damaged
 	}
 	if !found || len(digits) != hex.EncodedLen(len(p.key)) {
@@ -420,11 +425,11 @@ func (l layout) sourceFolder(n int, s task.Source) string {
 
 // fileFolder returns the folder that has all references from a file, and those from a few others.
 func (l layout) fileFolder(file task.Source) string {
-	return l.partition(partitionBy(file[:])) + "/" + filesFolder
+	return l.partition(partitionBy(file[:])) + "/" + filesDir
 }
 
 // damagedFolder returns the folder of the damaged values of a partition.
-func (l layout) damagedFolder(n int) string { return l.partition(n) + "/" + damagedNames }
+func (l layout) damagedFolder(n int) string { return l.partition(n) + "/" + damagedDir }
 
 // recordName returns where a writer keeps its record.
 func (l layout) recordName(writer string) string { return string(l) + "instances/" + writer }

@@ -12,7 +12,7 @@ import (
 )
 
 // indexHeader begins each object of the index, which says where values are that were stored at about the same time.
-// Entries follow, each the kind of a place and a key.
+// Entries follow, each the kind, the key and the time of a place.
 type indexHeader struct {
 	Magic   [4]byte
 	Version uint8
@@ -28,10 +28,9 @@ const (
 
 	indexSumAt      = 20
 	indexHeaderSize = indexSumAt + sha256.Size
-	indexEntrySize  = 1 + sha256.Size
+	indexEntrySize  = 1 + sha256.Size + 8
 
-	// maxIndexed is how many places an object of the index has at most. It must fit into the smallest values that storages
-	// allow, which are of 512 KiB.
+	// maxIndexed is how many places an object of the index has at most. Some storages allow values of 512 KiB only.
 	maxIndexed = 4096
 
 	// indexDayFormat is the format of the names of the days in the folder of the index.
@@ -43,11 +42,12 @@ func encodeIndex(newest time.Time, places []place) []byte {
 	size := indexHeaderSize + len(places)*indexEntrySize
 	stored := append(make([]byte, 0, size), indexMagic...)
 	stored = append(stored, indexVersion, 0, 0, 0)
-	stored = binary.BigEndian.AppendUint32(stored, uint32(len(places)))        //nolint:gosec // there are not so many
-	stored = binary.BigEndian.AppendUint64(stored, uint64(newest.UnixNano())) //nolint:gosec // as it is read
+	stored = binary.BigEndian.AppendUint32(stored, uint32(len(places))) //nolint:gosec // there are not so many
+	stored = binary.BigEndian.AppendUint64(stored, uint64(newest.UnixNano()))
 	stored = append(stored, make([]byte, sha256.Size)...)
 	for _, p := range places {
 		stored = append(append(stored, byte(p.kind)), p.key[:]...)
+		stored = binary.BigEndian.AppendUint64(stored, uint64(p.at)) //nolint:gosec // as it is read
 	}
 	sum := sha256.Sum256(stored)
 	copy(stored[indexSumAt:], sum[:])
@@ -66,7 +66,8 @@ func decodeIndex(stored []byte) (places []place, newest time.Time, err error) {
 		if places[i].kind = placeKind(entry[0]); places[i].kind > damaged {
 			return nil, time.Time{}, errMalformed
 		}
-		copy(places[i].key[:], entry[1:])
+		at := copy(places[i].key[:], entry[1:]) + 1
+		places[i].at = int64(binary.BigEndian.Uint64(entry[at:])) //nolint:gosec // as it was written
 	}
 	return places, time.Unix(0, h.Newest), nil
 }

@@ -1,6 +1,7 @@
 package archive
 
 import (
+	"cmp"
 	"context"
 	"fmt"
 	"maps"
@@ -8,6 +9,8 @@ import (
 	"strings"
 
 	"github.com/caddyserver/certmagic"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
 // listBelow returns the names of all values below a folder. Storage modules differ in what they list: what is in the folder, or
@@ -56,4 +59,33 @@ func sortOut(found []string, folder string, isValue func(name string) bool, valu
 		}
 	}
 	return slices.DeleteFunc(folders, func(name string) bool { return filled[strings.TrimSuffix(name, "/")] })
+}
+
+// listFile returns where there are references to the reports of a file, the newest first.
+func (a *Archive) listFile(ctx context.Context, b *Backend, source task.Source) ([]place, error) {
+	places, err := a.listPlaces(ctx, b, a.layout.fileFolder(source))
+	if err != nil {
+		return nil, err
+	}
+	places = slices.DeleteFunc(places, func(p place) bool { return p.key.Source() != source })
+	slices.SortFunc(places, func(p, q place) int { return cmp.Compare(q.at, p.at) })
+	return places, nil
+}
+
+// listPlaces returns where there are values below a folder.
+func (a *Archive) listPlaces(ctx context.Context, b *Backend, folder string) ([]place, error) {
+	names, err := listBelow(ctx, b.Storage, folder, func(name string) bool {
+		_, ok := a.layout.parse(name)
+		return ok
+	})
+	if err != nil {
+		return nil, err
+	}
+	places := make([]place, 0, len(names))
+	for _, name := range names {
+		if p, ok := a.layout.parse(name); ok {
+			places = append(places, p)
+		}
+	}
+	return places, nil
 }

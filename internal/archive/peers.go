@@ -3,8 +3,12 @@ package archive
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
+	"io/fs"
+	"maps"
 	"path"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -18,15 +22,17 @@ const missedBeats = 4
 // peers is what an instance knows of the others that use the same storage and namespace. Each keeps a record in the
 // storage. The longest retention of all that live decides when values are deleted.
 type peers struct {
-	mu      sync.Mutex
-	seen    map[string]*peer // by the name of the record
+	mu      sync.Mutex // guards longest
 	longest time.Duration
-	beat    int
+
+	seen map[string]*peer // by the name of the record; used by one pass at a time, as is beat
+	beat int
 }
 
 // peer is another instance.
 type peer struct {
-	record  string
+	text    string // its record
+	record  record
 	changed time.Time // when its record was last seen to have changed, by the monotonic clock
 	warned  bool
 }
@@ -45,18 +51,56 @@ func (a *Archive) retention(b *Backend) time.Duration {
 	return max(b.Retention, a.peers.longest)
 }
 
-// meetPeers renews the record of this instance, and reads those of the others. A record that has not changed for a while
-// is that of an instance that has ended.
+// meetPeers renews the record of this instance, and reads those of the others. An instance whose record has not changed for
+// a while has ended, and its record is deleted. One that was seen lately counts even if its record is missing, since a
+// storage that cannot be reached may say that there is nothing.
 func (a *Archive) meetPeers(ctx context.Context, b *Backend) error {
-	own := a.layout.recordName(a.writer)
+	if err := a.renewRecord(ctx, b); err != nil {
+		return err
+	}
+	if err := a.readRecords(ctx, b); err != nil {
+		return err
+	}
+	longest := time.Duration(0)
+	for _, name := range slices.Sorted(maps.Keys(a.peers.seen)) {
+		p := a.peers.seen[name]
+		if time.Since(p.changed) > missedBeats*max(p.record.Interval, sweepInterval(b.Retention)) {
+			if err := ignoreNotExist(b.Storage.Delete(ctx, name)); err != nil {
+				return err
+			}
+			delete(a.peers.seen, name)
+			continue
+		}
+		longest = max(longest, p.record.Retention)
+		if p.record.Retention != b.Retention && p.record.Retention > 0 && !p.warned {
+			p.warned = true
+			b.Logger.Warn("another instance uses this namespace of the storage with another retention: the longer one counts while both run",
+				zap.Duration("retention", b.Retention), zap.Duration("other", p.record.Retention), zap.String("instance", name))
+		}
+	}
+	a.peers.mu.Lock()
+	defer a.peers.mu.Unlock()
+	a.peers.longest = longest
+	return nil
+}
+
+// renewRecord stores the record of this instance.
+func (a *Archive) renewRecord(ctx context.Context, b *Backend) error {
 	a.peers.beat++
 	text, err := json.Marshal(record{Retention: b.Retention, Interval: sweepInterval(b.Retention), Beat: a.peers.beat})
 	if err != nil {
 		return err
 	}
-	if err := b.Storage.Store(ctx, own, text); err != nil {
-		return fmt.Errorf("storing %s: %w", own, err)
+	name := a.layout.recordName(a.writer)
+	if err := b.Storage.Store(ctx, name, text); err != nil {
+		return fmt.Errorf("storing %s: %w", name, err)
 	}
+	return nil
+}
+
+// readRecords reads the records of the other instances. They are complete only if that of this instance is among them.
+func (a *Archive) readRecords(ctx context.Context, b *Backend) error {
+	own := a.layout.recordName(a.writer)
 	folder := path.Dir(own)
 	names, err := listBelow(ctx, b.Storage, folder, func(name string) bool {
 		base := strings.TrimPrefix(name, folder+"/")
@@ -65,50 +109,40 @@ func (a *Archive) meetPeers(ctx context.Context, b *Backend) error {
 	if err != nil {
 		return err
 	}
-	longest := time.Duration(0)
-	seen := make(map[string]*peer)
+	if !slices.Contains(names, own) {
+		return fmt.Errorf("%s was stored and is not listed", own)
+	}
+	if a.peers.seen == nil {
+		a.peers.seen = make(map[string]*peer)
+	}
 	for _, name := range names {
 		if name == own {
 			continue
 		}
-		p, retention, err := a.meet(ctx, b, name)
+		text, err := b.Storage.Load(ctx, name)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
 		if err != nil {
-			return err
+			return fmt.Errorf("loading %s: %w", name, err)
 		}
-		if p != nil {
-			seen[name] = p
-			longest = max(longest, retention)
-		}
+		a.peers.meet(name, string(text))
 	}
-	a.peers.mu.Lock()
-	defer a.peers.mu.Unlock()
-	a.peers.seen, a.peers.longest = seen, longest
 	return nil
 }
 
-// meet reads the record of another instance. It returns nil if the instance has ended.
-func (a *Archive) meet(ctx context.Context, b *Backend, name string) (*peer, time.Duration, error) {
-	text, err := b.Storage.Load(ctx, name)
-	if err != nil {
-		return nil, 0, ignoreNotExist(err)
+// meet notes the record of another instance.
+func (ps *peers) meet(name, text string) {
+	p := ps.seen[name]
+	if p == nil {
+		p = new(peer)
+		ps.seen[name] = p
 	}
-	now := time.Now()
-	p := a.peers.seen[name]
-	if p == nil || p.record != string(text) {
-		warned := p != nil && p.warned
-		p = &peer{record: string(text), changed: now, warned: warned}
+	if p.text == text {
+		return
 	}
-	var r record
-	if err := json.Unmarshal(text, &r); err != nil {
-		r = record{} // of another version
+	p.text, p.changed = text, time.Now()
+	if err := json.Unmarshal([]byte(text), &p.record); err != nil {
+		p.record = record{} // of another version
 	}
-	if now.Sub(p.changed) > missedBeats*max(r.Interval, sweepInterval(b.Retention)) {
-		return nil, 0, ignoreNotExist(b.Storage.Delete(ctx, name))
-	}
-	if r.Retention > 0 && r.Retention != b.Retention && !p.warned {
-		p.warned = true
-		b.Logger.Warn("another instance uses this namespace of the storage with another retention: the longer one counts while both run",
-			zap.Duration("retention", b.Retention), zap.Duration("other", r.Retention), zap.String("instance", name))
-	}
-	return p, r.Retention, nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -43,7 +44,7 @@ func (s Selection) Matches(k task.Key, target *task.Key, r *task.Report) bool {
 	case s.Source != nil:
 		return is(func(k task.Key) bool { return k.Source() == *s.Source })
 	case s.File != nil:
-		return r.File() == *s.File
+		return r.File() == *s.File && r.File() != [32]byte{}
 	case !s.Before.IsZero():
 		return r.At().Before(s.Before)
 	}
@@ -72,12 +73,25 @@ func (a *Archive) Purge(ctx context.Context, s Selection, from int) (Purged, err
 	defer cancel()
 	done := Purged{Next: from}
 	var err error
-	if done.Queued, err = a.purgeQueue(ctx, s); err != nil {
+	if done.Queued, err = a.purgeQueue(ctx, b, s); err != nil {
 		return done, err
 	}
-	if err := a.probe(ctx, b); err != nil {
+	if err := b.Storage.Store(ctx, a.purgeMark(), []byte(a.writer)); err != nil {
+		return done, fmt.Errorf("the storage does not work: %w", err)
+	}
+	if done, err = a.purgeStorage(ctx, b, s, done); err != nil {
 		return done, err
 	}
+	if err := a.checkMark(ctx, b); err != nil {
+		return done, err
+	}
+	unmark, cancel := context.WithTimeout(context.WithoutCancel(ctx), readTimeout)
+	defer cancel()
+	return done, ignoreNotExist(b.Storage.Delete(unmark, a.purgeMark()))
+}
+
+// purgeStorage deletes what is selected from the storage.
+func (a *Archive) purgeStorage(ctx context.Context, b *Backend, s Selection, done Purged) (_ Purged, err error) {
 	switch {
 	case s.Keys != nil:
 		for _, k := range s.Keys {
@@ -98,14 +112,29 @@ func (a *Archive) Purge(ctx context.Context, s Selection, from int) (Purged, err
 	return done, nil
 }
 
+// purgeMark returns the name of a value that is there as long as the storage works: some storages say that there is nothing
+// if they cannot be reached.
+func (a *Archive) purgeMark() string { return a.layout.recordName(a.writer) + "-purge" }
+
+// checkMark returns an error if the storage does not work.
+func (a *Archive) checkMark(ctx context.Context, b *Backend) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), readTimeout)
+	defer cancel()
+	if _, err := b.Storage.Load(ctx, a.purgeMark()); err != nil {
+		return fmt.Errorf("the storage does not work: %w", err)
+	}
+	return nil
+}
+
 // purgeQueue removes what is selected from the queue, and waits until no write of it is under way, which would bring it
 // back.
-func (a *Archive) purgeQueue(ctx context.Context, s Selection) (n int, err error) {
+func (a *Archive) purgeQueue(ctx context.Context, b *Backend, s Selection) (n int, err error) {
 	match := func(i Item) bool { return s.Matches(i.Key, i.Target, i.Report) }
 	defer func() {
 		a.mu.Lock()
 		defer a.mu.Unlock()
-		a.notify() // those who drain
+		clear(a.alone)
+		a.queueChanged(b)
 	}()
 	for {
 		a.mu.Lock()
@@ -121,18 +150,6 @@ func (a *Archive) purgeQueue(ctx context.Context, s Selection) (n int, err error
 			return n, fmt.Errorf("a report that is to be purged is still being written: %w", ctx.Err())
 		}
 	}
-}
-
-// probe returns an error if the storage does not work: some storages say that there is nothing if they cannot be reached.
-func (a *Archive) probe(ctx context.Context, b *Backend) error {
-	name := a.layout.recordName(a.writer) + "-purge"
-	if err := b.Storage.Store(ctx, name, []byte("{}")); err != nil {
-		return fmt.Errorf("the storage does not work: %w", err)
-	}
-	if _, err := b.Storage.Load(ctx, name); err != nil {
-		return fmt.Errorf("the storage does not work: %w", err)
-	}
-	return ignoreNotExist(b.Storage.Delete(ctx, name))
 }
 
 // purgeKey deletes what is stored under a key.
@@ -168,30 +185,34 @@ func (a *Archive) remove(ctx context.Context, b *Backend, p place) (int, error) 
 		return 0, fmt.Errorf("verifying that %s is deleted: %w", name, err)
 	}
 	if v, err := decode(stored, name, p.key, b.Keyring); err == nil && v.report != nil && v.report.File() != [32]byte{} {
-		file := task.FileKey(task.FileSource(a.Namespace, v.report.File()), p.key)
-		if _, err := a.remove(ctx, b, place{kind: ofFile, key: file}); err != nil {
-			return 1, err
+		for _, source := range a.fileSources(v.report.File()) {
+			ref := place{kind: ofFile, key: task.FileKey(source, p.key), at: v.at.UnixNano()}
+			if _, err := a.remove(ctx, b, ref); err != nil {
+				return 1, err
+			}
 		}
 	}
 	return 1, nil
 }
 
+// fileSources returns the sources of the references to the reports of a file.
+func (a *Archive) fileSources(sum [32]byte) []task.Source {
+	return []task.Source{task.FileSource(a.Namespace, sum, false), task.FileSource(a.Namespace, sum, true)}
+}
+
 // purgeFile deletes the reports of a file, and the references to them.
 func (a *Archive) purgeFile(ctx context.Context, b *Backend, sum [32]byte) (n int, err error) {
-	source := task.FileSource(a.Namespace, sum)
-	folder := a.layout.fileFolder(source)
-	refs, err := a.listPlaces(ctx, b, folder)
-	if err != nil {
-		return 0, err
-	}
-	for _, p := range refs {
-		if p.key.Source() != source {
-			continue
-		}
-		deleted, err := a.purgeReference(ctx, b, p)
-		n += deleted
+	for _, source := range a.fileSources(sum) {
+		refs, err := a.listFile(ctx, b, source)
 		if err != nil {
 			return n, err
+		}
+		for _, p := range refs {
+			deleted, err := a.purgeReference(ctx, b, p)
+			n += deleted
+			if err != nil {
+				return n, err
+			}
 		}
 	}
 	return n, nil
@@ -232,13 +253,16 @@ func (a *Archive) purgePartitions(ctx context.Context, b *Backend, s Selection, 
 		for _, n := range counts {
 			done.Stored += n
 		}
-		if ctx.Err() != nil {
-			break
+		if err == nil {
+			err = a.checkMark(ctx, b)
 		}
-		if err != nil {
+		switch {
+		case ctx.Err() != nil: // the next call begins with these
+		case err != nil:
 			return done, err
+		default:
+			done.Next = end
 		}
-		done.Next = end
 	}
 	return done, nil
 }
@@ -263,10 +287,8 @@ func (a *Archive) purgePartition(ctx context.Context, b *Backend, s Selection, p
 		return n, err
 	}
 	for _, p := range left {
-		for _, deleted := range selected {
-			if p == deleted {
-				return n, fmt.Errorf("%s is still there after it was deleted", a.layout.name(p))
-			}
+		if slices.Contains(selected, p) {
+			return n, fmt.Errorf("%s is still there after it was deleted", a.layout.name(p))
 		}
 	}
 	return n, nil

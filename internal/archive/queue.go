@@ -20,6 +20,9 @@ type Item struct {
 	Key    task.Key
 	Report *task.Report
 
+	// All reports whether it is the complete report of its task.
+	All bool
+
 	// Target is the key under which the report itself is stored: Key becomes a reference to it. If it is nil, the report is
 	// stored under Key.
 	Target *task.Key
@@ -49,6 +52,7 @@ type queue struct {
 	fresh  list.List // of *write: those that have not failed, the next one in front
 	failed retries   // by the time of the next try
 	bytes  int
+	turn   uint // of next
 }
 
 // retries implements heap.Interface.
@@ -121,18 +125,21 @@ func (q *queue) get(k task.Key) *Item {
 func (w *write) dropped() bool { return w.removed && w.newer == nil }
 
 // next returns the next write, which is under way then. Those that have not failed come first: they say most about the
-// storage, and nothing that the storage refuses holds them up. Others are due at their time, and only if retry is set. It
-// returns nil if there is none.
+// storage, and nothing that the storage refuses holds them up. Others are due at their time, and only if retry is set; then
+// every fourth write is one of them. It returns nil if there is none.
 func (q *queue) next(now time.Time, retry bool) *write {
-	if front := q.fresh.Front(); front != nil {
-		w := q.fresh.Remove(front).(*write)
-		w.fresh, w.underway = nil, true
-		return w
-	}
-	if !retry || len(q.failed) == 0 || now.Before(q.failed[0].retryAt) {
+	front := q.fresh.Front()
+	due := retry && len(q.failed) > 0 && !now.Before(q.failed[0].retryAt)
+	var w *write
+	switch q.turn++; {
+	case front != nil && (!due || q.turn%4 != 0):
+		w = q.fresh.Remove(front).(*write)
+		w.fresh = nil
+	case due:
+		w = heap.Pop(&q.failed).(*write)
+	default:
 		return nil
 	}
-	w := heap.Pop(&q.failed).(*write)
 	w.underway = true
 	return w
 }

@@ -41,18 +41,27 @@ func (a *Archive) Load(ctx context.Context, k task.Key, grow func(held int64) er
 	if b == nil {
 		return Found{}, ErrUnreadable
 	}
-	retention := a.retention(b)
 	if i := a.queued(k); i != nil {
-		return Found{Report: i.Report, Target: i.Target, TTL: retention}, nil
+		return Found{Report: i.Report, Target: i.Target, TTL: a.retention(b)}, nil
 	}
-	v, err := a.read(ctx, b, place{kind: inPartition, key: k}, func(stored int) error { return grow(int64(stored)) })
+	return a.loadFrom(ctx, b, place{kind: inPartition, key: k}, grow)
+}
+
+// loadFrom returns the report that is stored at a place, or to which the value there refers.
+func (a *Archive) loadFrom(ctx context.Context, b *Backend, p place, grow func(held int64) error) (Found, error) {
+	v, err := a.read(ctx, b, p, func(stored int) error { return grow(int64(stored)) })
 	var target *task.Key
-	if err == nil && v.kind == kindReference {
-		target, v, err = a.follow(ctx, b, k, v, grow)
+	// A reference to a report that has grown since refers to the reference to the large document.
+	for hops := 0; err == nil && v.kind == kindReference && hops < 2; hops++ {
+		if k := v.target.key; k != p.key {
+			target = &k
+		}
+		v, err = a.follow(ctx, b, v, grow)
 	}
 	if err != nil || v.report == nil {
 		return Found{}, err
 	}
+	retention := a.retention(b)
 	ttl := retention - a.Now().Sub(v.report.At())
 	if ttl <= 0 {
 		return Found{}, nil
@@ -60,20 +69,37 @@ func (a *Archive) Load(ctx context.Context, k task.Key, grow func(held int64) er
 	return Found{Report: v.report, Target: target, TTL: min(ttl, retention)}, nil
 }
 
-// follow returns the document that a reference under k refers to, and its key if that is another one.
-func (a *Archive) follow(ctx context.Context, b *Backend, k task.Key, ref value, grow func(held int64) error) (*task.Key, value, error) {
-	var target *task.Key
-	if ref.target.key != k {
-		target = &ref.target.key
-		if i := a.queued(*target); i != nil {
-			return target, value{kind: kindDocument, report: i.Report}, nil
-		}
+// follow returns the value that a reference refers to.
+func (a *Archive) follow(ctx context.Context, b *Backend, ref value, grow func(held int64) error) (value, error) {
+	if i := a.queued(ref.target.key); i != nil {
+		return value{kind: kindDocument, report: i.Report}, nil
 	}
 	if err := grow(ref.size); err != nil {
-		return nil, value{}, err
+		return value{}, err
 	}
-	v, err := a.read(ctx, b, ref.target, func(int) error { return nil })
-	return target, v, err
+	return a.read(ctx, b, ref.target, func(stored int) error { return grow(max(ref.size, int64(stored))) })
+}
+
+// Newest returns the newest report of a file that is stored, high-level or complete, given the SHA-256 sum of the file. Of
+// those that are queued it knows nothing. See Load for the rest.
+func (a *Archive) Newest(ctx context.Context, sum [32]byte, all bool, grow func(held int64) error) (Found, error) {
+	b := a.backend()
+	if b == nil {
+		return Found{}, ErrUnreadable
+	}
+	source := task.FileSource(a.Namespace, sum, all)
+	refs, err := readThrough(ctx, a, b, task.FileKey(source, task.Key{}), func(ctx context.Context) ([]place, error) {
+		return a.listFile(ctx, b, source)
+	})
+	if err != nil {
+		return Found{}, err
+	}
+	for _, p := range refs {
+		if found, err := a.loadFrom(ctx, b, p, grow); err != nil || found.Report != nil {
+			return found, err
+		}
+	}
+	return Found{}, nil
 }
 
 // read returns the value at a place. It returns the zero value if there is none that can be used.
@@ -105,45 +131,56 @@ func (a *Archive) read(ctx context.Context, b *Backend, p place, grow func(store
 
 // load loads a stored value. It returns nil if there is none.
 func (a *Archive) load(ctx context.Context, b *Backend, k task.Key, name string) ([]byte, error) {
+	return readThrough(ctx, a, b, k, func(ctx context.Context) ([]byte, error) {
+		stored, err := b.Storage.Load(ctx, name)
+		if err == nil && stored == nil {
+			stored = []byte{}
+		}
+		return stored, ignoreNotExist(err)
+	})
+}
+
+// readThrough reads about a key from the storage, unless the storage fails. It returns when op has returned or ctx has
+// ended, even if the storage ignores ctx.
+func readThrough[T any](ctx context.Context, a *Archive, b *Backend, k task.Key, op func(context.Context) (T, error)) (got T, err error) {
 	if !a.reads.allow(time.Now()) {
-		return nil, ErrUnreadable
+		return got, ErrUnreadable
 	}
 	if err := a.takeSlot(ctx); err != nil {
 		a.reads.abandon()
-		return nil, err
+		return got, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
-	type loaded struct {
-		stored []byte
-		err    error
-	}
-	done := make(chan loaded, 1)
+	done := make(chan struct{})
+	var read T
+	var failed error
 	go func() {
-		stored, err := b.Storage.Load(ctx, name)
+		read, failed = op(ctx)
 		<-a.slots // a read that hangs holds its slot
-		done <- loaded{stored, err}
+		close(done)
 	}()
-	slow := time.NewTimer(slowRead)
-	defer slow.Stop()
+	slow, cancel := context.WithTimeout(ctx, slowRead)
+	defer cancel()
 	select {
-	case l := <-done:
-		return a.noteRead(ctx, b, k, l.stored, l.err)
-	case <-ctx.Done():
-		return a.noteRead(ctx, b, k, nil, ctx.Err())
-	case <-slow.C:
+	case <-done:
+		return read, a.noteRead(ctx, b, k, failed)
+	case <-slow.Done():
+	}
+	if ctx.Err() != nil {
+		return got, a.noteRead(ctx, b, k, ctx.Err())
 	}
 	a.noteFailedRead(b, k, errTimeout)
 	select {
-	case l := <-done:
-		return a.noteRead(ctx, b, k, l.stored, l.err)
+	case <-done:
+		return read, a.noteRead(ctx, b, k, failed)
 	case <-ctx.Done():
 	case <-a.reads.done():
 	}
 	if errors.Is(ctx.Err(), context.Canceled) {
-		return nil, ctx.Err()
+		return got, ctx.Err()
 	}
-	return nil, fmt.Errorf("%w: %w", ErrUnreadable, errTimeout)
+	return got, fmt.Errorf("%w: %w", ErrUnreadable, errTimeout)
 }
 
 // takeSlot waits for a slot for a read, unless the storage begins to fail.
@@ -163,25 +200,22 @@ func (a *Archive) takeSlot(ctx context.Context) error {
 	}
 }
 
-// noteRead tells the breaker how a read has ended, and returns its outcome.
-func (a *Archive) noteRead(ctx context.Context, b *Backend, k task.Key, stored []byte, err error) ([]byte, error) {
+// noteRead tells the breaker how a read has ended, and returns the error for the caller.
+func (a *Archive) noteRead(ctx context.Context, b *Backend, k task.Key, err error) error {
 	switch {
-	case err == nil || errors.Is(err, fs.ErrNotExist):
+	case err == nil:
 		if a.reads.succeed() {
 			a.tellClosed(b, "read")
 		}
-		if err == nil && stored == nil {
-			stored = []byte{}
-		}
-		return stored, nil
+		return nil
 	case errors.Is(ctx.Err(), context.Canceled): // all callers have left
 		a.reads.abandon()
-		return nil, ctx.Err()
+		return ctx.Err()
 	case ctx.Err() != nil:
 		err = errTimeout
 	}
 	a.noteFailedRead(b, k, err)
-	return nil, fmt.Errorf("%w: %w", ErrUnreadable, err)
+	return fmt.Errorf("%w: %w", ErrUnreadable, err)
 }
 
 // noteFailedRead tells the breaker that a read has failed or is slow.

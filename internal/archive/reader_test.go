@@ -10,6 +10,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -32,7 +33,7 @@ func TestSaveAndLoad(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture()
 		defer f.Close()
-		f.storage.delay = 20 * time.Millisecond
+		f.storage.slow(20 * time.Millisecond)
 		for size, k := range map[int]task.Key{1000: numbered(1), inlineLimit + 1: numbered(2), 5 << 20: numbered(3)} {
 			want := report(size)
 			f.Save(Item{Key: k, Report: want})
@@ -70,14 +71,14 @@ func TestNoMemory(t *testing.T) {
 		f.Save(item(0, 1<<20))
 		time.Sleep(time.Minute)
 		full := errors.New("full")
-		before := f.storage.count("Load")
+		before := f.storage.Calls(storagetest.Load)
 		_, err := f.Load(t.Context(), numbered(0), func(n int64) error {
 			if n > inlineLimit {
 				return full
 			}
 			return nil
 		})
-		if reads := f.storage.count("Load") - before; !errors.Is(err, full) || reads != 1 {
+		if reads := f.storage.Calls(storagetest.Load) - before; !errors.Is(err, full) || reads != 1 {
 			t.Errorf("error %v after %d reads", err, reads)
 		}
 	})
@@ -97,8 +98,8 @@ func TestReference(t *testing.T) {
 				t.Errorf("found %+v, error %v", got, err)
 			}
 			documents := 0
-			for _, name := range f.storage.names("") {
-				if len(f.storage.values[name]) > size {
+			for _, name := range f.storage.Names("") {
+				if len(f.storage.Get(name)) > size {
 					documents++
 				}
 			}
@@ -116,13 +117,72 @@ func TestReference(t *testing.T) {
 	})
 }
 
+// The newest report of a file is found, high-level and complete apart, however many there are.
+func TestNewest(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		file := [32]byte{7}
+		for i := range 30 {
+			f.Save(Item{Key: numbered(i), Report: reportOf(100+i, file), All: i%2 == 1})
+			time.Sleep(time.Minute)
+		}
+		f.Save(Item{Key: numbered(99), Report: reportOf(1, [32]byte{8})})
+		time.Sleep(time.Minute)
+		newest := func(sum [32]byte, all bool) Found {
+			t.Helper()
+			got, err := f.Newest(t.Context(), sum, all, func(int64) error { return nil })
+			if err != nil {
+				t.Error(err)
+			}
+			return got
+		}
+		before := f.storage.Calls(storagetest.Load)
+		for all, want := range map[bool]int{false: 28, true: 29} {
+			if got := newest(file, all); got.Report == nil || got.Report.Length() != 100+want || got.Target == nil || *got.Target != numbered(want) {
+				t.Errorf("all %v: found %+v", all, got)
+			}
+		}
+		if n := f.storage.Calls(storagetest.Load) - before; n != 4 {
+			t.Errorf("the storage was read %d times", n)
+		}
+		if got := newest([32]byte{9}, false); got.Report != nil {
+			t.Errorf("of an unknown file: %+v", got)
+		}
+		if _, err := f.Purge(t.Context(), Selection{Keys: []task.Key{numbered(28)}}, 0); err != nil {
+			t.Error(err)
+		}
+		if got := newest(file, false); got.Report == nil || got.Report.Length() != 126 {
+			t.Errorf("after the newest was purged: %+v", got)
+		}
+	})
+}
+
+// A reference finds its report, even if that has become large since.
+func TestReferenceToWhatHasGrown(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		target := numbered(0)
+		small := report(100)
+		f.Save(Item{Key: target, Report: small})
+		f.Save(Item{Key: numbered(1), Report: small, Target: &target})
+		time.Sleep(time.Minute)
+		f.Save(item(0, 1<<20))
+		time.Sleep(time.Minute)
+		if got, err := f.find(t, numbered(1)); err != nil || got.Report == nil || got.Report.Length() != 1<<20 {
+			t.Errorf("found %+v, error %v", got, err)
+		}
+	})
+}
+
 // Callers wait for a full pool, which is no failure.
 func TestManyReads(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const reports, callers, latency = 1000, 300, 20 * time.Millisecond
 		f := storedFixture(t, reports)
 		defer f.Close()
-		f.storage.delay = latency
+		f.storage.slow(latency)
 		next := make(chan int, reports)
 		for i := range reports {
 			next <- i
@@ -158,12 +218,12 @@ func TestSlowValue(t *testing.T) {
 		f := storedFixture(t, 10)
 		defer f.Close()
 		slow := tested.name(place{kind: inPartition, key: numbered(0)})
-		f.storage.fault = func(ctx context.Context, _, key string, _ []byte) error {
-			if key == slow {
-				return sleep(ctx, 3*time.Second)
+		f.storage.Set(func(c storagetest.Call) storagetest.Fault {
+			if c.Name == slow {
+				return storagetest.Fault{Before: 3 * time.Second}
 			}
-			return nil
-		}
+			return storagetest.Fault{}
+		})
 		done := make(chan Found)
 		go func() {
 			got, err := f.find(t, numbered(0))
@@ -197,10 +257,10 @@ func TestReadsDuringAnOutage(t *testing.T) {
 				t.Errorf("got %v", err)
 			}
 		}
-		if n := f.storage.count("Load"); n != tripAfter || !f.Stats().Failing {
+		if n := f.storage.Calls(storagetest.Load); n != tripAfter || !f.Stats().Failing {
 			t.Errorf("the storage was read %d times", n)
 		}
-		f.storage.fail(nil)
+		f.storage.Mend()
 		time.Sleep(lastProbe)
 		for i := range 10 {
 			if got, err := f.find(t, numbered(i)); err != nil || got.Report == nil {
@@ -215,11 +275,7 @@ func TestReadsThatHang(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := storedFixture(t, 300)
 		defer f.Close()
-		release := make(chan struct{})
-		f.storage.fault = func(context.Context, string, string, []byte) error {
-			<-release
-			return nil
-		}
+		f.storage.Set(storagetest.Hanging(true))
 		var wg sync.WaitGroup
 		for i := range 300 {
 			wg.Go(func() {
@@ -235,8 +291,7 @@ func TestReadsThatHang(t *testing.T) {
 		if _, err := f.find(t, numbered(0)); !errors.Is(err, ErrUnreadable) || time.Since(begin) > 0 {
 			t.Errorf("error %v after %s", err, time.Since(begin))
 		}
-		f.storage.fail(nil)
-		close(release)
+		f.storage.Mend()
 		time.Sleep(lastProbe)
 		if got, err := f.find(t, numbered(0)); err != nil || got.Report == nil {
 			t.Errorf("after the outage: %+v, error %v", got, err)
@@ -249,7 +304,7 @@ func TestLeavingIsNoFailure(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := storedFixture(t, 10)
 		defer f.Close()
-		f.storage.delay = time.Second
+		f.storage.slow(time.Second)
 		for i := range 10 {
 			stop, leave := context.WithCancel(t.Context())
 			time.AfterFunc(time.Millisecond, leave)
@@ -269,9 +324,9 @@ func TestNewerVersion(t *testing.T) {
 		f := storedFixture(t, 1)
 		defer f.Close()
 		name := tested.name(place{kind: inPartition, key: numbered(0)})
-		newer := bytes.Clone(f.storage.values[name])
+		newer := bytes.Clone(f.storage.Get(name))
 		newer[4]++
-		f.storage.values[name] = newer
+		f.storage.Put(name, newer)
 		for range 2 {
 			if got, err := f.find(t, numbered(0)); got.Report != nil || err != nil {
 				t.Errorf("found %+v, error %v", got, err)
@@ -279,7 +334,7 @@ func TestNewerVersion(t *testing.T) {
 		}
 		f.Save(item(0, 100))
 		time.Sleep(3 * 24 * time.Hour)
-		if !bytes.Equal(f.storage.values[name], newer) || len(f.storage.stored()) != 1 {
+		if !bytes.Equal(f.storage.Get(name), newer) || len(f.storage.stored()) != 1 {
 			t.Error("the value was not left alone")
 		}
 		if n := f.logged("left alone"); n != 1 {
@@ -294,7 +349,7 @@ func TestDamagedValue(t *testing.T) {
 		f := storedFixture(t, 1)
 		defer f.Close()
 		name := tested.name(place{kind: inPartition, key: numbered(0)})
-		f.storage.values[name] = f.storage.values[name][:70]
+		f.storage.Put(name, f.storage.Get(name)[:70])
 		if got, err := f.find(t, numbered(0)); got.Report != nil || err != nil {
 			t.Errorf("found %+v, error %v", got, err)
 		}
@@ -302,7 +357,7 @@ func TestDamagedValue(t *testing.T) {
 		if got := f.storage.stored(); !slices.Equal(got, []place{aside}) {
 			t.Fatalf("stored are %v", got)
 		}
-		v, err := decode(f.storage.values[tested.name(aside)], tested.name(aside), numbered(0), nil)
+		v, err := decode(f.storage.Get(tested.name(aside)), tested.name(aside), numbered(0), nil)
 		if err != nil || len(v.raw) != 70 {
 			t.Errorf("set aside are %d bytes, error %v", len(v.raw), err)
 		}

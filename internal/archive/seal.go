@@ -82,10 +82,15 @@ func keyBytes(text string) (key []byte, ok bool) {
 	return key, err == nil && len(key) == keySize
 }
 
-// seal appends a sealed body to the header of a value.
-func (r *Keyring) seal(header, body, additionalData []byte) []byte {
+// seal appends a sealed body to the header of a value. It needs no other memory if the header has the capacity for it.
+func (r *Keyring) seal(header, additionalData []byte, body ...[]byte) []byte {
 	k := r.keys[0]
-	return k.aead.Seal(append(header, k.id[:]...), nil, body, additionalData)
+	begin := len(header) + len(k.id)
+	stored := append(header, k.id[:]...) //nolint:gocritic // it begins with the header
+	for _, part := range body {
+		stored = append(stored, part...)
+	}
+	return k.aead.Seal(stored[:begin], nil, stored[begin:], additionalData) //nolint:gosec // it makes a random nonce
 }
 
 // open returns the body that is sealed.

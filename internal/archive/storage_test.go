@@ -1,12 +1,10 @@
 package archive
 
 import (
-	"context"
+	"errors"
 	"fmt"
-	"io/fs"
-	"slices"
-	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -15,142 +13,46 @@ import (
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
 
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
-// fakeStorage keeps values in memory. Each operation takes a while, and does what fault says before.
-type fakeStorage struct {
-	mu     sync.Mutex
-	values map[string][]byte
-	counts map[string]int // operations, by name
-	delay  time.Duration
-	fault  func(ctx context.Context, operation, key string, value []byte) error // nil means none
+// testStorage is a storage in memory that fails on demand.
+type testStorage struct {
+	*storagetest.Faulty
+	*storagetest.Memory
 }
 
-func (s *fakeStorage) set(change func()) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	change()
+func newTestStorage() testStorage {
+	m := storagetest.New(storagetest.Redis)
+	return testStorage{storagetest.NewFaulty(m), m}
 }
 
-// fail makes all operations fail with err, or none if it is nil.
-func (s *fakeStorage) fail(err error) {
-	s.set(func() {
-		s.fault = nil
-		if err != nil {
-			s.fault = func(context.Context, string, string, []byte) error { return err }
-		}
-	})
-}
+// Storage returns the storage with its faults.
+func (s testStorage) Storage() certmagic.Storage { return s.Faulty.Storage() }
 
-func (s *fakeStorage) begin(ctx context.Context, operation, key string, value []byte) error {
-	s.mu.Lock()
-	if s.counts == nil {
-		s.counts, s.values = make(map[string]int), make(map[string][]byte)
-	}
-	s.counts[operation]++
-	delay, fault := s.delay, s.fault
-	s.mu.Unlock()
-	if err := sleep(ctx, delay); err != nil || fault == nil {
-		return err
-	}
-	return fault(ctx, operation, key, value)
-}
+// slow makes each operation take d.
+func (s testStorage) slow(d time.Duration) { s.Set(storagetest.Delayed(d)) }
 
-// sleep sleeps, unless ctx ends.
-func sleep(ctx context.Context, d time.Duration) error {
-	timer := time.NewTimer(d)
-	defer timer.Stop()
-	select {
-	case <-timer.C:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
-
-func (s *fakeStorage) Load(ctx context.Context, k string) ([]byte, error) {
-	if err := s.begin(ctx, "Load", k, nil); err != nil {
-		return nil, err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	value, ok := s.values[k]
-	if !ok {
-		return nil, fs.ErrNotExist
-	}
-	return value, nil
-}
-
-func (s *fakeStorage) Store(ctx context.Context, k string, value []byte) error {
-	if err := s.begin(ctx, "Store", k, value); err != nil {
-		return err
-	}
-	s.set(func() { s.values[k] = value })
-	return nil
-}
-
-func (s *fakeStorage) Delete(ctx context.Context, k string) error {
-	if err := s.begin(ctx, "Delete", k, nil); err != nil {
-		return err
-	}
-	s.set(func() { delete(s.values, k) })
-	return nil
-}
-
-func (s *fakeStorage) Exists(ctx context.Context, k string) bool {
-	_, err := s.Load(ctx, k)
-	return err == nil
-}
-
-func (s *fakeStorage) List(ctx context.Context, folder string, _ bool) (keys []string, err error) {
-	if err := s.begin(ctx, "List", folder, nil); err != nil {
-		return nil, err
-	}
-	return s.names(folder + "/"), nil
-}
-
-// names returns the names of the values that begin with prefix.
-func (s *fakeStorage) names(prefix string) (names []string) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for k := range s.values {
-		if strings.HasPrefix(k, prefix) {
-			names = append(names, k)
-		}
-	}
-	slices.Sort(names)
-	return names
-}
-
-func (s *fakeStorage) Lock(ctx context.Context, name string) error {
-	return s.begin(ctx, "Lock", name, nil)
-}
-
-func (s *fakeStorage) Unlock(ctx context.Context, name string) error {
-	return s.begin(ctx, "Unlock", name, nil)
-}
-
-// Stat knows no time.
-func (s *fakeStorage) Stat(ctx context.Context, k string) (certmagic.KeyInfo, error) {
-	return certmagic.KeyInfo{Key: k}, s.begin(ctx, "Stat", k, nil)
-}
-
-// count returns the number of operations of a name.
-func (s *fakeStorage) count(operation string) int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.counts[operation]
-}
+// fail makes each operation fail.
+func (s testStorage) fail(err error) { s.Set(storagetest.Failing(err)) }
 
 // stored returns the places of the values.
-func (s *fakeStorage) stored() (places []place) {
-	for _, name := range s.names("") {
+func (s testStorage) stored() (places []place) {
+	for _, name := range s.Names("") {
 		if p, ok := tested.parse(name); ok {
 			places = append(places, p)
 		}
 	}
 	return places
+}
+
+// refuseLarge refuses values of more than 4000 bytes, and lets the others take a while.
+func refuseLarge(c storagetest.Call) storagetest.Fault {
+	if c.Size > 4000 {
+		return storagetest.Fault{Effect: storagetest.None, Err: errors.New("value too large")}
+	}
+	return storagetest.Fault{Before: time.Millisecond}
 }
 
 // tested is the layout of the namespace in the tests.
@@ -159,43 +61,55 @@ var tested = newLayout("tested")
 // fixture is an archive over a fake storage.
 type fixture struct {
 	*Archive
-	storage *fakeStorage
+	storage testStorage
 	backend *Backend
 	log     *observer.ObservedLogs
 
 	mu        sync.Mutex
 	confirmed map[task.Key]int // reports that are said to be stored
-	room      int
+
+	room atomic.Int32 // how often room was offered
 }
 
 // newFixture returns an archive, which must be closed.
-func newFixture() *fixture {
+func newFixture() *fixture { return newFixtureWith(nil) }
+
+// newFixtureWith returns an archive that set has changed before it starts.
+func newFixtureWith(set func(f *fixture, c *Config)) *fixture {
 	core, log := observer.New(zapcore.DebugLevel)
-	f := &fixture{storage: new(fakeStorage), log: log, confirmed: make(map[task.Key]int)}
-	f.backend = &Backend{Storage: f.storage, Logger: zap.New(core), Retention: 24 * time.Hour}
-	f.Archive = New(Config{
+	f := &fixture{storage: newTestStorage(), log: log, confirmed: make(map[task.Key]int)}
+	f.backend = &Backend{Logger: zap.New(core), Retention: 24 * time.Hour}
+	c := Config{
 		Namespace: "tested", Seed: 1,
 		Stored: func(k task.Key, _ *task.Report) {
 			f.mu.Lock()
 			defer f.mu.Unlock()
 			f.confirmed[k]++
 		},
-		Room: func() {
-			f.mu.Lock()
-			defer f.mu.Unlock()
-			f.room++
-		},
-	})
+		Room: func() { f.room.Add(1) },
+	}
+	if set != nil {
+		set(f, &c)
+	}
+	f.backend.Storage = f.storage.Storage()
+	f.Archive = New(c)
 	f.Attach(f.backend)
 	return f
 }
 
+// Close closes the archive, and waits for what is under way, which Close of the archive does not.
+func (f *fixture) Close() {
+	f.Archive.Close()
+	f.storage.Mend()
+	time.Sleep(time.Minute)
+}
+
 // reopen returns another archive over the same storage.
 func (f *fixture) reopen() *fixture {
-	other := newFixture()
-	other.backend.Storage = f.storage
-	other.storage = f.storage
-	return other
+	return newFixtureWith(func(other *fixture, c *Config) {
+		other.storage = f.storage
+		c.Seed = f.Seed + 1
+	})
 }
 
 func (f *fixture) confirmations() int {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"sync"
 	"time"
 
 	"github.com/caddyserver/certmagic"
@@ -22,6 +23,12 @@ const (
 	passTimeout = 5 * time.Minute
 
 	lockTimeout = time.Second
+
+	// maxSweepFailures is the number of values that may fail at once before that is the storage's fault.
+	maxSweepFailures = 20
+
+	// sweepAgainFor is for how many days after its time a day of the index is swept again if something of it is left.
+	sweepAgainFor = 3
 )
 
 // sweepInterval returns the time between two passes. Each scans one of the 4096 partitions, so a round of the scan takes 28
@@ -39,11 +46,10 @@ func (a *Archive) sweepAll() {
 		wait = min(wait, sweepInterval(b.Retention)+time.Duration(jitter.Int64N(int64(time.Second))))
 	}
 	for {
-		timer := time.NewTimer(wait)
-		select {
-		case <-timer.C:
-		case <-a.ctx.Done():
-			timer.Stop()
+		waited, cancel := context.WithTimeout(a.ctx, wait)
+		<-waited.Done()
+		cancel()
+		if a.ctx.Err() != nil {
 			return
 		}
 		wait = time.Minute
@@ -101,10 +107,12 @@ func (a *Archive) sweep(ctx context.Context, b *Backend, jitter *rand.Rand) erro
 		return err
 	}
 	before := a.Now().Add(-a.retention(b))
-	failed := a.sweepIndex(ctx, b, &c, before)
-	if failed == nil {
-		failed = a.scan(ctx, b, c.Partition, before, jitter)
-		c.Partition = (c.Partition + 1) % partitions
+	failed := errors.Join(
+		a.sweepIndex(ctx, b, &c, before),
+		a.scan(ctx, b, c.Partition, before, jitter),
+	)
+	if c.Partition = (c.Partition + 1) % partitions; c.Partition == 0 {
+		c.Day = "" // look for objects of the index that were left behind
 	}
 	text, err := json.Marshal(c)
 	if err != nil {
@@ -126,7 +134,8 @@ func (a *Archive) loadCursor(ctx context.Context, b *Backend) (cursor, error) {
 	return c, nil
 }
 
-// sweepIndex deletes the values of all objects of the index whose newest value is older than a time, and the objects.
+// sweepIndex deletes the values of all objects of the index whose newest value is older than a time, and the objects. A day
+// with values that cannot be deleted holds up nothing, and is tried again for some days.
 func (a *Archive) sweepIndex(ctx context.Context, b *Backend, c *cursor, before time.Time) error {
 	ctx, cancel := context.WithTimeout(ctx, passTimeout)
 	defer cancel()
@@ -138,16 +147,21 @@ func (a *Archive) sweepIndex(ctx context.Context, b *Backend, c *cursor, before 
 		}
 		c.Day = first
 	}
-	for c.Day <= last {
-		done, err := a.sweepDay(ctx, b, c.Day, before)
-		if err != nil || !done || c.Day == last {
-			return err
-		}
-		day, err := time.Parse(indexDayFormat, c.Day)
+	day, err := time.Parse(indexDayFormat, c.Day)
+	if err != nil {
+		return err
+	}
+	oldest := indexDay(before.AddDate(0, 0, -sweepAgainFor))
+	allDone := true
+	for ; day.Format(indexDayFormat) <= last; day = day.AddDate(0, 0, 1) {
+		name := day.Format(indexDayFormat)
+		done, err := a.sweepDay(ctx, b, name, before)
 		if err != nil {
 			return err
 		}
-		c.Day = day.AddDate(0, 0, 1).Format(indexDayFormat)
+		if allDone = allDone && (done || name < oldest); allDone && name < last {
+			c.Day = day.AddDate(0, 0, 1).Format(indexDayFormat)
+		}
 	}
 	return nil
 }
@@ -175,7 +189,7 @@ func (a *Archive) isIndexName(name string) bool {
 	return ok
 }
 
-// sweepDay deletes what is old of one day of the index, and reports whether that is all of it.
+// sweepDay deletes what is old of one day of the index, and reports whether nothing of the day is left.
 func (a *Archive) sweepDay(ctx context.Context, b *Backend, day string, before time.Time) (done bool, err error) {
 	names, err := listBelow(ctx, b.Storage, a.layout.indexFolder()+"/"+day, a.isIndexName)
 	if err != nil {
@@ -188,50 +202,72 @@ func (a *Archive) sweepDay(ctx context.Context, b *Backend, day string, before t
 			done = false
 			continue
 		}
-		if err := a.sweepObject(ctx, b, name, before); err != nil {
+		swept, err := a.sweepObject(ctx, b, name, newest, before)
+		if err != nil {
 			return false, err
 		}
+		done = done && swept
 	}
 	return done, ctx.Err()
 }
 
 // sweepObject deletes the old values of an object of the index, and then the object. A value that was stored again since
-// is in a later object as well.
-func (a *Archive) sweepObject(ctx context.Context, b *Backend, name string, before time.Time) error {
+// is in a later object as well. It reports whether the object is deleted: it stays if it has values that could not be
+// deleted, or is of another version.
+func (a *Archive) sweepObject(ctx context.Context, b *Backend, name string, newest, before time.Time) (bool, error) {
 	stored, err := b.Storage.Load(ctx, name)
 	if err != nil {
-		return ignoreNotExist(err)
+		return true, ignoreNotExist(err)
 	}
 	places, _, err := decodeIndex(stored)
 	if errors.Is(err, errUnknownVersion) {
-		return nil
+		return false, nil
 	}
 	if err != nil { // the scan finds what it said
 		b.Logger.Warn("an object of the index is damaged and is deleted", zap.String("key", name), zap.Error(err))
 	}
-	if err := a.expireAll(ctx, b, places, before); err != nil {
-		return err
+	left, err := forEach(ctx, places, func(ctx context.Context, p place) error { return a.expire(ctx, b, p, before) })
+	switch {
+	case err != nil:
+		return false, err
+	case len(left) == 0:
+		return true, ignoreNotExist(b.Storage.Delete(ctx, name))
+	case len(left) < len(places):
+		return false, b.Storage.Store(ctx, name, encodeIndex(newest, left))
 	}
-	return ignoreNotExist(b.Storage.Delete(ctx, name))
+	return false, nil
 }
 
-// expireAll deletes those values that are older than a time.
-func (a *Archive) expireAll(ctx context.Context, b *Backend, places []place, before time.Time) error {
-	group, ctx := errgroup.WithContext(ctx)
+// forEach calls f for each place, for several at once. It returns those for which f has failed. If f fails for many, the
+// storage is at fault, and forEach ends with an error.
+func forEach(ctx context.Context, places []place, f func(context.Context, place) error) (failed []place, err error) {
+	var mu sync.Mutex
+	group, groupCtx := errgroup.WithContext(ctx)
 	group.SetLimit(maxSweeps)
 	for _, p := range places {
+		if groupCtx.Err() != nil {
+			break
+		}
 		group.Go(func() error {
-			if ctx.Err() != nil {
-				return ctx.Err()
+			err := f(groupCtx, p)
+			if err == nil {
+				return nil
 			}
-			return a.expire(ctx, b, p, before)
+			mu.Lock()
+			defer mu.Unlock()
+			if failed = append(failed, p); len(failed) > maxSweepFailures {
+				return err
+			}
+			return nil
 		})
 	}
-	return group.Wait()
+	if err := group.Wait(); err != nil {
+		return nil, err
+	}
+	return failed, ctx.Err()
 }
 
-// expire deletes a value if it is older than a time. Only the time inside decides. A damaged value has none, and is set
-// aside.
+// expire deletes a value if it is older than a time. Only the time inside decides.
 func (a *Archive) expire(ctx context.Context, b *Backend, p place, before time.Time) error {
 	name := a.layout.name(p)
 	stored, err := b.Storage.Load(ctx, name)
@@ -239,12 +275,10 @@ func (a *Archive) expire(ctx context.Context, b *Backend, p place, before time.T
 		return ignoreNotExist(err)
 	}
 	at, err := timeOf(stored, name, p.key, b.Keyring)
-	switch {
-	case errors.Is(err, errUnknownVersion):
-		return nil
-	case err != nil && p.kind != damaged:
-		return a.setAside(b, p, stored)
-	case err != nil || !at.Before(before) || a.queued(p.key) != nil:
+	if err != nil {
+		return a.keepWithoutTime(b, p, stored, err)
+	}
+	if !at.Before(before) || a.queued(p.key) != nil {
 		return nil
 	}
 	if err := b.Storage.Delete(ctx, name); ignoreNotExist(err) != nil {
@@ -252,6 +286,15 @@ func (a *Archive) expire(ctx context.Context, b *Backend, p place, before time.T
 	}
 	a.Metrics.swept.Inc()
 	return nil
+}
+
+// keepWithoutTime deals with a value whose time cannot be told. That of another version is left alone. A damaged one is set
+// aside, which gives it a time.
+func (a *Archive) keepWithoutTime(b *Backend, p place, stored []byte, err error) error {
+	if errors.Is(err, errUnknownVersion) || p.kind == damaged {
+		return nil
+	}
+	return a.setAside(b, p, stored)
 }
 
 // scan deletes the old values of a partition.
@@ -264,37 +307,12 @@ func (a *Archive) scan(ctx context.Context, b *Backend, partition int, before ti
 	}
 	// If the time does not suffice for all of them, the next round begins elsewhere.
 	jitter.Shuffle(len(places), func(i, j int) { places[i], places[j] = places[j], places[i] })
-	group, ctx := errgroup.WithContext(ctx)
-	group.SetLimit(maxSweeps)
-	for _, p := range places {
-		group.Go(func() error {
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
-			if info, err := b.Storage.Stat(ctx, a.layout.name(p)); err == nil && info.Modified.After(before) {
-				return nil
-			}
-			return a.expire(ctx, b, p, before)
-		})
-	}
-	return group.Wait()
-}
-
-// listPlaces returns where there are values below a folder.
-func (a *Archive) listPlaces(ctx context.Context, b *Backend, folder string) ([]place, error) {
-	names, err := listBelow(ctx, b.Storage, folder, func(name string) bool {
-		_, ok := a.layout.parse(name)
-		return ok
-	})
-	if err != nil {
-		return nil, err
-	}
-	places := make([]place, 0, len(names))
-	for _, name := range names {
-		if p, ok := a.layout.parse(name); ok {
-			places = append(places, p)
+	_, err = forEach(ctx, places, func(ctx context.Context, p place) error {
+		// What was stored lately is young. If the storage knows the time, that saves reading the value.
+		if info, err := b.Storage.Stat(ctx, a.layout.name(p)); err == nil && info.Modified.After(before) {
+			return nil
 		}
-	}
-	return places, nil
+		return a.expire(ctx, b, p, before)
+	})
+	return err
 }
-

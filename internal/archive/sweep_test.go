@@ -1,12 +1,13 @@
 package archive
 
 import (
-	"context"
 	"strings"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
 )
 
 // saveAll saves reports of all kinds, and returns how many values they are.
@@ -31,7 +32,7 @@ func TestSweepByIndex(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture()
 		defer f.Close()
-		f.storage.delay = 20 * time.Millisecond
+		f.storage.slow(20 * time.Millisecond)
 		values := saveAll(t, f)
 		time.Sleep(24*time.Hour - 2*time.Minute)
 		if n := len(f.storage.stored()); n != values {
@@ -42,7 +43,7 @@ func TestSweepByIndex(t *testing.T) {
 		if n := len(f.storage.stored()); n != 1 {
 			t.Errorf("after their retention, %d old values are left", n-1)
 		}
-		if n := len(f.storage.names(tested.indexFolder())); n != 1 {
+		if n := len(f.storage.Names(tested.indexFolder())); n != 1 {
 			t.Errorf("the index has %d objects", n)
 		}
 	})
@@ -74,8 +75,8 @@ func TestSweepByScan(t *testing.T) {
 		defer f.Close()
 		saveAll(t, f)
 		time.Sleep(time.Hour)
-		for _, name := range f.storage.names(tested.indexFolder()) {
-			delete(f.storage.values, name)
+		for _, name := range f.storage.Names(tested.indexFolder()) {
+			f.storage.Remove(name)
 		}
 		time.Sleep(60 * 24 * time.Hour)
 		if n := len(f.storage.stored()); n != 0 {
@@ -96,17 +97,48 @@ func TestSweepKeepsUp(t *testing.T) {
 			}
 		}
 		time.Sleep(time.Hour)
-		f.storage.set(func() { f.storage.delay = 20 * time.Millisecond })
+		f.storage.slow(20 * time.Millisecond)
 		time.Sleep(23*time.Hour - 10*time.Minute)
-		for f.storage.count("Delete") == 0 {
+		for f.storage.Calls(storagetest.Delete) == 0 {
 			time.Sleep(time.Second)
 		}
 		begin := time.Now()
-		for f.storage.count("Delete") < reports {
+		for f.storage.Calls(storagetest.Delete) < reports {
 			time.Sleep(time.Second)
 		}
 		if rate := reports / time.Since(begin).Seconds(); rate < 500 {
 			t.Errorf("%.0f values a second are deleted", rate)
+		}
+	})
+}
+
+// Values that cannot be read or deleted keep no others from being deleted.
+func TestSweepWithBadValues(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		bad := make(map[string]bool)
+		for i := range 5 {
+			bad[tested.name(place{kind: inPartition, key: numbered(i)})] = true
+		}
+		f.storage.Set(func(c storagetest.Call) storagetest.Fault {
+			if bad[c.Name] && c.Op != storagetest.Store {
+				return storagetest.Fault{Effect: storagetest.None}
+			}
+			return storagetest.Fault{}
+		})
+		for i := range 10 * 24 {
+			f.Save(item(i, 100))
+			time.Sleep(time.Hour)
+		}
+		time.Sleep(25 * time.Hour)
+		if left := len(f.storage.stored()); left != len(bad) {
+			t.Errorf("%d values are left", left)
+		}
+		f.storage.Mend()
+		time.Sleep(60 * 24 * time.Hour)
+		if left := len(f.storage.stored()); left != 0 {
+			t.Errorf("%d values are left in the end", left)
 		}
 	})
 }
@@ -117,23 +149,18 @@ func TestSweepDuringAnOutage(t *testing.T) {
 		f := newFixture()
 		defer f.Close()
 		values := saveAll(t, f)
-		deletes := 0
-		f.storage.set(func() {
-			f.storage.fault = func(_ context.Context, operation, _ string, _ []byte) error {
-				if operation == "Delete" {
-					f.storage.set(func() { deletes++ })
-					if deletes > 50 {
-						return errAway
-					}
-				}
-				return nil
+		var deletes atomic.Int32
+		f.storage.Set(func(c storagetest.Call) storagetest.Fault {
+			if c.Op == storagetest.Delete && deletes.Add(1) > 50 {
+				return storagetest.Fault{Effect: storagetest.None}
 			}
+			return storagetest.Fault{}
 		})
 		time.Sleep(25 * time.Hour)
 		if left := len(f.storage.stored()); left != values-50 {
 			t.Errorf("%d of %d values are left", left, values)
 		}
-		f.storage.fail(nil)
+		f.storage.Mend()
 		time.Sleep(30 * time.Minute)
 		if left := len(f.storage.stored()); left != 0 {
 			t.Errorf("after the outage, %d values are left", left)
@@ -143,20 +170,12 @@ func TestSweepDuringAnOutage(t *testing.T) {
 
 // A lock that hangs costs one operation, and no reads and writes.
 func TestLockThatHangs(t *testing.T) {
-	for _, operation := range []string{"Lock", "Unlock"} {
-		t.Run(operation, func(t *testing.T) {
+	for _, operation := range []storagetest.Op{storagetest.TryLock, storagetest.Unlock} {
+		t.Run(operation.String(), func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				f := newFixture()
 				defer f.Close()
-				release := make(chan struct{})
-				var hanging atomic.Int32
-				f.storage.fault = func(_ context.Context, o, _ string, _ []byte) error {
-					if o == operation {
-						hanging.Add(1)
-						<-release
-					}
-					return nil
-				}
+				f.storage.Set(storagetest.On(storagetest.Hanging(true), operation))
 				for i := range 200 {
 					f.Save(item(i, 100))
 					time.Sleep(10 * time.Minute)
@@ -164,10 +183,10 @@ func TestLockThatHangs(t *testing.T) {
 						t.Fatalf("found %+v, error %v", got, err)
 					}
 				}
-				if n := hanging.Load(); n != 1 {
+				if n := f.storage.Calls(operation); n != 1 {
 					t.Errorf("%d operations hang", n)
 				}
-				close(release)
+				f.storage.Release()
 			})
 		})
 	}
@@ -176,13 +195,12 @@ func TestLockThatHangs(t *testing.T) {
 // Two instances that disagree about the retention are warned, and the longer one counts while both run.
 func TestInstancesDisagreeAboutTheRetention(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		long := newFixture()
-		long.backend.Retention = 90 * 24 * time.Hour
-		short := newFixture()
+		long := newFixtureWith(func(f *fixture, _ *Config) { f.backend.Retention = 90 * 24 * time.Hour })
+		short := newFixtureWith(func(f *fixture, c *Config) {
+			f.storage, f.backend.Retention = long.storage, 2*time.Hour
+			c.Seed = 2
+		})
 		defer short.Close()
-		short.storage, short.backend.Storage, short.backend.Retention = long.storage, long.storage, 2*time.Hour
-		short.Seed = 2
-		short.writer = "another"
 		long.Save(item(0, 100))
 		short.Save(item(1, 100))
 		time.Sleep(10 * 24 * time.Hour)
@@ -201,7 +219,7 @@ func TestInstancesDisagreeAboutTheRetention(t *testing.T) {
 		if n := len(long.storage.stored()); n != 0 {
 			t.Errorf("after the instance with the long retention has ended, %d values are left", n)
 		}
-		if n := len(long.storage.names(strings.TrimSuffix(tested.recordName(""), "/"))); n != 1 {
+		if n := len(long.storage.Names(strings.TrimSuffix(tested.recordName(""), "/"))); n != 1 {
 			t.Errorf("%d records are left", n)
 		}
 	})
@@ -210,10 +228,11 @@ func TestInstancesDisagreeAboutTheRetention(t *testing.T) {
 // A clock that is wrong for a while does not stop anything: only the age of values depends on it.
 func TestClockThatSteps(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
-		f := newFixture()
-		defer f.Close()
 		var step atomic.Int64
-		f.Now = func() time.Time { return time.Now().Add(time.Duration(step.Load())) }
+		f := newFixtureWith(func(_ *fixture, c *Config) {
+			c.Now = func() time.Time { return time.Now().Add(time.Duration(step.Load())) }
+		})
+		defer f.Close()
 		f.storage.fail(errAway)
 		for i := range 10 {
 			f.Save(item(i, 100))
@@ -221,7 +240,7 @@ func TestClockThatSteps(t *testing.T) {
 		}
 		time.Sleep(time.Second)
 		step.Store(-int64(time.Hour))
-		f.storage.fail(nil)
+		f.storage.Mend()
 		time.Sleep(lastProbe)
 		if got, err := f.find(t, numbered(0)); got.Report == nil || err != nil {
 			t.Errorf("found %+v, error %v", got, err)

@@ -79,6 +79,7 @@ func (a *Archive) write(b *Backend, w *write, i Item) {
 	if a.ctx.Err() != nil {
 		return
 	}
+	refused := err != nil && a.isRefused(w)
 	if err == nil {
 		a.Metrics.written.Inc()
 		if a.Stored != nil {
@@ -89,13 +90,15 @@ func (a *Archive) write(b *Backend, w *write, i Item) {
 		}
 	} else {
 		a.Metrics.failed.Inc()
-		a.noteFailedWrite(b, i.Key, err)
+		if !refused {
+			a.noteFailedWrite(b, i.Key, err)
+		}
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.writing--
 	now := time.Now()
-	switch a.failing = err != nil; {
+	switch a.failing = err != nil && !refused; {
 	case err == nil:
 		a.stored++
 		a.storedAt = now
@@ -105,6 +108,20 @@ func (a *Archive) write(b *Backend, w *write, i Item) {
 	default:
 		a.retry(b, w, now, err)
 	}
+	a.queueChanged(b)
+}
+
+// isRefused reports whether a write has failed before, although others have succeeded since. When it fails again, that says
+// nothing about the storage, unless nothing else can be stored any more.
+func (a *Archive) isRefused(w *write) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return w.tries > 0 && a.storedAt.After(w.failedSince) && !a.writes.open()
+}
+
+// queueChanged wakes those who wait for the queue, offers the room that it has, and starts the writes that are due. The
+// caller holds the mutex.
+func (a *Archive) queueChanged(b *Backend) {
 	a.notify()
 	a.offerRoom(b)
 	a.startWrites()
@@ -176,8 +193,9 @@ func (a *Archive) store(ctx context.Context, b *Backend, i Item) error {
 		}
 	}
 	if file := r.File(); i.Target == nil && file != [32]byte{} {
-		k := task.FileKey(task.FileSource(a.Namespace, file), i.Key)
-		return a.storeValue(ctx, b, place{kind: ofFile, key: k}, value{kind: kindReference, at: r.At(), key: k, target: doc, size: size})
+		k := task.FileKey(task.FileSource(a.Namespace, file, i.All), i.Key)
+		ref := place{kind: ofFile, key: k, at: r.At().UnixNano()}
+		return a.storeValue(ctx, b, ref, value{kind: kindReference, at: r.At(), key: k, target: doc, size: size})
 	}
 	return nil
 }
@@ -222,9 +240,9 @@ func (a *Archive) Flush(b *Backend) {
 // A context has no say in it: the grace period of the server may be over already.
 func (a *Archive) Drain(b *Backend) error {
 	a.Flush(b)
-	end := time.NewTimer(drainTimeout)
-	defer end.Stop()
-	patience := time.NewTimer(drainPatience)
+	ctx, cancel := context.WithTimeout(a.ctx, drainTimeout)
+	defer cancel()
+	patience := time.AfterFunc(drainPatience, cancel)
 	defer patience.Stop()
 	stored := uint64(0)
 	for {
@@ -245,11 +263,7 @@ func (a *Archive) Drain(b *Backend) error {
 		}
 		select {
 		case <-changed:
-		case <-patience.C:
-			return drainError(queued)
-		case <-end.C:
-			return drainError(queued)
-		case <-a.ctx.Done():
+		case <-ctx.Done():
 			return drainError(queued)
 		}
 	}

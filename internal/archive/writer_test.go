@@ -1,12 +1,14 @@
 package archive
 
 import (
-	"context"
 	"errors"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
 )
 
 var errAway = errors.New("away")
@@ -16,7 +18,7 @@ func TestWritesKeepUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture()
 		defer f.Close()
-		f.storage.delay = 20 * time.Millisecond
+		f.storage.slow(20 * time.Millisecond)
 		const reports = 6000
 		most := 0
 		for i := range reports {
@@ -47,13 +49,13 @@ func TestRoom(t *testing.T) {
 			t.Error("a full queue has room, or says more than once that it has none")
 		}
 		time.Sleep(time.Minute)
-		if f.room != 0 {
+		if f.room.Load() != 0 {
 			t.Error("room is offered although there is none")
 		}
-		f.storage.fail(nil)
+		f.storage.Mend()
 		time.Sleep(time.Minute)
-		if f.room != 1 || f.confirmations() != n || f.logged("has room again") != 1 {
-			t.Errorf("room was offered %d times, %d of %d reports are stored", f.room, f.confirmations(), n)
+		if f.room.Load() != 1 || f.confirmations() != n || f.logged("has room again") != 1 {
+			t.Errorf("room was offered %d times, %d of %d reports are stored", f.room.Load(), f.confirmations(), n)
 		}
 	})
 }
@@ -69,7 +71,7 @@ func TestConfirmation(t *testing.T) {
 		if f.confirmations() != 0 {
 			t.Error("a report is confirmed that is not stored")
 		}
-		f.storage.fail(nil)
+		f.storage.Mend()
 		time.Sleep(lastRetry)
 		if f.confirmations() != 1 || len(f.storage.stored()) != 1 {
 			t.Error("a report is not stored when the storage works again")
@@ -82,12 +84,7 @@ func TestRefusedValues(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture()
 		defer f.Close()
-		f.storage.fault = func(_ context.Context, _, _ string, value []byte) error {
-			if len(value) > 4000 {
-				return errors.New("value too large")
-			}
-			return nil
-		}
+		f.storage.Set(refuseLarge)
 		const refused = 20
 		for i := range refused {
 			f.Save(item(i, 20_000))
@@ -108,6 +105,9 @@ func TestRefusedValues(t *testing.T) {
 		if n := f.logged("does not take a report: it is retried"); n != refused {
 			t.Errorf("%d values are logged", n)
 		}
+		if fails, works := f.logged("the storage fails"), f.logged("the storage works again"); fails != 1 || works != 1 {
+			t.Errorf("logged %d times that the storage fails and %d times that it works again", fails, works)
+		}
 		if n := f.logged("it is given up"); n != refused || f.Stats().Queued != 0 {
 			t.Errorf("%d values are given up, %d are queued", n, f.Stats().Queued)
 		}
@@ -125,12 +125,12 @@ func TestOutage(t *testing.T) {
 			f.Save(item(i, 100))
 		}
 		time.Sleep(5 * time.Hour)
-		before := f.storage.count("Store")
+		before := f.storage.Calls(storagetest.Store)
 		time.Sleep(time.Minute)
-		if tries := f.storage.count("Store") - before; tries > 60 {
+		if tries := f.storage.Calls(storagetest.Store) - before; tries > 60 {
 			t.Errorf("the storage is tried %d times a minute", tries)
 		}
-		f.storage.fail(nil)
+		f.storage.Mend()
 		time.Sleep(time.Minute)
 		if n := f.confirmations(); n != reports || f.Stats().Failing {
 			t.Errorf("%d of %d reports are stored in the end", n, reports)
@@ -148,14 +148,13 @@ func TestWriteThatHangs(t *testing.T) {
 		f := newFixture()
 		defer f.Close()
 		name := tested.name(place{kind: inPartition, key: numbered(0)})
-		hangs := true
-		f.storage.fault = func(_ context.Context, operation, key string, _ []byte) error {
-			if operation == "Store" && key == name && hangs {
-				hangs = false
-				time.Sleep(10 * time.Minute)
+		var hung atomic.Bool
+		f.storage.Set(func(c storagetest.Call) storagetest.Fault {
+			if c.Op == storagetest.Store && c.Name == name && !hung.Swap(true) {
+				return storagetest.Fault{Before: 10 * time.Minute, Deaf: true}
 			}
-			return nil
-		}
+			return storagetest.Fault{}
+		})
 		f.Save(item(0, 100))
 		time.Sleep(time.Second)
 		newest := item(0, 300)
@@ -181,7 +180,7 @@ func TestDrain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture()
 		defer f.Close()
-		f.storage.delay = 20 * time.Millisecond
+		f.storage.slow(20 * time.Millisecond)
 		for i := range maxQueue {
 			f.Save(item(i, 100))
 		}
@@ -192,7 +191,7 @@ func TestDrain(t *testing.T) {
 		if took := time.Since(begin); took > 10*time.Second || f.confirmations() != maxQueue {
 			t.Errorf("draining took %s, %d reports are stored", took, f.confirmations())
 		}
-		if n := len(f.storage.names(tested.indexFolder())); n != 3 {
+		if n := len(f.storage.Names(tested.indexFolder())); n != 3 {
 			t.Errorf("the index has %d objects", n)
 		}
 	})
@@ -212,7 +211,7 @@ func TestDrainAfterAnOutage(t *testing.T) {
 		if err := f.Drain(f.backend); err == nil || !strings.Contains(err.Error(), "100 reports") || time.Since(begin) != drainPatience {
 			t.Errorf("error %v after %s", err, time.Since(begin))
 		}
-		f.storage.fail(nil)
+		f.storage.Mend()
 		begin = time.Now()
 		if err := f.Drain(f.backend); err != nil {
 			t.Error(err)
@@ -228,13 +227,8 @@ func TestDrainWithRefusedValues(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture()
 		defer f.Close()
-		f.storage.delay = 20 * time.Millisecond
-		f.storage.fault = func(_ context.Context, _, _ string, value []byte) error {
-			if len(value) > 4000 {
-				return errors.New("value too large")
-			}
-			return nil
-		}
+		f.storage.slow(20 * time.Millisecond)
+		f.storage.Set(refuseLarge)
 		for i := range 20 {
 			f.Save(item(i, 20_000))
 		}
@@ -256,14 +250,15 @@ func TestDrainLeavesTheQueueToOthers(t *testing.T) {
 		f.storage.fail(errAway)
 		f.Save(item(0, 100))
 		time.Sleep(time.Second)
-		other := &Backend{Storage: new(fakeStorage), Logger: f.backend.Logger, Retention: time.Hour}
+		newer := newTestStorage()
+		other := &Backend{Storage: newer.Storage(), Logger: f.backend.Logger, Retention: time.Hour}
 		f.Attach(other)
 		if err := f.Drain(f.backend); err != nil {
 			t.Error(err)
 		}
 		f.Detach(f.backend)
 		time.Sleep(time.Minute)
-		if n := len(other.Storage.(*fakeStorage).stored()); n != 1 {
+		if n := len(newer.stored()); n != 1 {
 			t.Errorf("%d values are stored in the other storage", n)
 		}
 	})

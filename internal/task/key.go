@@ -47,9 +47,10 @@ func NodeSource(namespace, appServerID string) Source {
 // SubmissionSource returns the source of reports by their submissions.
 func SubmissionSource(namespace string) Source { return newSource("submission", namespace) }
 
-// FileSource returns the source of references to the reports of a file, given the SHA-256 sum of the file.
-func FileSource(namespace string, sum [sha256.Size]byte) Source {
-	return newSource("file", namespace, string(sum[:]))
+// FileSource returns the source of references to the high-level or the complete reports of a file, given the SHA-256 sum of
+// the file.
+func FileSource(namespace string, sum [sha256.Size]byte, all bool) Source {
+	return newSource("file", namespace, string(sum[:]), strconv.FormatBool(all))
 }
 
 // Source returns the source of the key.

@@ -7,7 +7,7 @@ import (
 
 func TestKeysDiffer(t *testing.T) {
 	node, other, elsewhere, submissions := NodeSource("a", "b"), NodeSource("a", "bc"), NodeSource("b", "b"), SubmissionSource("a")
-	file := FileSource("a", [32]byte{1})
+	file := FileSource("a", [32]byte{1}, false)
 	seen := make(map[Key]string)
 	for name, k := range map[string]Key{
 		"nothing":              NewKey(),
@@ -25,7 +25,8 @@ func TestKeysDiffer(t *testing.T) {
 		"another submission":   SubmissionKey(submissions, "b", false),
 		"a file":               FileKey(file, ReportKey(node, "c", false)),
 		"complete, of a file":  FileKey(file, ReportKey(node, "c", true)),
-		"another file":         FileKey(FileSource("a", [32]byte{2}), ReportKey(node, "c", false)),
+		"another file":         FileKey(FileSource("a", [32]byte{2}, false), ReportKey(node, "c", false)),
+		"all of a file":        FileKey(FileSource("a", [32]byte{1}, true), ReportKey(node, "c", false)),
 	} {
 		if other, ok := seen[k]; ok {
 			t.Errorf("%s and %s have the same key", name, other)
@@ -35,7 +36,7 @@ func TestKeysDiffer(t *testing.T) {
 }
 
 func TestKeyBeginsWithItsSource(t *testing.T) {
-	node, file := NodeSource("a", "b"), FileSource("a", [32]byte{1})
+	node, file := NodeSource("a", "b"), FileSource("a", [32]byte{1}, true)
 	report := ReportKey(node, "c", true)
 	if report.Source() != node {
 		t.Error("the key of a report does not begin with its node")

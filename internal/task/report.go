@@ -74,9 +74,14 @@ func (r *Report) Document() Document {
 // At returns when the upstream answered, last of all if it has answered with the same document several times.
 func (r *Report) At() time.Time { return time.Unix(0, r.at.Load()) }
 
+// Same reports whether the upstream answered with the same document.
+func (r *Report) Same(other *Report) bool {
+	return r.hash == other.hash && r.finished == other.finished
+}
+
 // Renew reports whether the upstream answered with the same document again, in which case the time of that answer counts.
 func (r *Report) Renew(again *Report) bool {
-	if r.hash != again.hash || r.finished != again.finished || r.IsEmpty() {
+	if !r.Same(again) || r.IsEmpty() {
 		return false
 	}
 	r.at.Store(again.at.Load())
