@@ -89,12 +89,12 @@ func TestStorage(t *testing.T) {
 		}
 	}
 	for _, rounds := range all.purges {
-		if r := rounds[0]; r.before.documents != stored || r.after.values != 0 || r.answer != "" {
+		if r := rounds[0]; r.before.documents != stored || r.before.values != 2*stored || r.after.values != 0 || r.answer != "" {
 			t.Errorf("%+v", r)
 		}
 	}
 	for _, rounds := range all.sweeps {
-		if r := rounds[0]; r.before.documents != stored || r.after.values != 0 {
+		if r := rounds[0]; r.before.values != 2*stored || r.after.values != 0 || r.perSecond() == 0 {
 			t.Errorf("%+v", r)
 		}
 	}

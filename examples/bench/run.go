@@ -119,12 +119,12 @@ func run(ctx context.Context, o options, out io.Writer) error {
 		if !o.parts.MatchString(p.name) {
 			continue
 		}
-		if err := p.run(ctx, participants, &all); err != nil {
-			return err
+		if err = p.run(ctx, participants, &all); err != nil {
+			break
 		}
 	}
-	all.print(ctx, out, h)
-	return nil
+	all.print(ctx, out, h) // of a run that failed, the parts before
+	return err
 }
 
 // part is a part of a run.

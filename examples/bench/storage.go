@@ -138,7 +138,8 @@ type storedCount struct {
 	values    int // the documents, and the references to them
 }
 
-var valueName = regexp.MustCompile(`^[0-9a-f]{64}$`)
+// valueName matches the names of values, which begin with a key. That of a reference from a file goes on with a time.
+var valueName = regexp.MustCompile(`^[0-9a-f]{64}(-[0-9]+|\.large)?$`)
 
 // countStored counts what a folder of a storage has. A folder that does not exist has nothing.
 func countStored(folder string) (storedCount, error) {

@@ -2,6 +2,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -66,8 +67,8 @@ func (h *harness) purgeOf(ctx context.Context, delay time.Duration, of string) (
 		return r, err
 	}
 	begin := time.Now()
-	for done := false; !done && time.Since(begin) < maxPurge && err == nil; r.requests++ {
-		done, r.answer, err = h.purge(ctx, s)
+	for next := new(int); next != nil && time.Since(begin) < maxPurge && err == nil; r.requests++ {
+		next, r.answer, err = h.purge(ctx, s, *next)
 	}
 	r.took = time.Since(begin)
 	found, countErr := countStored(folder)
@@ -75,23 +76,30 @@ func (h *harness) purgeOf(ctx context.Context, delay time.Duration, of string) (
 	return r, errors.Join(err, countErr)
 }
 
-// purge asks a server to purge everything and reports whether it has done so. If not, answer is what it said.
-func (h *harness) purge(ctx context.Context, s *server) (done bool, answer string, err error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodDelete, "http://"+s.Admin+"/fsbroker/cache", nil)
+// purge asks a server to purge everything, or to go on with that. It returns where to go on, or nil if all is done. If the
+// request failed, answer is the status.
+func (h *harness) purge(ctx context.Context, s *server, from int) (next *int, answer string, err error) {
+	url := fmt.Sprintf("http://%s/fsbroker/cache?from=%d", s.Admin, from)
+	req, err := http.NewRequestWithContext(ctx, http.MethodDelete, url, nil)
 	if err != nil {
-		return false, "", err
+		return nil, "", err
 	}
 	resp, err := h.client.Do(req)
 	if err != nil {
-		return false, "", err
+		return nil, "", err
 	}
 	defer resp.Body.Close()
-	if resp.StatusCode == http.StatusOK {
-		return true, "", nil
-	}
 	body, err := io.ReadAll(resp.Body)
-	progress.Printf("the purge was answered with status %d: %.200s", resp.StatusCode, body)
-	return false, resp.Status, err
+	if err != nil {
+		return nil, "", err
+	}
+	if resp.StatusCode != http.StatusOK {
+		progress.Printf("the purge was answered with status %d: %.200s", resp.StatusCode, body)
+		return &from, resp.Status, nil
+	}
+	var purged struct{ Next *int }
+	err = json.Unmarshal(body, &purged)
+	return purged.Next, "", err
 }
 
 // printPurges prints the medians of the rounds.

@@ -18,7 +18,7 @@ type sweepResult struct {
 	delay  time.Duration
 	before storedCount
 	after  storedCount
-	swept  int // values, between the first look and the last
+	swept  int // values
 	took   time.Duration
 }
 
@@ -86,9 +86,9 @@ func (h *harness) copyOf(folder string) (string, error) {
 
 // waitForSweep waits until all values are swept, or for maxSweep, and records how fast that was.
 func (h *harness) waitForSweep(ctx context.Context, s *server, r *sweepResult) error {
-	var first time.Time
-	var already int
-	for begin := time.Now(); r.swept+already < r.before.values && time.Since(begin) < maxSweep; {
+	begin := time.Now()
+	idle := begin // the last time when nothing had been swept
+	for r.swept < r.before.values && time.Since(begin) < maxSweep {
 		if err := wait(ctx, 20*time.Millisecond); err != nil {
 			return err
 		}
@@ -96,12 +96,11 @@ func (h *harness) waitForSweep(ctx context.Context, s *server, r *sweepResult) e
 		if err != nil {
 			return err
 		}
-		swept := int(m[sweptMetric])
-		if swept > 0 && first.IsZero() {
-			first, already = time.Now(), swept
-		}
-		if swept > r.swept+already {
-			r.swept, r.took = swept-already, time.Since(first)
+		switch swept := int(m[sweptMetric]); {
+		case swept == 0:
+			idle = time.Now()
+		case swept > r.swept:
+			r.swept, r.took = swept, time.Since(idle)
 		}
 	}
 	return nil
