@@ -393,6 +393,9 @@ func (ns *namespace) close() error {
 	if ns.pollers != nil {
 		ns.pollers.stop()
 		ns.resolver.retired.Store(true)
+		for u := range ns.resolver.upstreams() {
+			u.health.close()
+		}
 		live.remove(ns.resolver)
 	}
 	if ns.backend != nil {

@@ -168,7 +168,8 @@ func (e Endpoint) newUpstream(repl *caddy.Replacer, role role, name string, o en
 		upstreamOptions: o.upstreamOptions,
 		line:            semaphore.NewWeighted(maxInFlight),
 	}
-	u.health.failDuration, u.health.logger = o.failDuration, o.logger
+	u.health.role, u.health.failDuration, u.health.logger = role, o.failDuration, o.logger
+	u.health.warnings = make(map[string]*warning)
 	u.health.notify = func(event, reason string) { o.notify(u, event, reason) }
 	return u, nil
 }
@@ -204,9 +205,10 @@ func setNocache(params url.Values, fresh bool) {
 func (u *upstream) fetchReport(ctx context.Context, params url.Values) (*task.Report, error) {
 	var report *task.Report
 	status, err := u.fetch(ctx, "task", params, sourceRequest, func(body io.Reader, grow func(int64) error) (err error) {
-		report, err = task.ReadReport(body, grow)
+		marked := &marker{Reader: body}
+		report, err = task.ReadReport(marked, grow)
 		if _, ok := errors.AsType[*problem](err); err != nil && !ok {
-			return u.problem(problemBadAnswer, fmt.Sprintf("sent something that is not a report: %s. Try again later", err))
+			return u.notA("report", err, marked)
 		}
 		return err
 	})
@@ -219,6 +221,14 @@ func (u *upstream) fetchReport(ctx context.Context, params url.Values) (*task.Re
 		return nil, errUnknown
 	}
 	return report, nil
+}
+
+// notA returns the problem that an answer is not what it should be.
+func (u *upstream) notA(wanted string, err error, body *marker) *problem {
+	if body.isHTML() {
+		return u.problem(problemBadAnswer, "sent something that looks like HTML and is not a "+wanted+": its operator checks that its address is that of the "+u.role.String())
+	}
+	return u.problem(problemBadAnswer, fmt.Sprintf("sent something that is not a %s: %s"+tryAgain, wanted, err))
 }
 
 // fetchSubmission fetches what the broker says about a submission. The error is errUnknown if the broker does not know it.
@@ -263,8 +273,9 @@ const maxInfo = 64 << 10
 func (u *upstream) fetchSystemInfo(ctx context.Context, timeout time.Duration) (response, systemInfo, error) {
 	var info systemInfo
 	r, err := u.exchange(ctx, timeout, "system-info", make(url.Values), func(body io.Reader, _ func(int64) error) (err error) {
-		if info, err = readSystemInfo(io.LimitReader(body, maxInfo)); err != nil {
-			return u.problem(problemBadAnswer, "sent something that is not a JSON object: its operator must correct that")
+		marked := &marker{Reader: io.LimitReader(body, maxInfo)}
+		if info, err = readSystemInfo(marked); err != nil {
+			return u.notA("JSON object", errors.New("it is not JSON, or something else"), marked)
 		}
 		return nil
 	})
