@@ -149,7 +149,7 @@ func TestCaddyfileErrors(t *testing.T) {
 		"cache {\nttl 1h\n}\ncache {\nttl 1h\n}":              "cache is given more than once",
 		"cache {\nttl x\n}":                                   "ttl must be a duration of more than 0, such as 30s or 24h, not x",
 		"cache {\nmax_size x\n}":                              "max_size must be a size of more than 0, such as 64MiB, not x",
-		"cache {\nsize 1\n}":                                  "unknown option size: the options of cache are namespace, ttl, max_size, storage and retention",
+		"cache {\nsize 1\n}":                                  "unknown option size: the options of cache are namespace, ttl, max_size, storage, retention and encryption_key",
 		"cache {\nnamespace\n}":                               "wrong number of arguments: expected namespace <name>",
 		"cache {\nnamespace a/b\n}":                           "namespace must be 1 to 64 letters, digits, dots, dashes or underscores, the first a letter or a digit",
 		"cache {\nnamespace ..\n}":                            "namespace must be 1 to 64 letters, digits, dots, dashes or underscores, the first a letter or a digit",

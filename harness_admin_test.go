@@ -135,6 +135,15 @@ func number(t testing.TB, value string) (n int) {
 	return n
 }
 
+// wantQueueEmpty waits until nothing is queued for a storage any more.
+func (s *adminSite) wantQueueEmpty() {
+	s.t.Helper()
+	eventually(s.t, "the queue to be empty", func() bool {
+		_, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache")
+		return !regexp.MustCompile(`"queued":[^0]`).MatchString(body)
+	})
+}
+
 // wantAdmin checks a response of the admin API, apart from the times in it.
 func (s *adminSite) wantAdmin(method, path string, status int, want string) {
 	s.t.Helper()
