@@ -66,6 +66,9 @@ func TestAdminNodes(t *testing.T) {
 	if took := time.Since(begin); took > 5*time.Second {
 		t.Errorf("the response took %s", took)
 	}
+	if lines := s.logged("broker fails"); len(lines) != 1 || lines[0]["node"] != nil {
+		t.Errorf("the log has %v", lines)
+	}
 	close(g.open)
 	(<-held).wantStatus(t, http.StatusOK)
 
@@ -89,7 +92,7 @@ func TestAdminCache(t *testing.T) {
 		t.Errorf("%v: %s", err, body)
 	}
 
-	s.load(options(node, "cache {\n max_size 1\n storage\n }"))
+	s.load(options(node, "cache {\n max_size 1B\n storage\n }"))
 	s.get(pair)
 	eventually(t, "the report to be stored", func() bool {
 		_, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache")

@@ -207,7 +207,7 @@ func (h *health) fail(source healthSource, kind problemKind, f *failure) {
 	if source != sourceRequest {
 		return
 	}
-	if kind != problemAnswerTooLarge { // which only this report is
+	if kind != problemAnswerTooLarge && kind != problemOverloaded { // which passes, or only this report is
 		h.inARow++
 	}
 	if h.inARow >= unhealthyAfter || kind == problemRefusedSecret {

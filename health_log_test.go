@@ -165,6 +165,7 @@ func TestFailuresThatDoNotCount(t *testing.T) {
 		state  healthStatus
 	}{
 		"a report that is too large": {sourceRequest, problemAnswerTooLarge, statusDegraded},
+		"a busy moment":              {sourceRequest, problemOverloaded, statusDegraded},
 		"no memory":                  {sourceRequest, problemBusy, statusHealthy},
 		"no explanation":             {sourceOther, problemBadAnswer, statusHealthy},
 		"refuses to explain":         {sourceOther, problemRefusedSecret, statusHealthy},

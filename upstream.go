@@ -142,7 +142,7 @@ func (u *upstream) exchange(ctx context.Context, timeout time.Duration, path str
 	if dial.isLocal() {
 		u.diagnoseLocal(&r)
 	} else {
-		u.diagnose(ctx, &r)
+		u.diagnose(ctx, timeout, &r)
 	}
 	if ce := u.logger.Check(zap.DebugLevel, "fetched"); ce != nil {
 		code := ""
@@ -309,7 +309,7 @@ func drain(resp *http.Response) {
 }
 
 // diagnose sets the problem that the error of an exchange means.
-func (u *upstream) diagnose(ctx context.Context, r *response) {
+func (u *upstream) diagnose(ctx context.Context, timeout time.Duration, r *response) {
 	if r.cause == nil {
 		return
 	}
@@ -326,7 +326,7 @@ func (u *upstream) diagnose(ctx context.Context, r *response) {
 		r.problem, r.details = u.diagnoseDial(r.cause)
 		r.cause = errors.New(u.redact(r.cause.Error())) // it may name what a certificate states
 	case isTimeout(r.cause):
-		r.problem = u.problem(problemTimeout, fmt.Sprintf("did not answer within %s"+tryAgain, time.Since(r.start).Round(10*time.Millisecond)))
+		r.problem = u.problem(problemTimeout, fmt.Sprintf("did not answer within %s"+tryAgain, timeout))
 	default:
 		r.problem = u.problem(problemBadAnswer, describeBroken(*r)+tryAgain)
 	}
