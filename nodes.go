@@ -34,10 +34,10 @@ type Node struct {
 
 // Endpoint configures how a node or the broker is reached, and with which secret.
 type Endpoint struct {
-	// A URL with the scheme `https` or `http`, and optionally a path that precedes `/task`, or `host:port`. Without a
-	// scheme it is HTTPS if the transport has TLS configured, and HTTP otherwise. `http` beside a transport with TLS is an
-	// error, unless the port is one of its `except_ports`. Placeholders such as `{env.NAME}` are resolved when the
-	// configuration is loaded.
+	// A URL with the scheme `https` or `http`, and optionally a path that precedes `/task`, or `host:port`, which needs the
+	// port. Without a scheme it is HTTPS if the transport has TLS configured, and HTTP otherwise. `http` beside a transport
+	// with TLS is an error, unless the port is one of its `except_ports`. Placeholders such as `{env.NAME}` are resolved
+	// when the configuration is loaded.
 	Address string `json:"address"`
 
 	// The secret that the upstream requires, if any. Placeholders such as `{env.NAME}` and `{file./path}` are resolved
@@ -78,6 +78,9 @@ func (e Endpoint) newSecret(value string) (*upstreamSecret, error) {
 // errAddress does not show the address: a password in it must not get into a log.
 var errAddress = errors.New("the address must be host:port, or http://host:port/path or https://…, without user, query and fragment")
 
+// errNoPort does not show the address either.
+var errNoPort = errors.New("the address has no port: write host:port (by default, a node listens on 22001 and a broker on 23001), or https://host if the port is 443")
+
 // parseAddress parses an address and completes it, so that one place always has the same name. An address without a
 // scheme has the one that scheme returns for its port.
 func parseAddress(address string, scheme func(port string) string) (*url.URL, error) {
@@ -93,6 +96,9 @@ func parseAddress(address string, scheme func(port string) string) (*url.URL, er
 		return nil, errAddress
 	}
 	port := u.Port()
+	if bare && port == "" {
+		return nil, errNoPort
+	}
 	if bare {
 		u.Scheme = scheme(port)
 	}
@@ -130,7 +136,7 @@ var errHTTPBesideTLS = errors.New("the scheme of the address is http, but the tr
 
 // newUpstream resolves and checks an Endpoint. The name is a node's application server ID.
 func (e Endpoint) newUpstream(repl *caddy.Replacer, role role, name string, o endpointOptions) (*upstream, error) {
-	address, err := repl.ReplaceOrErr(e.Address, true, true)
+	address, err := replacePlaceholders(repl, e.Address)
 	if err != nil {
 		return nil, fmt.Errorf("resolving the address: %w", err)
 	}
