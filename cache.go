@@ -384,9 +384,16 @@ func (m *memory) all() iter.Seq[*entry] {
 	}
 }
 
-// attach makes an archive one in which all finished reports are stored, including those that are kept already.
+// attach makes an archive one in which all finished reports are stored, including those that are kept already, and those
+// that have left memory but are still queued for another archive.
 func (m *memory) attach(a *archive.Archive) {
 	m.mu.Lock()
+	for other := range m.unsaved {
+		for _, i := range other.Queued() {
+			i.Target = nil // it may not be stored in this one
+			a.Save(i)
+		}
+	}
 	unsaved := make(map[*entry]struct{})
 	for e := range m.all() {
 		if e.report.Finished() {

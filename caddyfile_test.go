@@ -167,7 +167,12 @@ func TestCaddyfileErrors(t *testing.T) {
 		"cache {\nretention 0\n}":                             "retention must be a duration of at least 1ms, such as 30s or 24h, not 0",
 		"cache {\nstorage\nstorage\n}":                        "storage is given more than once",
 		"cache {\nstorage {\nx\n}\n}":                         "storage without a module takes no block",
-		"nodes a b":                                           "unknown option nodes: the options of fsbroker_task are secret, node, broker, transport, timeout, poll_interval, max_wait, max_report, fail_duration, health_interval, health_timeout and cache",
+		"cache {\nstorage\nencryption_key\n}":                 "wrong number of arguments: expected encryption_key <key> [<older key>...]",
+		"cache {\nstorage\nencryption_key hush \"\"\n}":       "an encryption key is empty",
+		"cache {\nstorage\nencryption_key hush {\nx\n}\n}":    "encryption_key takes no block",
+		"cache {\nencryption_key hush\n}":                     "encryption_key needs a storage: configure storage as well",
+		"cache {\nstorage\nencryption_key hush\nencryption_key hush\n}": "encryption_key is given more than once: give all keys at once, the newest first",
+		"nodes a b": "unknown option nodes: the options of fsbroker_task are secret, node, broker, transport, timeout, poll_interval, max_wait, max_report, fail_duration, health_interval, health_timeout and cache",
 	} {
 		t.Run(options, func(t *testing.T) {
 			text := "fsbroker_task {\n" + options

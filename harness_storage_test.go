@@ -7,6 +7,7 @@ import (
 	"encoding/binary"
 	"fmt"
 	"net/http"
+	"os"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -233,5 +234,22 @@ func (s *site) wantUnreadable(t *testing.T, node *backend, path string) {
 	r.wantProblem(t, http.StatusBadGateway, "node_bad_answer")
 	if !strings.Contains(string(r.body), "storage that may have it cannot be read either") {
 		t.Errorf("the problem does not say that the storage cannot be read: %s", r.body)
+	}
+}
+
+func readFile(t testing.TB, name string) []byte {
+	t.Helper()
+	content, err := os.ReadFile(name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return content
+}
+
+// overwrite replaces the content of a file.
+func overwrite(t testing.TB, name string, content []byte) {
+	t.Helper()
+	if err := os.WriteFile(name, content, 0o600); err != nil {
+		t.Fatal(err)
 	}
 }

@@ -206,6 +206,29 @@ func TestAnotherArchive(t *testing.T) {
 	})
 }
 
+// Another storage also gets what has left memory, but is still queued for the one before.
+func TestAnotherArchiveGetsTheQueue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := savingMemory(t, 1<<20)
+		_, f := openFaulty(t, m, "one")
+		f.Set(storagetest.Failing(errStorageAway))
+		const reports = 50
+		for i := range reports {
+			keepFinished(m, i, 100<<10)
+		}
+		if n := m.stats().Entries; n > 10 {
+			t.Fatalf("%d reports are in memory", n)
+		}
+		other, _ := openFaulty(t, m, "other")
+		time.Sleep(time.Minute)
+		for i := range reports {
+			if !isStored(t, other, numbered(i)) {
+				t.Errorf("%d is not stored", i)
+			}
+		}
+	})
+}
+
 // A report that is loaded from an archive is not written to that one again.
 func TestLoadedIsNotSavedAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

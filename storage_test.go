@@ -323,7 +323,11 @@ func TestValuesThatAreRefused(t *testing.T) {
 	if took := time.Since(start); took > 5*time.Second {
 		t.Errorf("the small reports are stored after %s", took)
 	}
-	defer func() { for _, l := range s.logged("storage") { t.Log(l) } }()
+	defer func() {
+		for _, l := range s.logged("storage") {
+			t.Log(l)
+		}
+	}()
 	eventually(t, "a warning for each", func() bool {
 		return len(s.logged("the storage does not take a report: it is retried")) == large
 	})

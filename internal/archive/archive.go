@@ -62,6 +62,8 @@ type Archive struct {
 	writing   int        // writes under way
 	wake      *time.Timer
 	refused   int           // reports refused since Room was called
+	tellFull  time.Time     // when it may be logged again that the queue is full
+	toldFull  bool          // that the queue is full
 	changed   chan struct{} // closed and replaced when the queue or the index batches change
 	stored    uint64        // writes that have succeeded
 	storedAt  time.Time     // the last one
@@ -181,10 +183,12 @@ func (a *Archive) Save(i Item) bool {
 	}
 	if !a.queue.push(i) {
 		a.Metrics.refused.Inc()
-		if a.refused++; a.refused == 1 {
+		if now := time.Now(); a.refused == 0 && now.After(a.tellFull) {
+			a.tellFull, a.toldFull = now.Add(complainEvery), true
 			a.current().Logger.Warn("the queue to the storage is full: memory keeps reports until there is room again",
 				zap.Int("queued", a.queue.len()))
 		}
+		a.refused++
 		return false
 	}
 	a.startWrites()
@@ -211,6 +215,13 @@ func (a *Archive) queued(k task.Key) *Item {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	return a.queue.get(k)
+}
+
+// Queued returns all items that are queued, in no order.
+func (a *Archive) Queued() []Item {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.queue.items()
 }
 
 // Stats describes the queue to a storage.

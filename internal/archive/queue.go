@@ -81,7 +81,7 @@ func (r *retries) Pop() any {
 func (q *queue) len() int { return len(q.byKey) }
 
 // push adds an item, or replaces the one under the same key. An item whose write is under way is replaced when that
-// returns. It reports whether there is room.
+// returns. It reports whether there is room. An empty queue has room for any item.
 func (q *queue) push(i Item) bool {
 	if w := q.byKey[i.Key]; w != nil {
 		q.bytes += i.Report.Size() - w.latest().Report.Size()
@@ -92,7 +92,7 @@ func (q *queue) push(i Item) bool {
 		}
 		return true
 	}
-	if q.len() >= maxQueue || q.bytes+i.Report.Size() > maxQueueBytes {
+	if q.len() >= maxQueue || q.len() > 0 && q.bytes+i.Report.Size() > maxQueueBytes {
 		return false
 	}
 	if q.byKey == nil {
@@ -119,6 +119,17 @@ func (q *queue) get(k task.Key) *Item {
 		return w.latest()
 	}
 	return nil
+}
+
+// items returns the newest item of each key, in no order.
+func (q *queue) items() []Item {
+	items := make([]Item, 0, q.len())
+	for _, w := range q.byKey {
+		if !w.dropped() {
+			items = append(items, *w.latest())
+		}
+	}
+	return items
 }
 
 // dropped reports whether nothing is left to store when the write under way returns.

@@ -127,6 +127,10 @@ func TestQueueIsBounded(t *testing.T) {
 	if n != maxQueue {
 		t.Errorf("%d small items have room", n)
 	}
+	var one queue
+	if large := item(0, maxQueueBytes+1); !one.push(large) || one.push(item(1, 1)) {
+		t.Error("the largest item has no room, or others beside it")
+	}
 }
 
 func TestQueueFlush(t *testing.T) {

@@ -163,8 +163,10 @@ func (a *Archive) offerRoom(b *Backend) {
 	if a.refused == 0 || a.queue.len() > maxQueue*3/4 || a.queue.bytes > maxQueueBytes*3/4 {
 		return
 	}
-	b.Logger.Info("the queue to the storage has room again", zap.Int("refused", a.refused))
-	a.refused = 0
+	if a.toldFull {
+		b.Logger.Info("the queue to the storage has room again", zap.Int("refused", a.refused))
+	}
+	a.refused, a.toldFull = 0, false
 	if a.Room != nil {
 		go a.Room()
 	}

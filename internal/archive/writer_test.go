@@ -60,6 +60,25 @@ func TestRoom(t *testing.T) {
 	})
 }
 
+// A queue that is full again and again is logged once in a while.
+func TestRoomIsLoggedRarely(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		f.storage.slow(20 * time.Millisecond)
+		small, saved := report(1), 0
+		for range 12 {
+			for f.Save(Item{Key: numbered(saved), Report: small}) {
+				saved++
+			}
+			time.Sleep(2 * time.Second)
+		}
+		if full, room := f.logged("the queue to the storage is full"), f.logged("has room again"); full != 1 || room != 1 || f.room.Load() < 10 {
+			t.Errorf("logged %d times that it is full and %d times that it has room, which was offered %d times", full, room, f.room.Load())
+		}
+	})
+}
+
 // A report is confirmed after it was stored, not before.
 func TestConfirmation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
