@@ -52,6 +52,7 @@ func (m *monitored) refuse() {
 // want checks what was logged and reported since the last call, and the state.
 func (m *monitored) want(t *testing.T, state healthStatus, lines []string, events ...string) {
 	t.Helper()
+	synctest.Wait() // for what a timer has begun
 	var got []string
 	for _, e := range m.logs.TakeAll() {
 		fields := e.ContextMap()
