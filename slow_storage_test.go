@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -104,11 +105,13 @@ func TestManyReportsToASlowStorage(t *testing.T) {
 func TestTerminatedWithAFullQueue(t *testing.T) {
 	for name, test := range map[string]struct {
 		delay time.Duration
-		slow  bool
+		grace string
+		holds bool
 	}{
-		"at once":                 {20 * time.Millisecond, false},
-		"with a slow client":      {20 * time.Millisecond, true},
-		"with a very slow client": {200 * time.Millisecond, true}, // which needs more than the grace period
+		"at once":            {20 * time.Millisecond, "5s", false},
+		"with a slow client": {20 * time.Millisecond, "1ms", true},
+		"with both slow":     {200 * time.Millisecond, "2s", true}, // storing takes 8 s
+		"without an end":     {20 * time.Millisecond, "0", true},
 	} {
 		t.Run(name, func(t *testing.T) {
 			dir := t.TempDir()
@@ -119,20 +122,21 @@ func TestTerminatedWithAFullQueue(t *testing.T) {
 				}
 				anyTask(w, r)
 			})
-			p := startProcess(t, dir, options(node, strings.Replace(slow("SHARED", test.delay), "}", "max_size 1GiB\n}", 1)))
+			p := startProcessWithGrace(t, dir, options(node, strings.Replace(slow("SHARED", test.delay), "}", "max_size 1GiB\n}", 1)), test.grace)
 			const reports = 2000
 			all := reports
-			if test.slow {
+			if test.holds {
 				resp := p.hold("/task?appServerID=node-1&taskID=large")
 				defer resp.Body.Close()
 				all++
 			}
 			p.getAll(reports, 100)
-			begin := time.Now()
-			p.terminate()
-			if took := time.Since(begin); test.slow && took < 4*time.Second {
-				t.Errorf("the slow client did not use up the grace period: the process ended after %s", took)
+			if test.grace == "0" {
+				p.signal(syscall.SIGTERM)
+				wantStoredIn(t, dir, all) // although the process never ends
+				return
 			}
+			p.terminate()
 			if n := len(storedIn(t, dir)); n != all {
 				t.Errorf("%d of %d reports are stored", n, all)
 			}
@@ -163,11 +167,16 @@ func (s *site) hold(path string) *http.Response {
 // terminate ends the process like systemd does, and waits for it.
 func (p *process) terminate() {
 	p.t.Helper()
+	p.signal(syscall.SIGTERM)
+	_ = p.cmd.Wait() // an exceeded grace period is an error
+}
+
+func (p *process) signal(s os.Signal) {
+	p.t.Helper()
 	p.client.CloseIdleConnections()
-	if err := p.cmd.Process.Signal(syscall.SIGTERM); err != nil {
+	if err := p.cmd.Process.Signal(s); err != nil {
 		p.t.Fatal(err)
 	}
-	_ = p.cmd.Wait() // an exceeded grace period is an error
 }
 
 // A value that takes 3 s to read costs nobody else anything, and is answered itself.
