@@ -98,6 +98,9 @@ type problem struct {
 	retryAfter time.Duration // when to try again; 0 if that is not known
 }
 
+// tryAgain is the advice at the end of a detail if nothing but trying again helps.
+const tryAgain = ": try again after Retry-After"
+
 // Error implements error.
 func (p *problem) Error() string { return p.code() + ": " + p.detail }
 

@@ -67,9 +67,6 @@ type upstreamSecret struct {
 	params   []string // in these query parameters
 }
 
-// tryAgain is the advice at the end of a detail if nothing but trying again helps.
-const tryAgain = ": try again after Retry-After"
-
 // problem returns a problem of the upstream. Its detail begins with the upstream's role. Callers may try again when the
 // upstream is asked again after it could not be connected to, unless the problem says another time.
 func (u *upstream) problem(kind problemKind, detail string) *problem {
