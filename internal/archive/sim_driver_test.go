@@ -700,6 +700,13 @@ func (s *simulation) window(w *window) {
 		}
 	})
 	s.in(w.to.Sub(s.begin)+1009, func() { s.trace.note("%s ends", w.kind) })
+	if w.kind == refuse || w.kind == hang { // a clock steps back shortly before the trouble is over
+		i := s.instances[max(0, w.instance)]
+		s.in(w.to.Sub(s.begin)-between(s.random, time.Second, 40*time.Second), func() {
+			s.trace.note("the clock of instance %d steps back", i.number)
+			i.step(max(i.offset()-between(s.random, maxSkew/2, maxSkew), -maxSkew))
+		})
+	}
 	if s.random.IntN(2) == 0 { // stop when the trouble is just over
 		s.in(w.to.Sub(s.begin)+between(s.random, time.Second, 20*time.Second), func() {
 			if inc := s.any(); inc != nil {
