@@ -406,11 +406,11 @@ func (s *simulation) save(inc *incarnation) {
 	now := inc.inst.now()
 	if len(s.keys) > 20 && s.random.IntN(4) == 0 { // a report that was saved before, again or in another version
 		k := &s.keys[s.recent(s.random)]
-		r := task.NewReport(task.Document{At: now, Hash: k.hash, File: k.file, Length: len(k.body), Body: k.body})
 		if s.random.IntN(2) == 0 || s.small {
-			r = s.newReport(now, s.size(), k.file)
-			k.hash, k.body = r.Document().Hash, r.Document().Body
+			s.renew(inc, k)
+			return
 		}
+		r := task.NewReport(task.Document{At: now, Hash: k.hash, File: k.file, Length: len(k.body), Body: k.body})
 		s.put(inc, Item{Key: k.key, All: k.all, Report: r})
 		return
 	}
@@ -429,6 +429,21 @@ func (s *simulation) save(inc *incarnation) {
 		s.put(inc, Item{Key: name, All: k.all, Report: r, Target: &k.key})
 	}
 	s.keys = append(s.keys, k)
+	if s.random.IntN(8) == 0 { // it is asked for anew, and there is more in it
+		n := len(s.keys) - 1
+		s.in(between(s.random, time.Second, 2*time.Minute), func() {
+			if s.goesOn(inc) {
+				s.renew(inc, &s.keys[n])
+			}
+		})
+	}
+}
+
+// renew saves another version of a report.
+func (s *simulation) renew(inc *incarnation, k *known) {
+	r := s.newReport(inc.inst.now(), s.size(), k.file)
+	k.hash, k.body = r.Document().Hash, r.Document().Body
+	s.put(inc, Item{Key: k.key, All: k.all, Report: r})
 }
 
 // recent returns the number of a known report, more often a recent one.
@@ -700,6 +715,13 @@ func (s *simulation) window(w *window) {
 		}
 	})
 	s.in(w.to.Sub(s.begin)+1009, func() { s.trace.note("%s ends", w.kind) })
+	if w.kind == refuse || w.kind == hang { // a clock steps back shortly before the trouble is over
+		i := s.instances[max(0, w.instance)]
+		s.in(w.to.Sub(s.begin)-between(s.random, time.Second, 40*time.Second), func() {
+			s.trace.note("the clock of instance %d steps back", i.number)
+			i.step(max(i.offset()-between(s.random, maxSkew/2, maxSkew), -maxSkew))
+		})
+	}
 	if s.random.IntN(2) == 0 { // stop when the trouble is just over
 		s.in(w.to.Sub(s.begin)+between(s.random, time.Second, 20*time.Second), func() {
 			if inc := s.any(); inc != nil {
