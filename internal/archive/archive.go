@@ -54,6 +54,7 @@ type Archive struct {
 	lists  *breaker // of lists that callers wait for: a storage may be unable to list, and yet be read
 	writes *breaker
 	slots  chan struct{} // one for each read
+	proof  proof
 	peers  peers
 
 	mu        sync.Mutex // guards the fields below

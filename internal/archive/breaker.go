@@ -120,9 +120,9 @@ func (b *breaker) abandon() {
 	b.probing = false
 }
 
-// probeNow makes the next probe due.
+// probeNow makes the next probe due, with short pauses after it.
 func (b *breaker) probeNow() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.probeAt = time.Time{}
+	b.probeAt, b.pause = time.Time{}, backoff{}
 }

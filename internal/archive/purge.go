@@ -170,12 +170,11 @@ func (a *Archive) purgeKey(ctx context.Context, b *Backend, k task.Key) (n int, 
 func (a *Archive) remove(ctx context.Context, b *Backend, p place) (int, error) {
 	name := a.layout.name(p)
 	stored, err := b.Storage.Load(ctx, name)
-	if err != nil {
-		if err := ignoreNotExist(err); err != nil {
-			return 0, fmt.Errorf("loading %s: %w", name, err)
-		}
-		return 0, nil
+	absent := errors.Is(err, fs.ErrNotExist)
+	if err != nil && !absent {
+		return 0, fmt.Errorf("loading %s: %w", name, err)
 	}
+	// Some storages say that there is nothing if they cannot be reached, but all say so if they cannot delete.
 	if err := b.Storage.Delete(ctx, name); ignoreNotExist(err) != nil {
 		return 0, fmt.Errorf("deleting %s: %w", name, err)
 	}
@@ -184,6 +183,9 @@ func (a *Archive) remove(ctx context.Context, b *Backend, p place) (int, error) 
 		return 0, fmt.Errorf("%s is still there after it was deleted", name)
 	case !errors.Is(err, fs.ErrNotExist):
 		return 0, fmt.Errorf("verifying that %s is deleted: %w", name, err)
+	}
+	if absent {
+		return 0, nil
 	}
 	if v, err := decode(stored, name, p.key, b.Keyring); err == nil && v.report != nil && v.report.File() != [32]byte{} {
 		for _, source := range a.fileSources(v.report.File()) {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -133,11 +134,64 @@ func (a *Archive) read(ctx context.Context, b *Backend, p place, grow func(store
 func (a *Archive) load(ctx context.Context, b *Backend, k task.Key, name string) ([]byte, error) {
 	return readThrough(ctx, a, b, a.reads, k, func(ctx context.Context) ([]byte, error) {
 		stored, err := b.Storage.Load(ctx, name)
-		if err == nil && stored == nil {
+		switch {
+		case errors.Is(err, fs.ErrNotExist):
+			return nil, a.proveStorage(ctx, b)
+		case err != nil:
+			return nil, err
+		}
+		a.proof.note(time.Now())
+		if stored == nil {
 			stored = []byte{}
 		}
-		return stored, ignoreNotExist(err)
+		return stored, nil
 	})
+}
+
+// proofAge is for how long it is believed that the storage works.
+const proofAge = time.Second
+
+// proof is when the storage was last known to work, by the monotonic clock.
+type proof struct {
+	mu sync.Mutex
+	at time.Time
+}
+
+// note notes that the storage worked at a time.
+func (p *proof) note(at time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if at.After(p.at) {
+		p.at = at
+	}
+}
+
+// holds reports whether the storage has worked lately.
+func (p *proof) holds(now time.Time) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return now.Sub(p.at) < proofAge
+}
+
+// proveStorage returns an error if the storage does not work: some storages, such as that of Redis, say that there is
+// nothing if they cannot be reached. The record of this instance must be there.
+func (a *Archive) proveStorage(ctx context.Context, b *Backend) error {
+	now := time.Now()
+	if a.proof.holds(now) {
+		return nil
+	}
+	name := a.layout.recordName(a.writer)
+	_, err := b.Storage.Load(ctx, name)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err = a.renewRecord(ctx, b); err == nil {
+			_, err = b.Storage.Load(ctx, name)
+		}
+	}
+	if err != nil {
+		return fmt.Errorf("the storage does not work: %w", err)
+	}
+	a.proof.note(now)
+	return nil
 }
 
 // readThrough reads about a key from the storage, unless the breaker says that the storage fails. It returns when op has

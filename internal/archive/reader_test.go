@@ -289,6 +289,41 @@ func TestListsThatFail(t *testing.T) {
 	})
 }
 
+// A storage that says that there is nothing when it cannot be reached is not believed.
+func TestReadsFromAStorageThatLies(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := storagetest.New(storagetest.S3Delimiter)
+		f := newFixtureWith(func(f *fixture, _ *Config) { f.storage = testStorage{storagetest.NewFaulty(m), m} })
+		defer f.Close()
+		f.Save(item(0, 100))
+		time.Sleep(time.Minute)
+		if got, err := f.find(t, numbered(1)); got.Report != nil || err != nil {
+			t.Errorf("what is not there: %+v, error %v", got, err)
+		}
+		before := f.storage.Calls(storagetest.Load)
+		for range 40 {
+			if got, err := f.find(t, numbered(1)); got.Report != nil || err != nil {
+				t.Errorf("what is not there: %+v, error %v", got, err)
+			}
+		}
+		if n := f.storage.Calls(storagetest.Load) - before; n != 40 {
+			t.Errorf("the storage was read %d times for 40 values", n)
+		}
+		f.storage.fail(errAway)
+		time.Sleep(time.Minute)
+		for i := range 10 {
+			if _, err := f.find(t, numbered(i)); !errors.Is(err, ErrUnreadable) {
+				t.Errorf("while it cannot be reached: error %v", err)
+			}
+		}
+		f.storage.Mend()
+		time.Sleep(time.Minute)
+		if got, err := f.find(t, numbered(0)); got.Report == nil || err != nil {
+			t.Errorf("afterwards: %+v, error %v", got, err)
+		}
+	})
+}
+
 // When the storage hangs, those who wait are told after the time of a slow read, and others at once.
 func TestReadsThatHang(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
