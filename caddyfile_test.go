@@ -3,6 +3,7 @@ package fsbroker
 import (
 	"encoding/json"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 
@@ -32,7 +33,7 @@ func TestCaddyfileToJSON(t *testing.T) {
 			}
 			node n3 {env.N3_ADDRESS} {
 			}
-			broker 10.0.0.9 {env.B} {
+			broker 10.0.0.9:23001 {env.B} {
 				secret_in header secret
 			}
 			transport http {
@@ -55,7 +56,7 @@ func TestCaddyfileToJSON(t *testing.T) {
 			"nodes":[{"app_server_id":"n1","address":"http://10.0.0.1:22001","secret":"{env.N1}"},
 				{"app_server_id":"n2","address":"https://node-2/base","secret":"{env.N2}","secret_in":["serect"]},
 				{"app_server_id":"n3","address":"{env.N3_ADDRESS}"}],
-			"broker":{"address":"10.0.0.9","secret":"{env.B}","secret_in":["header","secret"]},
+			"broker":{"address":"10.0.0.9:23001","secret":"{env.B}","secret_in":["header","secret"]},
 			"transport":{"dial_timeout":2000000000,"protocol":"http"},
 			"timeout":60000000000,"poll_interval":500000000,"max_wait":120000000000,"max_report":1048576,"fail_duration":86400000000000,"health_interval":30000000000,"health_timeout":1000000000,
 			"cache":{"ttl":604800000000000,"max_size":1000000000,"storage":{"module":"file_system","root":"/var/lib/fsbroker"},"retention":7776000000000000}}`,
@@ -107,6 +108,9 @@ func TestCaddyfileErrors(t *testing.T) {
 		"node n1 a:99999":                    errAddress.Error(),
 		"node n1 a:b":                        errAddress.Error(),
 		"node n1 :80":                        errAddress.Error(),
+		"node n1 127.0.0.1":                  errNoPort.Error(),
+		"node n1 [::1]":                      errNoPort.Error(),
+		"broker localhost":                   errNoPort.Error(),
 		"node n1 unix//a/b":                  errAddress.Error(),
 		"node n1 a:1\nnode n1 b:1":           "node n1 is configured twice",
 		"node n1 a:1 hush {\nsecret hush\n}": "the secret is given more than once",
@@ -126,44 +130,49 @@ func TestCaddyfileErrors(t *testing.T) {
 		"transport fastcgi":                                   "transport must be http, optionally with a block as in reverse_proxy",
 		"transport http\ntransport http":                      "transport is given more than once",
 		"transport http {\nnope\n}":                           "unrecognized subdirective nope",
-		"timeout":                                             "wrong number of arguments: expected timeout with a duration of more than 0, such as 30s or 24h",
-		"timeout soon":                                        "timeout must be a duration of more than 0, such as 30s or 24h, not soon",
-		"timeout 30":                                          "timeout must be a duration of more than 0, such as 30s or 24h, not 30",
-		"timeout 0":                                           "timeout must be a duration of more than 0, such as 30s or 24h, not 0",
-		"timeout -1s":                                         "timeout must be a duration of more than 0, such as 30s or 24h, not -1s",
-		"timeout 1s 2s":                                       "wrong number of arguments: expected timeout with a duration of more than 0, such as 30s or 24h",
+		"timeout":                                             "wrong number of arguments: expected timeout with a duration of at least 1ms, such as 30s or 24h",
+		"timeout soon":                                        "timeout must be a duration of at least 1ms, such as 30s or 24h, not soon",
+		"timeout 30":                                          "timeout must be a duration of at least 1ms, such as 30s or 24h, not 30",
+		"timeout 0":                                           "timeout must be a duration of at least 1ms, such as 30s or 24h, not 0",
+		"timeout -1s":                                         "timeout must be a duration of at least 1ms, such as 30s or 24h, not -1s",
+		"timeout 1s 2s":                                       "wrong number of arguments: expected timeout with a duration of at least 1ms, such as 30s or 24h",
 		"timeout 1s\ntimeout 1s":                              "timeout is given more than once",
 		"timeout 1s {\nx\n}":                                  "timeout takes no block",
-		"poll_interval x":                                     "poll_interval must be a duration of more than 0, such as 30s or 24h, not x",
-		"max_wait never":                                      "max_wait must be a duration of more than 0, such as 30s or 24h, not never",
+		"poll_interval x":                                     "poll_interval must be a duration of at least 1ms, such as 30s or 24h, not x",
+		"max_wait never":                                      "max_wait must be a duration of at least 1ms, such as 30s or 24h, not never",
 		"max_wait 1s\nmax_wait 1s":                            "max_wait is given more than once",
-		"fail_duration x":                                     "fail_duration must be a duration of more than 0, such as 30s or 24h, not x",
-		"health_interval off":                                 "health_interval must be a duration of more than 0, such as 30s or 24h, not off",
-		"health_timeout 0s":                                   "health_timeout must be a duration of more than 0, such as 30s or 24h, not 0s",
-		"max_report":                                          "wrong number of arguments: expected max_report with a size of more than 0, such as 64MiB",
-		"max_report much":                                     "max_report must be a size of more than 0, such as 64MiB, not much",
-		"max_report 0":                                        "max_report must be a size of more than 0, such as 64MiB, not 0",
-		"max_report -1":                                       "max_report must be a size of more than 0, such as 64MiB, not -1",
-		"max_report 16EB":                                     "max_report must be a size of more than 0, such as 64MiB, not 16EB",
+		"fail_duration x":                                     "fail_duration must be a duration of at least 1ms, such as 30s or 24h, not x",
+		"health_interval off":                                 "health_interval must be a duration of at least 1ms, such as 30s or 24h, not off",
+		"health_timeout 0s":                                   "health_timeout must be a duration of at least 1ms, such as 30s or 24h, not 0s",
+		"timeout 30ns":                                        "timeout must be a duration of at least 1ms, such as 30s or 24h, not 30ns",
+		"max_report 64":                                       "max_report must be a size with its unit, such as 64MiB, not 64",
+		"cache {\nmax_size 256\n}":                            "max_size must be a size with its unit, such as 64MiB, not 256",
+		"cache {\nmax_size 65535\n}":                          "max_size must be a size with its unit, such as 64MiB, not 65535",
+		"cache {\nstorage /var/lib/x\n}":                      "storage takes the name of a module, not a folder: write storage file_system /var/lib/x",
+		"max_report":                                          "wrong number of arguments: expected max_report with a size with its unit, such as 64MiB",
+		"max_report much":                                     "max_report must be a size with its unit, such as 64MiB, not much",
+		"max_report 0":                                        "max_report must be a size with its unit, such as 64MiB, not 0",
+		"max_report -1":                                       "max_report must be a size with its unit, such as 64MiB, not -1",
+		"max_report 16EB":                                     "max_report must be a size with its unit, such as 64MiB, not 16EB",
 		"cache on":                                            "wrong number of arguments: expected cache { … }",
 		"cache {\nttl 1h\n}\ncache {\nttl 1h\n}":              "cache is given more than once",
-		"cache {\nttl x\n}":                                   "ttl must be a duration of more than 0, such as 30s or 24h, not x",
-		"cache {\nmax_size x\n}":                              "max_size must be a size of more than 0, such as 64MiB, not x",
+		"cache {\nttl x\n}":                                   "ttl must be a duration of at least 1ms, such as 30s or 24h, not x",
+		"cache {\nmax_size x\n}":                              "max_size must be a size with its unit, such as 64MiB, not x",
 		"cache {\nsize 1\n}":                                  "unknown option size: the options of cache are namespace, ttl, max_size, storage, retention and encryption_key",
 		"cache {\nnamespace\n}":                               "wrong number of arguments: expected namespace <name>",
 		"cache {\nnamespace a/b\n}":                           "namespace must be 1 to 64 letters, digits, dots, dashes or underscores, the first a letter or a digit",
 		"cache {\nnamespace ..\n}":                            "namespace must be 1 to 64 letters, digits, dots, dashes or underscores, the first a letter or a digit",
 		"cache {\nnamespace a\nnamespace a\n}":                "namespace is given more than once",
 		"cache {\nretention 1d\n}":                            "retention needs a storage: configure storage as well",
-		"cache {\nretention 0\n}":                             "retention must be a duration of more than 0, such as 30s or 24h, not 0",
+		"cache {\nretention 0\n}":                             "retention must be a duration of at least 1ms, such as 30s or 24h, not 0",
+		"cache {\nstorage\nstorage\n}":                        "storage is given more than once",
+		"cache {\nstorage {\nx\n}\n}":                         "storage without a module takes no block",
 		"cache {\nstorage\nencryption_key\n}":                 "wrong number of arguments: expected encryption_key <key> [<older key>...]",
 		"cache {\nstorage\nencryption_key hush \"\"\n}":       "an encryption key is empty",
 		"cache {\nstorage\nencryption_key hush {\nx\n}\n}":    "encryption_key takes no block",
 		"cache {\nencryption_key hush\n}":                     "encryption_key needs a storage: configure storage as well",
 		"cache {\nstorage\nencryption_key hush\nencryption_key hush\n}": "encryption_key is given more than once: give all keys at once, the newest first",
-		"cache {\nstorage\nstorage\n}":                                  "storage is given more than once",
-		"cache {\nstorage {\nx\n}\n}":                                   "storage without a module takes no block",
-		"nodes a b":                                                     "unknown option nodes: the options of fsbroker_task are secret, node, broker, transport, timeout, poll_interval, max_wait, max_report, fail_duration, health_interval, health_timeout and cache",
+		"nodes a b": "unknown option nodes: the options of fsbroker_task are secret, node, broker, transport, timeout, poll_interval, max_wait, max_report, fail_duration, health_interval, health_timeout and cache",
 	} {
 		t.Run(options, func(t *testing.T) {
 			text := "fsbroker_task {\n" + options
@@ -224,6 +233,35 @@ func TestDirective(t *testing.T) {
 		if want = "parsing caddyfile tokens for 'fsbroker_task': " + want; err == nil || err.Error() != want {
 			t.Errorf("got  %v\nwant %s", err, want)
 		}
+	}
+}
+
+// What is possible, but is probably not meant, is loaded with a warning.
+func TestDoubts(t *testing.T) {
+	for name, test := range map[string]struct {
+		options string
+		want    []string
+	}{
+		"none":            {"timeout 1s\npoll_interval 100ms\nmax_wait 1s\nhealth_interval 1s\nhealth_timeout 100ms\nmax_report 1MiB\ncache {\nmax_size 1MiB\n}", nil},
+		"the defaults":    {"", nil},
+		"without a unit":  {"cache {\nmax_size 1000000000\n}", nil},
+		"timeout":         {"timeout 30ms", []string{"timeout is only 30ms: an upstream hardly answers in that time; perhaps 30s is meant"}},
+		"poll_interval":   {"poll_interval 1ms", []string{"poll_interval is only 1ms: an upstream is asked that often for each unfinished report; perhaps 1s is meant"}},
+		"max_wait":        {"max_wait 60ms", []string{"max_wait is only 60ms: callers wait for whole seconds; perhaps 60s is meant"}},
+		"health_interval": {"health_interval 10ms", []string{"health_interval is only 10ms: each upstream is checked that often; perhaps 10s is meant"}},
+		"health_timeout":  {"health_timeout 5s", []string{"health_timeout is set, but nothing is checked without health_interval: set that as well; only the request of the admin API's /fsbroker/nodes has that timeout"}},
+		"max_size":        {"cache {\nmax_size 256B\n}", []string{"max_size is only 256 B: hardly a report is kept in memory; perhaps 256 MiB is meant: 256MiB in a Caddyfile, 268435456 in JSON"}},
+		"max_report":      {"max_report 64B", []string{"max_report is only 64 B: hardly a report is that small; perhaps 64 MiB is meant: 64MiB in a Caddyfile, 67108864 in JSON"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			h := new(Handler)
+			if err := h.UnmarshalCaddyfile(caddyfile.NewTestDispenser("fsbroker_task {\nsecret {env.S}\nnode n1 a:1\n" + test.options + "\n}")); err != nil {
+				t.Fatal(err)
+			}
+			if got := h.doubts(); !slices.Equal(got, test.want) {
+				t.Errorf("got  %q\nwant %q", got, test.want)
+			}
+		})
 	}
 }
 
