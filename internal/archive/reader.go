@@ -18,9 +18,12 @@ const (
 	// maxReads is the number of reads at once. Further reads wait.
 	maxReads = 128
 
-	// slowRead is how long a read may take before it counts as a failure. It is still waited for, since a single slow value
-	// says nothing about the storage.
+	// slowRead is how long a read may take before it counts as a failure. It is still waited for if the storage works, since
+	// a single slow value says nothing about the others.
 	slowRead = 2 * time.Second
+
+	// probeTimeout is how long the storage may take to show that it works.
+	probeTimeout = time.Second
 
 	readTimeout = 10 * time.Second
 
@@ -153,8 +156,9 @@ const proofAge = time.Second
 
 // proof is when the storage was last known to work, by the monotonic clock.
 type proof struct {
-	mu sync.Mutex
-	at time.Time
+	mu        sync.Mutex
+	at        time.Time
+	suspicion chan struct{} // see suspect; nil while there is none
 }
 
 // note notes that the storage worked at a time.
@@ -230,11 +234,38 @@ func readThrough[T any](ctx context.Context, a *Archive, b *Backend, through *br
 		return read, a.noteRead(ctx, b, through, k, failed)
 	case <-ctx.Done():
 	case <-through.done():
+	case <-a.suspect(b):
+		a.noteFailedRead(b, through, task.NewKey(a.writer), errTimeout)
 	}
 	if errors.Is(ctx.Err(), context.Canceled) {
 		return got, ctx.Err()
 	}
 	return got, fmt.Errorf("%w: %w", ErrUnreadable, errTimeout)
+}
+
+// suspect returns a channel that is closed if the storage does not show in time that it works. It is asked by one operation
+// at a time.
+func (a *Archive) suspect(b *Backend) <-chan struct{} {
+	p := &a.proof
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.suspicion != nil {
+		return p.suspicion
+	}
+	hangs := make(chan struct{})
+	p.suspicion = hangs
+	ctx, cancel := context.WithTimeout(a.ctx, probeTimeout)
+	acquit := context.AfterFunc(ctx, func() { close(hangs) })
+	go func() {
+		defer cancel()
+		if a.proveStorage(ctx, b) == nil {
+			acquit()
+		}
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		p.suspicion = nil
+	}()
+	return hangs
 }
 
 // takeSlot waits for a slot for a read, unless the storage begins to fail.

@@ -353,6 +353,30 @@ func TestReadsThatHang(t *testing.T) {
 	})
 }
 
+// If the storage hangs and there are no other callers, a caller is told soon as well.
+func TestSingleReadsThatHang(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		for _, deaf := range []bool{false, true} {
+			f := storedFixture(t, 10)
+			f.storage.Set(storagetest.Hanging(deaf))
+			time.Sleep(time.Minute)
+			for i, most := range []time.Duration{slowRead + probeTimeout, slowRead, 0, 0} {
+				begin := time.Now()
+				_, err := f.find(t, numbered(i))
+				if took := time.Since(begin); !errors.Is(err, ErrUnreadable) || took > most {
+					t.Errorf("deaf %v, read %d: error %v after %s", deaf, i, err, took)
+				}
+			}
+			f.storage.Mend()
+			time.Sleep(time.Minute)
+			if got, err := f.find(t, numbered(0)); got.Report == nil || err != nil {
+				t.Errorf("afterwards: %+v, error %v", got, err)
+			}
+			f.Close()
+		}
+	})
+}
+
 // A caller that leaves says nothing about the storage.
 func TestLeavingIsNoFailure(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
