@@ -274,6 +274,7 @@ func (s *simulation) crash(inc *incarnation) {
 func (s *simulation) bury(inc *incarnation) {
 	s.model.mu.Lock()
 	defer s.model.mu.Unlock()
+	s.model.counted(inc)
 	inc.dead = true
 	for _, c := range inc.queue {
 		c.ended = time.Now()
@@ -321,6 +322,16 @@ func (s *simulation) drained(inc *incarnation, begun time.Time, err error) {
 	}
 	if inc.trouble == 0 && left == nil && took > 30*time.Second && !inc.troubled(begun, 0) && len(inc.queue) == 0 {
 		m.wrong("%s took %s to drain, although nothing troubles the storage", inc, took)
+	}
+}
+
+// counted checks that what an instance has refused and given up is counted.
+func (m *model) counted(inc *incarnation) {
+	if n := inc.metric("refused_total"); n != inc.refused {
+		m.wrong("%s has refused %d reports and counts %d", inc, inc.refused, n)
+	}
+	if n := inc.metric("given_up_total"); n != inc.gaveUp {
+		m.wrong("%s gave up %d reports and counts %d", inc, inc.gaveUp, n)
 	}
 }
 
@@ -519,7 +530,7 @@ func (s *simulation) loadNow(inc *incarnation, l load, leaves time.Duration) {
 	s.model.loaded(inc, l)
 }
 
-// purge purges something, in steps.
+// purge purges something.
 func (s *simulation) purge(inc *incarnation) {
 	var sel Selection
 	switch n := s.random.IntN(40); {
@@ -536,6 +547,11 @@ func (s *simulation) purge(inc *incarnation) {
 	case n < 39:
 		sel.Before = inc.inst.now().Add(-between(s.random, 10*time.Minute, 5*time.Hour))
 	}
+	s.purgeNow(inc, sel)
+}
+
+// purgeNow purges in steps.
+func (s *simulation) purgeNow(inc *incarnation, sel Selection) {
 	go func() {
 		p := s.model.beginPurge(inc, sel)
 		var err error
@@ -648,6 +664,15 @@ func (s *simulation) schedule() {
 		}
 	}))
 	s.every(2*time.Hour, live(func(inc *incarnation) { s.burst(inc, 600) }))
+	s.every(4*time.Hour, live(func(inc *incarnation) { // what is being written is purged
+		n := len(s.keys)
+		s.burst(inc, 50)
+		sel := Selection{}
+		for _, k := range s.keys[n:] {
+			sel.Keys = append(sel.Keys, k.key)
+		}
+		s.in(between(s.random, time.Millisecond, 30*time.Millisecond), func() { s.purgeNow(inc, sel) })
+	}))
 	s.every(3*time.Hour, live(s.purge))
 	s.every(5*time.Hour, live(func(inc *incarnation) {
 		i := inc.inst
@@ -685,6 +710,9 @@ func (s *simulation) schedule() {
 func (s *simulation) window(w *window) {
 	s.in(w.from.Sub(s.begin), func() {
 		s.trace.note("%s until %s, instance %d", w.kind, w.to.Sub(s.begin), w.instance)
+		if w.kind == badList {
+			s.in(between(s.random, 0, w.to.Sub(w.from)), s.askForFiles)
+		}
 		if w.kind != badKeys || len(s.keys) == 0 {
 			return
 		}
@@ -730,6 +758,21 @@ func (s *simulation) window(w *window) {
 				s.in(between(s.random, 2*time.Minute, 5*time.Minute), func() { s.start(i) })
 			}
 		})
+	}
+}
+
+// askForFiles asks for the newest reports of several files, which needs lists, and for others.
+func (s *simulation) askForFiles() {
+	inc := s.any()
+	if inc == nil {
+		return
+	}
+	for i := range 8 {
+		l := load{key: task.FileKey(task.FileSource(simNamespace, s.files[i], true), task.Key{}), file: &s.files[i], all: true}
+		s.in(between(s.random, 0, time.Second), func() { go s.loadNow(inc, l, 0) })
+	}
+	for range 20 {
+		s.load(inc, between(s.random, time.Second, 30*time.Second), false)
 	}
 }
 
@@ -796,14 +839,9 @@ func (s *simulation) atRest() {
 			s.wrong("%s does not come to rest: %+v", inc, stats)
 		}
 		s.model.mu.Lock()
-		if refused := inc.metric("refused_total"); refused != inc.refused {
-			s.model.wrong("%s has refused %d reports and counts %d", inc, inc.refused, refused)
-		}
+		s.model.counted(inc)
 		if inc.refused > 0 && inc.rooms == 0 {
 			s.model.wrong("%s has refused %d reports and never says that there is room again", inc, inc.refused)
-		}
-		if n := inc.metric("given_up_total"); inc.gaveUp != n {
-			s.model.wrong("%s gave up %d reports and counts %d", inc, inc.gaveUp, n)
 		}
 		for _, c := range inc.queue {
 			if !c.maybe {
@@ -850,7 +888,7 @@ func (s *simulation) expired() {
 	names := slices.Sorted(maps.Keys(s.model.states))
 	s.model.mu.Unlock()
 	for _, name := range names {
-		if p, ok := s.model.layout.parse(name); ok && s.model.latest(name).what == sound {
+		if p, ok := s.model.layout.parse(name); ok && s.model.latest(name).what == sound && s.model.hidden[name] == nil {
 			s.wrong("%s (%v) is there although it has expired long ago", s.model.short(name), p.kind)
 			break
 		}

@@ -164,15 +164,15 @@ func (inc *incarnation) recorded(now time.Time) {
 	inc.records = append(inc.records, keeping{now, inc.keeps[len(inc.keeps)-1].retention})
 }
 
-// demands returns how long others must keep values for the instance.
+// demands returns how long others must keep values for the instance: as long as it wants, if it has told them for a while
+// and could go on telling them.
 func (inc *incarnation) demands(now time.Time) time.Duration {
-	if inc.dead || len(inc.records) == 0 || inc.records[len(inc.records)-1].at.Before(now.Add(-25*time.Minute)) {
+	if inc.dead || !inc.sim.plan.works(inc.number, now.Add(-45*time.Minute), now) || inc.broken(now.Add(-45*time.Minute)) {
 		return 0
 	}
-	least := time.Duration(1 << 62)
+	least := inc.shortest(now)
 	for _, r := range slices.Backward(inc.records) {
-		least = min(least, r.retention)
-		if r.at.Before(now.Add(-20 * time.Minute)) {
+		if least = min(least, r.retention); r.at.Before(now.Add(-20 * time.Minute)) {
 			return least
 		}
 	}
