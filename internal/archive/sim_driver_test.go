@@ -173,7 +173,7 @@ func (s *simulation) start(i *instance) {
 		gather: prometheus.NewRegistry(),
 		queue:  make(map[task.Key]*copyOf), copies: make(map[task.Key][]*copyOf),
 		lastFailure: make(map[storagetest.Op]time.Time), failing: make(map[storagetest.Op]int),
-		pending: make(map[storagetest.Op]int), loads: make(map[storagetest.Op]int), lastGood: make(map[storagetest.Op]time.Time),
+		pending: make(map[storagetest.Op]int), trouble: make(map[callID]time.Time), loads: make(map[storagetest.Op]int), lastGood: make(map[storagetest.Op]time.Time),
 	}
 	s.trace.note("%s starts", inc)
 	metrics := NewMetrics()
@@ -320,7 +320,7 @@ func (s *simulation) drained(inc *incarnation, begun time.Time, err error) {
 	if left != nil && !inc.troubled(begun, 0) {
 		m.wrong("%s could not store %x within %s, although nothing troubles the storage: %v", inc, left.item.Key[8:12], took, err)
 	}
-	if inc.trouble == 0 && left == nil && took > 30*time.Second && !inc.troubled(begun, 0) && len(inc.queue) == 0 {
+	if left == nil && took > 30*time.Second && !inc.troubled(begun, 0) && len(inc.queue) == 0 {
 		m.wrong("%s took %s to drain, although nothing troubles the storage", inc, took)
 	}
 }
@@ -586,7 +586,7 @@ func (s *simulation) burst(inc *incarnation, n int) {
 	s.in(patience, func() {
 		s.model.mu.Lock()
 		defer s.model.mu.Unlock()
-		if inc.dead || inc.draining || inc.troubled(begun, 15*time.Second) {
+		if inc.dead || inc.draining || inc.troubled(begun, 15*time.Second) && !inc.hangs(begun, 15*time.Second) {
 			return
 		}
 		for _, k := range keys {
@@ -742,6 +742,13 @@ func (s *simulation) window(w *window) {
 			})
 		}
 	})
+	if w.kind == hang || w.kind == noise { // what still hangs holds up nothing else
+		s.in(w.to.Sub(s.begin)+2*writeTimeout+between(s.random, time.Second, time.Minute), func() {
+			if inc := s.instances[max(0, w.instance)].live; inc != nil && s.goesOn(inc) {
+				s.burst(inc, 100)
+			}
+		})
+	}
 	s.in(w.to.Sub(s.begin)+1009, func() { s.trace.note("%s ends", w.kind) })
 	if w.kind == refuse || w.kind == hang { // a clock steps back shortly before the trouble is over
 		i := s.instances[max(0, w.instance)]
@@ -796,6 +803,17 @@ func (s *simulation) overflow() {
 				r := s.newReport(inc.inst.now(), max(size, 100+s.random.IntN(100)), [32]byte{})
 				if s.put(inc, Item{Key: key, All: true, Report: r}) {
 					s.keys = append(s.keys, known{key: key, all: true, hash: r.Document().Hash, body: r.Document().Body})
+				}
+			}
+		})
+		s.in(w.to.Sub(s.begin)+15*time.Minute, func() {
+			for _, i := range s.instances {
+				if inc := i.live; inc != nil && inc.archive.Stats().Queued < maxQueue/2 {
+					s.model.mu.Lock()
+					if inc.refused > 0 && inc.rooms == 0 {
+						s.model.wrong("%s has refused %d reports and does not say that there is room again", inc, inc.refused)
+					}
+					s.model.mu.Unlock()
 				}
 			}
 		})

@@ -93,7 +93,7 @@ type incarnation struct {
 	lastFailure map[storagetest.Op]time.Time
 	failing     map[storagetest.Op]int // under way
 	lastTrouble time.Time
-	trouble     int // calls under way
+	trouble     map[callID]time.Time // calls under way, with when they began
 	pending     map[storagetest.Op]int
 	loads       map[storagetest.Op]int // calls of Load, and under List, of Newest
 	lastGood    map[storagetest.Op]time.Time
@@ -113,7 +113,17 @@ func (inc *incarnation) fails(since time.Time, ops ...storagetest.Op) bool {
 
 // troubled reports whether anything was out of the ordinary since some time before another.
 func (inc *incarnation) troubled(since time.Time, before time.Duration) bool {
-	return inc.trouble > 0 || inc.lastTrouble.After(since.Add(-before)) || inc.broken(since)
+	return len(inc.trouble) > 0 || inc.lastTrouble.After(since.Add(-before)) || inc.broken(since)
+}
+
+// hangs reports whether the only trouble since some time before another are calls that have been hanging for long.
+func (inc *incarnation) hangs(since time.Time, before time.Duration) bool {
+	for _, begun := range inc.trouble {
+		if begun.After(since.Add(-2 * writeTimeout)) {
+			return false
+		}
+	}
+	return len(inc.trouble) > 0 && !inc.lastTrouble.After(since.Add(-before)) && !inc.broken(since)
 }
 
 // broken reports whether the storage of the instance was configured wrongly a short time ago.
@@ -125,7 +135,7 @@ func isFailure(f storagetest.Fault) bool {
 	return f.Effect != storagetest.Whole || f.Err != nil || f.Hang || f.Deaf || f.Before+f.After > slowRead-time.Millisecond
 }
 
-func (inc *incarnation) began(e storagetest.Event, bad bool) {
+func (inc *incarnation) began(id callID, e storagetest.Event, bad bool) {
 	inc.pending[e.Call.Op]++
 	if bad {
 		return
@@ -134,11 +144,11 @@ func (inc *incarnation) began(e storagetest.Event, bad bool) {
 		inc.failing[e.Call.Op]++
 	}
 	if isTrouble(e.Fault) {
-		inc.trouble++
+		inc.trouble[id] = e.Call.Begun
 	}
 }
 
-func (inc *incarnation) finished(e storagetest.Event, bad bool) {
+func (inc *incarnation) finished(id callID, e storagetest.Event, bad bool) {
 	o, now := e.Call.Op, time.Now()
 	inc.pending[o]--
 	switch {
@@ -154,7 +164,7 @@ func (inc *incarnation) finished(e storagetest.Event, bad bool) {
 		inc.lastFailure[o] = now
 	}
 	if isTrouble(e.Fault) {
-		inc.trouble--
+		delete(inc.trouble, id)
 		inc.lastTrouble = now
 	}
 }

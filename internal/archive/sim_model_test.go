@@ -180,7 +180,7 @@ func (m *model) observe(inc *incarnation, view *storagetest.Faulty, holdsLock fu
 			}
 		}
 		m.calls[id] = n
-		inc.began(e, n.bad)
+		inc.began(id, e, n.bad)
 	case storagetest.TookEffect:
 		if m.tracing {
 			m.note("%s %s %s", inc, e.Call.Op, m.short(e.Call.Name))
@@ -190,7 +190,7 @@ func (m *model) observe(inc *incarnation, view *storagetest.Faulty, holdsLock fu
 		if e.Call.Op == storagetest.Delete && e.Fault.Effect == storagetest.Half && m.kind == storagetest.Redis {
 			m.hidden[e.Call.Name] = inc
 		}
-		inc.finished(e, m.calls[id].bad)
+		inc.finished(id, e, m.calls[id].bad)
 		delete(m.calls, id)
 		if m.tracing && (e.Err != nil || isTrouble(e.Fault)) {
 			m.note("%s %s %s: after %s, %s", inc, e.Call.Op, m.short(e.Call.Name), e.Took, m.shortError(e.Err))
