@@ -173,7 +173,7 @@ func (s *simulation) start(i *instance) {
 		gather: prometheus.NewRegistry(),
 		queue:  make(map[task.Key]*copyOf), copies: make(map[task.Key][]*copyOf),
 		lastFailure: make(map[storagetest.Op]time.Time), failing: make(map[storagetest.Op]int),
-		pending: make(map[storagetest.Op]int), loads: make(map[storagetest.Op]int), lastGood: make(map[storagetest.Op]time.Time),
+		pending: make(map[storagetest.Op]int), trouble: make(map[callID]time.Time), loads: make(map[storagetest.Op]int), lastGood: make(map[storagetest.Op]time.Time),
 	}
 	s.trace.note("%s starts", inc)
 	metrics := NewMetrics()
@@ -274,6 +274,7 @@ func (s *simulation) crash(inc *incarnation) {
 func (s *simulation) bury(inc *incarnation) {
 	s.model.mu.Lock()
 	defer s.model.mu.Unlock()
+	s.model.counted(inc)
 	inc.dead = true
 	for _, c := range inc.queue {
 		c.ended = time.Now()
@@ -319,8 +320,18 @@ func (s *simulation) drained(inc *incarnation, begun time.Time, err error) {
 	if left != nil && !inc.troubled(begun, 0) {
 		m.wrong("%s could not store %x within %s, although nothing troubles the storage: %v", inc, left.item.Key[8:12], took, err)
 	}
-	if inc.trouble == 0 && left == nil && took > 30*time.Second && !inc.troubled(begun, 0) && len(inc.queue) == 0 {
+	if left == nil && took > 30*time.Second && !inc.troubled(begun, 0) && len(inc.queue) == 0 {
 		m.wrong("%s took %s to drain, although nothing troubles the storage", inc, took)
+	}
+}
+
+// counted checks that what an instance has refused and given up is counted.
+func (m *model) counted(inc *incarnation) {
+	if n := inc.metric("refused_total"); n != inc.refused {
+		m.wrong("%s has refused %d reports and counts %d", inc, inc.refused, n)
+	}
+	if n := inc.metric("given_up_total"); n != inc.gaveUp {
+		m.wrong("%s gave up %d reports and counts %d", inc, inc.gaveUp, n)
 	}
 }
 
@@ -519,7 +530,7 @@ func (s *simulation) loadNow(inc *incarnation, l load, leaves time.Duration) {
 	s.model.loaded(inc, l)
 }
 
-// purge purges something, in steps.
+// purge purges something.
 func (s *simulation) purge(inc *incarnation) {
 	var sel Selection
 	switch n := s.random.IntN(40); {
@@ -536,6 +547,11 @@ func (s *simulation) purge(inc *incarnation) {
 	case n < 39:
 		sel.Before = inc.inst.now().Add(-between(s.random, 10*time.Minute, 5*time.Hour))
 	}
+	s.purgeNow(inc, sel)
+}
+
+// purgeNow purges in steps.
+func (s *simulation) purgeNow(inc *incarnation, sel Selection) {
 	go func() {
 		p := s.model.beginPurge(inc, sel)
 		var err error
@@ -570,7 +586,7 @@ func (s *simulation) burst(inc *incarnation, n int) {
 	s.in(patience, func() {
 		s.model.mu.Lock()
 		defer s.model.mu.Unlock()
-		if inc.dead || inc.draining || inc.troubled(begun, 15*time.Second) {
+		if inc.dead || inc.draining || inc.troubled(begun, 15*time.Second) && !inc.hangs(begun, 15*time.Second) {
 			return
 		}
 		for _, k := range keys {
@@ -648,6 +664,15 @@ func (s *simulation) schedule() {
 		}
 	}))
 	s.every(2*time.Hour, live(func(inc *incarnation) { s.burst(inc, 600) }))
+	s.every(4*time.Hour, live(func(inc *incarnation) { // what is being written is purged
+		n := len(s.keys)
+		s.burst(inc, 50)
+		sel := Selection{}
+		for _, k := range s.keys[n:] {
+			sel.Keys = append(sel.Keys, k.key)
+		}
+		s.in(between(s.random, time.Millisecond, 30*time.Millisecond), func() { s.purgeNow(inc, sel) })
+	}))
 	s.every(3*time.Hour, live(s.purge))
 	s.every(5*time.Hour, live(func(inc *incarnation) {
 		i := inc.inst
@@ -685,6 +710,9 @@ func (s *simulation) schedule() {
 func (s *simulation) window(w *window) {
 	s.in(w.from.Sub(s.begin), func() {
 		s.trace.note("%s until %s, instance %d", w.kind, w.to.Sub(s.begin), w.instance)
+		if w.kind == badList {
+			s.in(between(s.random, 0, w.to.Sub(w.from)), s.askForFiles)
+		}
 		if w.kind != badKeys || len(s.keys) == 0 {
 			return
 		}
@@ -714,6 +742,13 @@ func (s *simulation) window(w *window) {
 			})
 		}
 	})
+	if w.kind == hang || w.kind == noise { // what still hangs holds up nothing else
+		s.in(w.to.Sub(s.begin)+2*writeTimeout+between(s.random, time.Second, time.Minute), func() {
+			if inc := s.instances[max(0, w.instance)].live; inc != nil && s.goesOn(inc) {
+				s.burst(inc, 100)
+			}
+		})
+	}
 	s.in(w.to.Sub(s.begin)+1009, func() { s.trace.note("%s ends", w.kind) })
 	if w.kind == refuse || w.kind == hang { // a clock steps back shortly before the trouble is over
 		i := s.instances[max(0, w.instance)]
@@ -730,6 +765,21 @@ func (s *simulation) window(w *window) {
 				s.in(between(s.random, 2*time.Minute, 5*time.Minute), func() { s.start(i) })
 			}
 		})
+	}
+}
+
+// askForFiles asks for the newest reports of several files, which needs lists, and for others.
+func (s *simulation) askForFiles() {
+	inc := s.any()
+	if inc == nil {
+		return
+	}
+	for i := range 8 {
+		l := load{key: task.FileKey(task.FileSource(simNamespace, s.files[i], true), task.Key{}), file: &s.files[i], all: true}
+		s.in(between(s.random, 0, time.Second), func() { go s.loadNow(inc, l, 0) })
+	}
+	for range 20 {
+		s.load(inc, between(s.random, time.Second, 30*time.Second), false)
 	}
 }
 
@@ -753,6 +803,17 @@ func (s *simulation) overflow() {
 				r := s.newReport(inc.inst.now(), max(size, 100+s.random.IntN(100)), [32]byte{})
 				if s.put(inc, Item{Key: key, All: true, Report: r}) {
 					s.keys = append(s.keys, known{key: key, all: true, hash: r.Document().Hash, body: r.Document().Body})
+				}
+			}
+		})
+		s.in(w.to.Sub(s.begin)+15*time.Minute, func() {
+			for _, i := range s.instances {
+				if inc := i.live; inc != nil && inc.archive.Stats().Queued < maxQueue/2 {
+					s.model.mu.Lock()
+					if inc.refused > 0 && inc.rooms == 0 {
+						s.model.wrong("%s has refused %d reports and does not say that there is room again", inc, inc.refused)
+					}
+					s.model.mu.Unlock()
 				}
 			}
 		})
@@ -796,14 +857,9 @@ func (s *simulation) atRest() {
 			s.wrong("%s does not come to rest: %+v", inc, stats)
 		}
 		s.model.mu.Lock()
-		if refused := inc.metric("refused_total"); refused != inc.refused {
-			s.model.wrong("%s has refused %d reports and counts %d", inc, inc.refused, refused)
-		}
+		s.model.counted(inc)
 		if inc.refused > 0 && inc.rooms == 0 {
 			s.model.wrong("%s has refused %d reports and never says that there is room again", inc, inc.refused)
-		}
-		if n := inc.metric("given_up_total"); inc.gaveUp != n {
-			s.model.wrong("%s gave up %d reports and counts %d", inc, inc.gaveUp, n)
 		}
 		for _, c := range inc.queue {
 			if !c.maybe {
@@ -850,7 +906,7 @@ func (s *simulation) expired() {
 	names := slices.Sorted(maps.Keys(s.model.states))
 	s.model.mu.Unlock()
 	for _, name := range names {
-		if p, ok := s.model.layout.parse(name); ok && s.model.latest(name).what == sound {
+		if p, ok := s.model.layout.parse(name); ok && s.model.latest(name).what == sound && s.model.hidden[name] == nil {
 			s.wrong("%s (%v) is there although it has expired long ago", s.model.short(name), p.kind)
 			break
 		}

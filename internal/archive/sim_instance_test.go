@@ -93,7 +93,7 @@ type incarnation struct {
 	lastFailure map[storagetest.Op]time.Time
 	failing     map[storagetest.Op]int // under way
 	lastTrouble time.Time
-	trouble     int // calls under way
+	trouble     map[callID]time.Time // calls under way, with when they began
 	pending     map[storagetest.Op]int
 	loads       map[storagetest.Op]int // calls of Load, and under List, of Newest
 	lastGood    map[storagetest.Op]time.Time
@@ -113,7 +113,17 @@ func (inc *incarnation) fails(since time.Time, ops ...storagetest.Op) bool {
 
 // troubled reports whether anything was out of the ordinary since some time before another.
 func (inc *incarnation) troubled(since time.Time, before time.Duration) bool {
-	return inc.trouble > 0 || inc.lastTrouble.After(since.Add(-before)) || inc.broken(since)
+	return len(inc.trouble) > 0 || inc.lastTrouble.After(since.Add(-before)) || inc.broken(since)
+}
+
+// hangs reports whether the only trouble since some time before another are calls that have been hanging for long.
+func (inc *incarnation) hangs(since time.Time, before time.Duration) bool {
+	for _, begun := range inc.trouble {
+		if begun.After(since.Add(-2 * writeTimeout)) {
+			return false
+		}
+	}
+	return len(inc.trouble) > 0 && !inc.lastTrouble.After(since.Add(-before)) && !inc.broken(since)
 }
 
 // broken reports whether the storage of the instance was configured wrongly a short time ago.
@@ -125,7 +135,7 @@ func isFailure(f storagetest.Fault) bool {
 	return f.Effect != storagetest.Whole || f.Err != nil || f.Hang || f.Deaf || f.Before+f.After > slowRead-time.Millisecond
 }
 
-func (inc *incarnation) began(e storagetest.Event, bad bool) {
+func (inc *incarnation) began(id callID, e storagetest.Event, bad bool) {
 	inc.pending[e.Call.Op]++
 	if bad {
 		return
@@ -134,11 +144,11 @@ func (inc *incarnation) began(e storagetest.Event, bad bool) {
 		inc.failing[e.Call.Op]++
 	}
 	if isTrouble(e.Fault) {
-		inc.trouble++
+		inc.trouble[id] = e.Call.Begun
 	}
 }
 
-func (inc *incarnation) finished(e storagetest.Event, bad bool) {
+func (inc *incarnation) finished(id callID, e storagetest.Event, bad bool) {
 	o, now := e.Call.Op, time.Now()
 	inc.pending[o]--
 	switch {
@@ -154,7 +164,7 @@ func (inc *incarnation) finished(e storagetest.Event, bad bool) {
 		inc.lastFailure[o] = now
 	}
 	if isTrouble(e.Fault) {
-		inc.trouble--
+		delete(inc.trouble, id)
 		inc.lastTrouble = now
 	}
 }
@@ -164,15 +174,15 @@ func (inc *incarnation) recorded(now time.Time) {
 	inc.records = append(inc.records, keeping{now, inc.keeps[len(inc.keeps)-1].retention})
 }
 
-// demands returns how long others must keep values for the instance.
+// demands returns how long others must keep values for the instance: as long as it wants, if it has told them for a while
+// and could go on telling them.
 func (inc *incarnation) demands(now time.Time) time.Duration {
-	if inc.dead || len(inc.records) == 0 || inc.records[len(inc.records)-1].at.Before(now.Add(-25*time.Minute)) {
+	if inc.dead || !inc.sim.plan.works(inc.number, now.Add(-45*time.Minute), now) || inc.broken(now.Add(-45*time.Minute)) {
 		return 0
 	}
-	least := time.Duration(1 << 62)
+	least := inc.shortest(now)
 	for _, r := range slices.Backward(inc.records) {
-		least = min(least, r.retention)
-		if r.at.Before(now.Add(-20 * time.Minute)) {
+		if least = min(least, r.retention); r.at.Before(now.Add(-20 * time.Minute)) {
 			return least
 		}
 	}

@@ -26,6 +26,8 @@ type model struct {
 	states  map[string][]state            // of each name, in the order of their times
 	calls   map[callID]*callNote          // deletions and writes under way
 	purges  map[*purge]struct{}           // under way, or ended with success
+	hidden  map[string]*incarnation       // names whose deletion broke off, so that they may not be listed any more
+	purged  []*purge                      // with success
 	indexed map[string]map[place]struct{} // what each object of the index says
 	files   map[task.Source][]string      // the names of references from a file
 	lives   []*incarnation
@@ -104,7 +106,7 @@ func newModel(l layout, kind storagetest.Kind, ring *Keyring, tr *trace) *model 
 	return &model{
 		layout: l, kind: kind, ring: ring, now: time.Now, note: tr.note, tracing: tr.keep || tr.out != nil,
 		bodies: make(map[string][]byte), states: make(map[string][]state), calls: make(map[callID]*callNote),
-		files: make(map[task.Source][]string), purges: make(map[*purge]struct{}), indexed: make(map[string]map[place]struct{}),
+		hidden: make(map[string]*incarnation), files: make(map[task.Source][]string), purges: make(map[*purge]struct{}), indexed: make(map[string]map[place]struct{}),
 	}
 }
 
@@ -178,14 +180,17 @@ func (m *model) observe(inc *incarnation, view *storagetest.Faulty, holdsLock fu
 			}
 		}
 		m.calls[id] = n
-		inc.began(e, n.bad)
+		inc.began(id, e, n.bad)
 	case storagetest.TookEffect:
 		if m.tracing {
 			m.note("%s %s %s", inc, e.Call.Op, m.short(e.Call.Name))
 		}
 		m.effect(inc, m.calls[id], e)
 	case storagetest.Ended:
-		inc.finished(e, m.calls[id].bad)
+		if e.Call.Op == storagetest.Delete && e.Fault.Effect == storagetest.Half && m.kind == storagetest.Redis {
+			m.hidden[e.Call.Name] = inc
+		}
+		inc.finished(id, e, m.calls[id].bad)
 		delete(m.calls, id)
 		if m.tracing && (e.Err != nil || isTrouble(e.Fault)) {
 			m.note("%s %s %s: after %s, %s", inc, e.Call.Op, m.short(e.Call.Name), e.Took, m.shortError(e.Err))
@@ -249,6 +254,7 @@ func (m *model) effect(inc *incarnation, c *callNote, e storagetest.Event) {
 }
 
 func (m *model) storedValue(inc *incarnation, p place, name string, e storagetest.Event) {
+	delete(m.hidden, name)
 	s, old := m.read(name, p, e.Value), m.latest(name)
 	s.by = inc
 	switch {
@@ -256,6 +262,10 @@ func (m *model) storedValue(inc *incarnation, p place, name string, e storagetes
 		m.wrong("%s stored what cannot be read under %s", inc, m.short(name))
 	case s.val.kind == kindDocument && !bytes.Equal(s.val.report.Document().Body, m.bodies[s.id.hash]):
 		m.wrong("%s stored a report under %s that was never saved", inc, m.short(name))
+	case s.val.kind == kindReference && p.kind == inPartition && s.val.target.key == p.key && len(m.states[m.layout.name(s.val.target)]) == 0:
+		m.wrong("%s stored the reference under %s before the document", inc, m.short(name))
+	case m.broughtBack(inc, p, s):
+		m.wrong("%s stored %s after it has purged it", inc, m.short(name))
 	case old.what == foreign && p.kind != damaged:
 		m.wrong("%s overwrote a value of a later version under %s", inc, m.short(name))
 	case old.what == sound && old.by == inc && s.val.kind == kindDocument && old.val.kind == kindDocument:
@@ -267,6 +277,17 @@ func (m *model) storedValue(inc *incarnation, p place, name string, e storagetes
 		m.files[p.key.Source()] = append(m.files[p.key.Source()], name)
 	}
 	m.set(name, s)
+}
+
+// broughtBack reports whether a report is stored that was purged before.
+func (m *model) broughtBack(inc *incarnation, p place, s state) bool {
+	if s.val.kind != kindDocument {
+		return false
+	}
+	saved := inc.savedAt(p.key, s.id)
+	return slices.ContainsFunc(m.purged, func(by *purge) bool {
+		return by.inc == inc && saved.Before(by.begun) && by.selection.Matches(p.key, nil, s.val.report)
+	})
 }
 
 func (m *model) deletedValue(inc *incarnation, c *callNote, p place, name string, e storagetest.Event) {
@@ -386,6 +407,7 @@ func (m *model) endPurge(p *purge, err error) {
 	if p.inc.dead || err != nil {
 		return
 	}
+	m.purged = append(m.purged, p)
 	names := make([]string, 0)
 	for name := range m.states {
 		if at, ok := m.layout.parse(name); ok && p.must(at, m.latest(name)) {
@@ -394,7 +416,7 @@ func (m *model) endPurge(p *purge, err error) {
 	}
 	slices.Sort(names)
 	for _, name := range names {
-		if !m.kind.Lies() {
+		if by := m.hidden[name]; !m.kind.Lies() && (by == nil || by == p.inc) {
 			m.wrong("%s purged %s with success, but %s is there", p.inc, p.selection.text(), m.short(name))
 		}
 	}
