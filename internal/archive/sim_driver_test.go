@@ -716,11 +716,10 @@ func (s *simulation) window(w *window) {
 		if w.kind != badKeys || len(s.keys) == 0 {
 			return
 		}
-		w.bad = make(map[string]bool)
 		for range 1 + s.random.IntN(2) {
 			k := s.keys[s.recent(s.random)]
 			for _, kind := range []placeKind{inPartition, large} {
-				w.bad[s.model.layout.name(place{kind: kind, key: k.key})] = true
+				w.bad.Store(s.model.layout.name(place{kind: kind, key: k.key}), true)
 			}
 			for range 30 { // callers want just that one
 				l := load{key: k.key}

@@ -3,6 +3,7 @@ package archive
 import (
 	"hash/fnv"
 	"math/rand/v2"
+	"sync"
 	"time"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
@@ -31,8 +32,14 @@ func (k trouble) String() string {
 type window struct {
 	kind     trouble
 	from, to time.Time
-	instance int             // that has the trouble; -1: all
-	bad      map[string]bool // the names that are bad
+	instance int      // that has the trouble; -1: all
+	bad      sync.Map // the names that are bad
+}
+
+// isBad reports whether a name is bad.
+func (w *window) isBad(name string) bool {
+	_, bad := w.bad.Load(name)
+	return bad
 }
 
 // plan says when the storage has which trouble.
@@ -61,13 +68,11 @@ func newPlan(seed uint64, begin time.Time, span time.Duration) *plan {
 		}
 		p.windows = append(p.windows, w)
 		if r.IntN(4) == 0 { // two at a time
-			other := *w
-			if other.kind = trouble(r.IntN(int(troubles))); w.kind == badKeys && other.kind == badKeys {
+			other := &window{kind: trouble(r.IntN(int(troubles))), from: w.from.Add(length / 3), to: w.to, instance: -1}
+			if w.kind == badKeys && other.kind == badKeys {
 				other.kind = noise // three bad values are not a few
 			}
-			other.instance = -1
-			other.from = w.from.Add(length / 3)
-			p.windows = append(p.windows, &other)
+			p.windows = append(p.windows, other)
 		}
 	}
 }
@@ -153,7 +158,7 @@ func (w *window) spoil(d *dice, c storagetest.Call, f *storagetest.Fault) {
 		}
 		f.Late = d.below(2) == 0
 	case badKeys:
-		if w.bad[c.Name] {
+		if w.isBad(c.Name) {
 			spoilAnyhow(d, []int{10, 40, 90, 98}[d.below(4)], f)
 		}
 	case badLock:

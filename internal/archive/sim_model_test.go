@@ -217,7 +217,7 @@ func (m *model) shortError(err error) string {
 
 // isBad reports whether a name has trouble of its own.
 func (m *model) isBad(inc *incarnation, name string) (bad bool) {
-	inc.sim.plan.active(inc.number, m.now(), func(w *window) { bad = bad || w.bad[name] })
+	inc.sim.plan.active(inc.number, m.now(), func(w *window) { bad = bad || w.isBad(name) })
 	return bad
 }
 
@@ -225,7 +225,7 @@ func (m *model) isBad(inc *incarnation, name string) (bad bool) {
 func (m *model) wasBad(inc *incarnation, name string) bool {
 	now := m.now()
 	return slices.ContainsFunc(inc.sim.plan.windows, func(w *window) bool {
-		return w.bad[name] && now.After(w.from) && now.Before(w.to.Add(5*time.Minute))
+		return w.isBad(name) && now.After(w.from) && now.Before(w.to.Add(5*time.Minute))
 	})
 }
 

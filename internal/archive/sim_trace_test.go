@@ -3,6 +3,7 @@ package archive
 import (
 	"fmt"
 	"strings"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -13,6 +14,7 @@ import (
 type trace struct {
 	begin   time.Time
 	keep    bool
+	mu      sync.Mutex // guards lines and calls of out
 	lines   []string
 	summary string
 	out     func(string)
@@ -24,6 +26,8 @@ func (tr *trace) note(format string, args ...any) {
 		return
 	}
 	line := fmt.Sprintf("%018d ", time.Since(tr.begin)) + fmt.Sprintf(format, args...)
+	tr.mu.Lock()
+	defer tr.mu.Unlock()
 	if tr.keep {
 		tr.lines = append(tr.lines, line)
 	}
