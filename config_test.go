@@ -93,6 +93,11 @@ func TestJSON(t *testing.T) {
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "transport": {"protocol": "fastcgi"}}`:                      "is not supported: use http",
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "transport": {"protocol": "http", "proxy_protocol": "v2"}}`: "proxy_protocol is not supported",
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}, {"app_server_id": "a", "address": "b:1"}]}`:                  `node "a" is configured twice`,
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "broker": {"address": "a:1", "proxy": ["submit"]}}`:                                                              "a path in proxy must be",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "broker": {"address": "a:1", "proxy": ["/task"]}}`:                                                               "proxy cannot have /task",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s", "allow": ["/file"]}], "broker": {"address": "a:1", "proxy": ["/submit"]}}`:                                         "which is not served",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s", "allow": ["/task"]}, {"secret": "t"}], "broker": {"address": "a:1"}}`:                                              "secret 2: the secrets of client default differ in allow",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1", "proxy": ["/submit"]}]}`:                                      "unknown field",
 		`{"handler": "fsbroker_task", "no_such": 1}`:                                                                                                                                 "unknown field",
 	} {
 		err := load(handler)

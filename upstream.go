@@ -69,6 +69,17 @@ func (u *upstream) problem(kind problemKind, detail string) *problem {
 	return &problem{kind: kind, role: u.role, detail: "the " + u.role.String() + " " + detail}
 }
 
+// refusedSecret returns the problem of an upstream that answers 401 or 403.
+func (u *upstream) refusedSecret() *problem {
+	return u.problem(problemRefusedSecret, "refused the secret that is configured for it: its operator must correct secret or secret_in")
+}
+
+// rejectedRequest returns the problem of an upstream that answers 400.
+func (u *upstream) rejectedRequest() *problem {
+	return u.problem(problemRejectedRequest,
+		"answered with the status 400: perhaps it refused the secret that is configured for it, or does not accept the IDs: check the IDs; its operator checks secret and secret_in")
+}
+
 // down returns a 503 problem while the last dial failure is recent, so callers fail fast.
 func (u *upstream) down(now time.Time) *problem {
 	left := u.health.downFor(now)
@@ -128,11 +139,7 @@ func (u *upstream) exchange(ctx context.Context, timeout time.Duration, path str
 		return response{}, context.Cause(ctx)
 	}
 	r = response{start: start, status: status, cause: err, dialFailed: dial.failed()}
-	if dial.isLocal() {
-		u.diagnoseLocal(&r)
-	} else {
-		u.diagnose(ctx, &r)
-	}
+	u.judge(ctx, &r, &dial)
 	if ce := u.logger.Check(zap.DebugLevel, "fetched"); ce != nil {
 		code := ""
 		if r.problem != nil {
@@ -194,10 +201,9 @@ func (u *upstream) roundTrip(req *http.Request, body *answerBody, read bodyReade
 		p.retryAfter = retryAfter(resp.Header, u.health.failDuration)
 		return resp.StatusCode, p
 	case http.StatusUnauthorized, http.StatusForbidden:
-		return resp.StatusCode, u.problem(problemRefusedSecret, "refused the secret that is configured for it: its operator must correct secret or secret_in")
+		return resp.StatusCode, u.refusedSecret()
 	case http.StatusBadRequest:
-		return resp.StatusCode, u.problem(problemRejectedRequest,
-			"answered with the status 400: perhaps it refused the secret that is configured for it, or does not accept the IDs: check the IDs; its operator checks secret and secret_in")
+		return resp.StatusCode, u.rejectedRequest()
 	}
 	return resp.StatusCode, u.problem(problemBadAnswer,
 		fmt.Sprintf("answered with the unexpected status %d: try again later", resp.StatusCode))
@@ -286,6 +292,15 @@ func drain(resp *http.Response) {
 	timer := time.AfterFunc(late, func() { _ = resp.Body.Close() })
 	defer timer.Stop()
 	_, _ = io.CopyN(io.Discard, resp.Body, small)
+}
+
+// judge sets the problem of an exchange, if there is one.
+func (u *upstream) judge(ctx context.Context, r *response, dial *dialTrace) {
+	if dial.isLocal() {
+		u.diagnoseLocal(r)
+	} else {
+		u.diagnose(ctx, r)
+	}
 }
 
 // diagnose sets the problem that the error of an exchange means.
