@@ -3,6 +3,8 @@ package fsbroker
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,6 +12,7 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -128,67 +131,133 @@ func (s *nodeState) fill(ctx context.Context, upstreams []liveUpstream) {
 // showCache returns how full the cache of each namespace is, and its queue to the storage.
 func showCache(*http.Request) (any, error) { return live.stats().caches, nil }
 
-// purged counts what was removed from each tier. A report may have been in several.
+// purged counts what a step of a purge has removed from each tier. A report may have been in several.
 type purged struct {
-	Memory  int `json:"memory"`
-	Queue   int `json:"queue"`
-	Storage int `json:"storage"`
+	Memory  int  `json:"memory"`
+	Queue   int  `json:"queue"`
+	Storage int  `json:"storage"`
+	Next    *int `json:"next,omitempty"` // where the next step begins; nil when all is done
 }
 
-var errPurge = errors.New("give submitID, or appServerID and taskID together, once each, to purge the reports of a submission or a task, or nothing to purge everything")
+var (
+	errPurge = errors.New("give submitID, or appServerID and taskID together, or appServerID, sha256 or older_than alone, once each, to purge some of the reports, or nothing to purge everything")
+	errFrom  = fmt.Errorf("from must be the next of the step before: a number up to %d", archive.Partitions)
+)
 
-// purgeCache purges everything, or the reports of one submission or task. A malformed query must not purge everything.
-func purgeCache(r *http.Request) (any, error) {
-	values, err := url.ParseQuery(r.URL.RawQuery)
+// purgeRequest is what to purge.
+type purgeRequest struct {
+	query     query             // a submission, a task or a node; empty if it is none of these
+	selection archive.Selection // otherwise
+	from      int               // where to go on
+}
+
+// parsePurge parses a query. A malformed one must not purge everything.
+func parsePurge(rawQuery string) (p purgeRequest, err error) {
+	values, err := url.ParseQuery(rawQuery)
 	if err != nil {
-		return nil, adminError(http.StatusBadRequest, errors.New("the query is malformed"))
+		return p, errors.New("the query is malformed")
 	}
-	if len(values) == 0 {
-		return purge(r.Context(), live.everything())
-	}
-	q := query{submitID: values.Get("submitID"), appServerID: values.Get("appServerID"), taskID: values.Get("taskID")}
-	names := []string{"submitID"}
-	if q.submitID == "" {
-		names = []string{"appServerID", "taskID"}
-	}
-	for _, name := range names {
-		if len(values) != len(names) || len(values[name]) != 1 || !task.ValidID(values.Get(name)) {
-			return nil, adminError(http.StatusBadRequest, errPurge)
+	for _, v := range values {
+		if len(v) != 1 {
+			return p, errPurge
 		}
 	}
-	targets := live.reports(q)
-	if len(targets) == 0 {
+	if values.Has("from") {
+		if p.from, err = strconv.Atoi(values.Get("from")); err != nil || p.from < 0 || p.from > archive.Partitions {
+			return p, errFrom
+		}
+		values.Del("from")
+	}
+	switch names := strings.Join(slices.Sorted(maps.Keys(values)), " "); names {
+	case "":
+	case "submitID", "appServerID", "appServerID taskID":
+		p.query = query{submitID: values.Get("submitID"), appServerID: values.Get("appServerID"), taskID: values.Get("taskID")}
+		for name := range values {
+			if !task.ValidID(values.Get(name)) {
+				return p, errPurge
+			}
+		}
+	case "sha256":
+		sum, err := hex.DecodeString(values.Get(names))
+		if err != nil || len(sum) != sha256.Size {
+			return p, errors.New("sha256 must be 64 hexadecimal digits")
+		}
+		p.selection.File = (*[sha256.Size]byte)(sum)
+	case "older_than":
+		age, err := caddy.ParseDuration(values.Get(names))
+		if err != nil || age <= 0 {
+			return p, errors.New("older_than must be a duration of more than 0, such as 24h or 30d")
+		}
+		p.selection.Before = time.Now().Add(-age)
+	default:
+		return p, errPurge
+	}
+	return p, nil
+}
+
+// purgeCache purges everything, or some of the reports. What takes long is done in several steps.
+func purgeCache(r *http.Request) (any, error) {
+	p, err := parsePurge(r.URL.RawQuery)
+	if err != nil {
+		return nil, adminError(http.StatusBadRequest, err)
+	}
+	targets := live.purgeTargets(p.query, p.selection)
+	if len(targets) == 0 && p.query != (query{}) {
 		return nil, adminError(http.StatusNotFound, errors.New("no upstream is configured that can know it: check appServerID, or configure a broker"))
 	}
-	return purge(r.Context(), targets)
+	return purge(r.Context(), targets, p.from)
 }
 
-// purge removes the targets from memory and all storages. Memory is purged before and after the storages: a hit may save
-// what the queue had no room for, and a miss may load what is still stored.
-func purge(ctx context.Context, targets []purgeTarget) (purged, error) {
-	var sum purged
-	byArchive := make(map[*archive.Archive][]task.Key) // during a reload, two resolvers may share one
-	for _, t := range targets {
-		sum.Memory += t.shared.purge(t.keys)
-		if t.archive != nil {
-			byArchive[t.archive] = append(byArchive[t.archive], t.keys...)
-		}
+// purge removes the targets from memory and all storages. Memory is purged before and after the storages: what it has may be
+// queued to be stored, and a miss may load what is still stored.
+func purge(ctx context.Context, targets []purgeTarget, from int) (purged, error) {
+	sum := purged{Memory: purgeMemory(targets)}
+	done, err := purgeArchives(ctx, targets, from)
+	sum.Memory += purgeMemory(targets)
+	sum.Queue, sum.Storage = done.Queued, done.Stored
+	if done.Next < archive.Partitions {
+		sum.Next = &done.Next
 	}
-	var failed error
-	for a, keys := range byArchive {
-		queued, stored, err := a.Purge(ctx, keys)
-		sum.Queue += queued
-		sum.Storage += stored
-		failed = errors.Join(failed, err)
-	}
-	for _, t := range targets {
-		sum.Memory += t.shared.purge(t.keys)
-	}
-	if failed != nil {
+	if err != nil {
 		return sum, adminError(http.StatusBadGateway,
-			fmt.Errorf("memory is purged, but the storage is not, or only in part: try again: %w", failed))
+			fmt.Errorf("memory is purged, but the storage is not, or only in part: try again with from=%d: %w", done.Next, err))
 	}
 	return sum, nil
+}
+
+func purgeMemory(targets []purgeTarget) (n int) {
+	for _, t := range targets {
+		n += t.shared.purge(t.selection.Matches)
+	}
+	return n
+}
+
+// purgeArchives makes one step in all archives at once, each from the same place on. So the next step begins where the
+// slowest has come to.
+func purgeArchives(ctx context.Context, targets []purgeTarget, from int) (archive.Purged, error) {
+	selections := make(map[*archive.Archive]archive.Selection) // during a reload, two resolvers may share one archive
+	for _, t := range targets {
+		if t.archive != nil {
+			selections[t.archive] = t.selection
+		}
+	}
+	sum := archive.Purged{Next: archive.Partitions}
+	var failed error
+	var mu sync.Mutex // guards both
+	var steps sync.WaitGroup
+	for a, selection := range selections {
+		steps.Go(func() {
+			done, err := a.Purge(ctx, selection, from)
+			mu.Lock()
+			defer mu.Unlock()
+			sum.Queued += done.Queued
+			sum.Stored += done.Stored
+			sum.Next = min(sum.Next, done.Next)
+			failed = errors.Join(failed, err)
+		})
+	}
+	steps.Wait()
+	return sum, failed
 }
 
 // Interface guards

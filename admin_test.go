@@ -9,6 +9,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -106,18 +108,37 @@ func TestAdminErrors(t *testing.T) {
 	node := newBackend(t, systemInfo)
 	s := startWithAdmin(t, options(node, stored), "")
 	s.get(pair)
-	const halfAPair = `{"error":"give submitID, or appServerID and taskID together, once each, to purge the reports of a submission or a task, or nothing to purge everything"}`
+	s.wantQueueEmpty()
+	const malformed = `{"error":"give submitID, or appServerID and taskID together, or appServerID, sha256 or older_than alone, once each, to purge some of the reports, or nothing to purge everything"}`
+	const badFrom = `{"error":"from must be the next of the step before: a number up to 4096"}`
+	const badAge = `{"error":"older_than must be a duration of more than 0, such as 24h or 30d"}`
+	const badSum = `{"error":"sha256 must be 64 hexadecimal digits"}`
 	for request, want := range map[string]string{
 		"POST /fsbroker/nodes":                                       `405 {"error":"method not allowed: use GET"}`,
 		"DELETE /fsbroker/nodes":                                     `405 {"error":"method not allowed: use GET"}`,
 		"POST /fsbroker/cache":                                       `405 {"error":"method not allowed: use DELETE, GET"}`,
-		"DELETE /fsbroker/cache?taskID=t1":                           "400 " + halfAPair,
-		"DELETE /fsbroker/cache?appServerID=node-1":                  "400 " + halfAPair,
-		"DELETE /fsbroker/cache?appServerID=node-1&taskID=":          "400 " + halfAPair,
-		"DELETE /fsbroker/cache?appServerID=node-1&taskid=t1":        "400 " + halfAPair,
-		"DELETE /fsbroker/cache?task=t1":                             "400 " + halfAPair,
-		"DELETE /fsbroker/cache?appServerID=node-1&taskID=t1&all":    "400 " + halfAPair,
-		"DELETE /fsbroker/cache?appServerID=a&taskID=t1&taskID=t2":   "400 " + halfAPair,
+		"DELETE /fsbroker/cache?taskID=t1":                           "400 " + malformed,
+		"DELETE /fsbroker/cache?appServerID=":                        "400 " + malformed,
+		"DELETE /fsbroker/cache?appServerID=node-1&older_than=1h":    "400 " + malformed,
+		"DELETE /fsbroker/cache?submitID=s1&taskID=t1":               "400 " + malformed,
+		"DELETE /fsbroker/cache?older_than=soon":                     "400 " + badAge,
+		"DELETE /fsbroker/cache?older_than=-1h":                      "400 " + badAge,
+		"DELETE /fsbroker/cache?older_than":                          "400 " + badAge,
+		"DELETE /fsbroker/cache?sha256=12":                           "400 " + badSum,
+		"DELETE /fsbroker/cache?sha256=" + strings.Repeat("g", 64):   "400 " + badSum,
+		"DELETE /fsbroker/cache?sha256=" + strings.Repeat("0", 66):   "400 " + badSum,
+		"DELETE /fsbroker/cache?from=-1":                             "400 " + badFrom,
+		"DELETE /fsbroker/cache?from=":                               "400 " + badFrom,
+		"DELETE /fsbroker/cache?from=4097":                           "400 " + badFrom,
+		"DELETE /fsbroker/cache?appServerID=node-2":                  `404 {"error":"no upstream is configured that can know it: check appServerID, or configure a broker"}`,
+		"DELETE /fsbroker/cache?submitID=s1":                         `404 {"error":"no upstream is configured that can know it: check appServerID, or configure a broker"}`,
+		"DELETE /fsbroker/cache?older_than=1h":                       `200 {"memory":0,"queue":0,"storage":0}`,
+		"DELETE /fsbroker/cache?sha256=" + strings.Repeat("0", 64):   `200 {"memory":0,"queue":0,"storage":0}`,
+		"DELETE /fsbroker/cache?appServerID=node-1&taskID=":          "400 " + malformed,
+		"DELETE /fsbroker/cache?appServerID=node-1&taskid=t1":        "400 " + malformed,
+		"DELETE /fsbroker/cache?task=t1":                             "400 " + malformed,
+		"DELETE /fsbroker/cache?appServerID=node-1&taskID=t1&all":    "400 " + malformed,
+		"DELETE /fsbroker/cache?appServerID=a&taskID=t1&taskID=t2":   "400 " + malformed,
 		"DELETE /fsbroker/cache?appServerID=node-1&taskID=%zz":       `400 {"error":"the query is malformed"}`,
 		"DELETE /fsbroker/cache?appServerID=node-2&taskID=t1":        `404 {"error":"no upstream is configured that can know it: check appServerID, or configure a broker"}`,
 		"DELETE /fsbroker/cache?appServerID=node-1&taskID=not-there": `200 {"memory":0,"queue":0,"storage":0}`,
@@ -140,6 +161,7 @@ func TestPurge(t *testing.T) {
 			s.get("/task?appServerID=node-1&taskID="+task).wantStatus(t, http.StatusOK)
 		}
 		s.wantValues(3)
+		s.wantQueueEmpty()
 	}
 	const task1 = "/fsbroker/cache?appServerID=node-1&taskID=t1"
 	fill()
@@ -159,12 +181,74 @@ func TestPurge(t *testing.T) {
 	if err := os.Rename(value, filepath.Join(setAside, filepath.Base(value))); err != nil {
 		t.Fatal(err)
 	}
-	s.wantAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusOK, `{"memory":3,"queue":0,"storage":3}`)
+	s.wantAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusOK, `{"memory":3,"queue":0,"storage":2}`)
 	s.wantValues(0)
 	if left, _ := filepath.Glob(filepath.Join(setAside, "*")); len(left) != 0 {
 		t.Errorf("there are still the values %v", left)
 	}
 	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
+}
+
+// A purge of a node, a file, or what is old leaves the others alone, in memory and in the storage.
+func TestPurgeOfSome(t *testing.T) {
+	const sum = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+		document := reportOf(r.URL.Query().Get("taskID"), "SUCCESS")
+		if r.URL.Query().Get("taskID") == "of-file" {
+			document = fmt.Sprintf(`{"result":{"taskReference":{"state":"SUCCESS","additionalInfo":{"digests":{"SHA-256":"%s"}}}}}`, sum)
+		}
+		responds(http.StatusOK, document)(w, r)
+	})
+	other := newBackend(t, responds(http.StatusOK, reportOf("other", "SUCCESS")))
+	s := startWithAdmin(t, options(node, fmt.Sprintf("node node-2 %s\n%s", other.URL, stored)), "")
+	ask := func(names ...string) {
+		for _, name := range names {
+			nodeID, taskID, _ := strings.Cut(name, " ")
+			s.get(fmt.Sprintf("/task?appServerID=%s&taskID=%s", nodeID, taskID)).wantStatus(t, http.StatusOK)
+		}
+	}
+	purge := func(query, want string) {
+		t.Helper()
+		s.wantQueueEmpty()
+		s.wantAdmin(http.MethodDelete, "/fsbroker/cache?"+query, http.StatusOK, want)
+	}
+	ask("node-1 t1", "node-1 of-file", "node-1 t3", "node-2 t1")
+	s.wantValues(4)
+	purge("sha256="+strings.ToUpper(sum), `{"memory":1,"queue":0,"storage":1}`)
+	s.wantValues(3)
+	purge("older_than=1h", `{"memory":0,"queue":0,"storage":0}`)
+	s.wantValues(3)
+	purge("appServerID=node-1", `{"memory":2,"queue":0,"storage":2}`)
+	s.wantValues(1)
+	s.get("/task?appServerID=node-2&taskID=t1").wantHeader(t, "Cache-Status", "fsbroker; hit")
+	purge("older_than=1ms", `{"memory":1,"queue":0,"storage":1}`)
+	s.wantValues(0)
+
+	// Only what is in the later partitions is purged from the storage.
+	ask("node-1 t1", "node-1 t2", "node-1 t3", "node-1 t4", "node-1 t5", "node-1 t6")
+	values := s.wantValues(6)
+	partition := func(name string) string { return filepath.Base(filepath.Dir(filepath.Dir(name))) }
+	slices.SortFunc(values, func(a, b string) int { return strings.Compare(partition(a), partition(b)) })
+	from, err := strconv.ParseInt(partition(values[3]), 16, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	purge(fmt.Sprintf("appServerID=node-1&from=%d", from), `{"memory":6,"queue":0,"storage":3}`)
+	if left := s.wantValues(3); !slices.Equal(left, slices.Sorted(slices.Values(values[:3]))) {
+		t.Errorf("left are %v, want %v", left, values[:3])
+	}
+}
+
+// A submission that became a node's task is a reference to its report, and is purged with it.
+func TestPurgeOfATaskPurgesItsSubmissions(t *testing.T) {
+	node := newBackend(t, systemInfo)
+	broker := newBackend(t, explains(`{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
+	s := startWithAdmin(t, options(node, brokerOption(broker)+"\n"+stored), "")
+	s.get("/task?submitID=s1").wantStatus(t, http.StatusOK)
+	s.wantValues(2)
+	s.wantQueueEmpty()
+	s.wantAdmin(http.MethodDelete, "/fsbroker/cache?appServerID=node-1&taskID=t1", http.StatusOK, `{"memory":2,"queue":0,"storage":1}`)
+	s.get("/task?submitID=s1").wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
 }
 
 // A purge removes what is queued for the storage, and what a write that is under way stores.
@@ -178,26 +262,36 @@ func TestPurgeOfTheQueue(t *testing.T) {
 	for _, task := range []string{"t1", "t1&all", "t2", "t3"} {
 		s.get("/task?appServerID=node-1&taskID="+task).wantStatus(t, http.StatusOK)
 	}
-	s.wantAdmin(http.MethodDelete, "/fsbroker/cache?appServerID=node-1&taskID=t1", http.StatusOK, `{"memory":2,"queue":2,"storage":0}`)
-	s.wantAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusOK, `{"memory":2,"queue":2,"storage":0}`)
-	if _, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache"); !strings.Contains(body, `"queued":0,"queued_bytes":0`) {
-		t.Errorf("the queue is not empty: %s", body)
+	// Nobody knows what a storage has that is away, so that is no success. Memory and the queue are purged nevertheless.
+	const away = `{"error":"memory is purged, but the storage is not, or only in part: try again with from=0: the storage does not work: storage is away"}`
+	s.wantAdmin(http.MethodDelete, "/fsbroker/cache?appServerID=node-1&taskID=t1", http.StatusBadGateway, away)
+	if _, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache"); !strings.Contains(body, `"entries":2`) || !strings.Contains(body, `"queued":2`) {
+		t.Errorf("after a purge of a task: %s", body)
+	}
+	s.wantAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusBadGateway, away)
+	if _, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache"); !strings.Contains(body, `"entries":0`) || !strings.Contains(body, `"queued":0,"queued_bytes":0`) {
+		t.Errorf("after a purge of everything: %s", body)
 	}
 
 	hang := make(chan struct{})
-	setFault(nil, hang, false)
-	before, _ := writes()
+	setFault(nil, nil, false)
+	beforeEach(t, func(operation, key string, _ int) error {
+		if operation == "Store" && isReport(key) {
+			<-hang
+		}
+		return nil
+	})
+	before := writes()
 	node.setHandler(responds(http.StatusOK, reportOf("t4", "SUCCESS")))
 	s.get("/task?appServerID=node-1&taskID=t4&nocache").wantStatus(t, http.StatusOK)
-	eventually(t, "the write to begin", func() bool { all, _ := writes(); return all > before })
+	eventually(t, "the write to begin", func() bool { return writes() > before })
 	purged := make(chan error, 1)
 	go func() {
-		purged <- s.checkAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusOK, `{"memory":1,"queue":0,"storage":1}`)
+		purged <- s.checkAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusOK, `{"memory":1,"queue":1,"storage":1}`)
 	}()
 	eventually(t, "the purge to wait for the write", func() bool {
-		return goroutines(t, "select", "caddy/v2.AdminHandlerFunc.ServeHTTP(") == 1
+		return goroutines(t, "select", "archive.(*Archive).purgeQueue(") == 1
 	})
-	setFault(nil, nil, false)
 	close(hang)
 	if err := <-purged; err != nil {
 		t.Error(err)

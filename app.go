@@ -217,6 +217,7 @@ func newSettings(h *Handler) (settings, error) {
 		"max_size":        with.Cache.MaxSize,
 		"storage":         with.Cache.StorageRaw,
 		"retention":       with.Cache.Retention,
+		"encryption_key":  with.Cache.EncryptionKeys,
 	}
 	if b := with.Broker; b != nil {
 		values["broker"], values["proxy"] = b.Endpoint, b.Proxy
@@ -356,6 +357,24 @@ func newUpstreams(h *Handler, o endpointOptions) (nodes map[string]*upstream, br
 	return nodes, broker, nil
 }
 
+// keyring returns the keys that reports are encrypted with in the storage. It is nil if there are none.
+func (c *Cache) keyring() (*archive.Keyring, error) {
+	repl := caddy.NewReplacer()
+	var keys []string
+	for i, key := range c.EncryptionKeys {
+		value, err := resolveSecret(repl, key)
+		if err != nil {
+			return nil, fmt.Errorf("cache.encryption_keys: key %d: %w", i+1, err)
+		}
+		keys = append(keys, value)
+	}
+	ring, err := archive.NewKeyring(keys...)
+	if err != nil {
+		return nil, fmt.Errorf("cache.encryption_keys: %w", err)
+	}
+	return ring, nil
+}
+
 // openArchive opens the archive if a storage is configured for it.
 func (ns *namespace) openArchive(ctx caddy.Context) error {
 	cache := ns.options.Cache
@@ -378,8 +397,12 @@ func (ns *namespace) openArchive(ctx caddy.Context) error {
 			return fmt.Errorf("opening the storage: %w", err)
 		}
 	}
-	backend := &archive.Backend{Storage: storage, Logger: ns.logger, Retention: time.Duration(cache.Retention)}
-	opened, err := openArchive(ns.name, id, backend)
+	ring, err := cache.keyring()
+	if err != nil {
+		return err
+	}
+	backend := &archive.Backend{Storage: storage, Logger: ns.logger, Retention: time.Duration(cache.Retention), Keyring: ring}
+	opened, err := openArchive(ns.name, id, ns.member.memory, backend)
 	if err != nil {
 		return err
 	}
@@ -387,12 +410,21 @@ func (ns *namespace) openArchive(ctx caddy.Context) error {
 	return nil
 }
 
-// drain waits until what is queued is stored. A server calls it within its grace period, while modules can still be used.
-func (ns *namespace) drain(ctx context.Context) error {
+// shutDown ends waits, and begins to store what is queued. A server calls it at the beginning of its grace period.
+func (ns *namespace) shutDown() {
+	ns.pollers.stop()
+	if ns.backend != nil {
+		ns.resolver.archive.Flush(ns.backend)
+	}
+}
+
+// drain waits until what is queued is stored. A server calls it when it has shut down, while modules can still be used. The
+// grace period may be over, so its context does not matter.
+func (ns *namespace) drain(context.Context) error {
 	if ns.backend == nil {
 		return nil
 	}
-	return ns.resolver.archive.Drain(ctx, ns.backend)
+	return ns.resolver.archive.Drain(ns.backend)
 }
 
 // close undoes provision, which may have failed.

@@ -52,9 +52,9 @@ func benchHandler(b *testing.B, nodes, reports, size int) *Handler {
 	}
 	rs := h.namespace.resolver
 	for i := range reports {
-		rs.shared.put(task.ReportKey(rs.namespace, "node-0", fmt.Sprintf("t%d", i), false), task.NewReport(r.Document()), time.Hour)
+		rs.shared.put(task.ReportKey(rs.nodes["node-0"].source, fmt.Sprintf("t%d", i), false), task.NewReport(r.Document()), time.Hour)
 	}
-	rs.shared.put(task.SubmissionKey(rs.namespace, "s0", false), task.NewReport(r.Document()), time.Hour)
+	rs.shared.put(task.SubmissionKey(rs.submitted, "s0", false), task.NewReport(r.Document()), time.Hour)
 	return h
 }
 

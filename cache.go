@@ -3,6 +3,7 @@ package fsbroker
 import (
 	"container/list"
 	"encoding/json"
+	"iter"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -37,11 +38,19 @@ type Cache struct {
 	MaxSize int64 `json:"max_size,omitempty"`
 
 	// A storage that keeps finished reports beyond the process, and shares them with all instances that use it: any
-	// `caddy.storage` module, or `{}` for the storage that the server is configured with. Reports are confidential. They are compressed but not encrypted: protect the storage. Default: none
+	// `caddy.storage` module, or `{}` for the storage that the server is configured with. Reports are confidential: protect
+	// the storage, or encrypt what is stored in it with `encryption_keys`. Default: none
 	StorageRaw json.RawMessage `json:"storage,omitempty" caddy:"namespace=caddy.storage inline_key=module"`
 
 	// How long the storage keeps a report. Needs a storage. Default: `720h` (30 days)
 	Retention caddy.Duration `json:"retention,omitempty"`
+
+	// The keys with which reports are encrypted in the storage (AES-256-GCM). Each has 32 random bytes, written as 64
+	// hexadecimal digits or as base64. The first encrypts, and any of them decrypts: to rotate the key, put a new one in
+	// front, and remove the old one when the retention is over. A report whose key is gone is left alone in the storage, and
+	// is fetched from an upstream again. Reports that are stored unencrypted can be read in either case. A key should be a
+	// placeholder, such as `{file./run/secrets/key}`. Needs a storage. Default: none, so reports are not encrypted
+	EncryptionKeys []string `json:"encryption_keys,omitempty"`
 }
 
 const (
@@ -70,15 +79,21 @@ type memory struct {
 	evicted uint64
 	entries int
 	order   sieve
+
+	// The archives in which finished reports are to be stored, with the entries for which their queues had no room.
+	unsaved map[*archive.Archive]map[*entry]struct{}
 }
 
 // entry is a report and its forms.
 type entry struct {
-	key     task.Key
-	report  *task.Report
-	whole   form
-	unkept  bool        // it was never kept
-	unsaved atomic.Bool // there is no storage, or its queue had no room
+	key    task.Key
+	report *task.Report
+	whole  form
+	unkept bool // it was never kept
+
+	// How it is stored; guarded by memory.mu.
+	all    bool      // it is the complete report
+	target *task.Key // under which the report itself is; nil if that is key
 
 	generation uint64 // of the timer; guarded by memory.mu
 	timer      *time.Timer
@@ -105,6 +120,7 @@ func newMemory(limit int64) *memory {
 	// There is no cleanup interval: entries leave by their own timers. So no janitor outlives the cache or locks the whole
 	// map to look for expired entries.
 	m := &memory{kept: gocache.New(gocache.NoExpiration, 0), limit: limit}
+	m.unsaved = make(map[*archive.Archive]map[*entry]struct{})
 	m.kept.OnEvicted(func(_ string, v any) { m.unlink(v.(*entry)) })
 	return m
 }
@@ -182,8 +198,15 @@ func (m *memory) expire(k task.Key, generation uint64) func() {
 	}
 }
 
-// unlink removes the forms of an entry that has left go-cache. The caller holds the mutex.
+// unlink removes the forms of an entry that has left go-cache. What is still to be stored is queued, if there is room. The
+// caller holds the mutex.
 func (m *memory) unlink(e *entry) {
+	for a, unsaved := range m.unsaved {
+		if _, ok := unsaved[e]; ok {
+			delete(unsaved, e)
+			a.Save(m.item(e))
+		}
+	}
 	e.timer.Stop()
 	m.entries--
 	m.dropInflated(e)
@@ -331,21 +354,99 @@ func (m *memory) makeRoom(size int64) bool {
 	return true
 }
 
-// purge removes the entries under keys, or all entries if keys is nil, and returns how many there were.
-func (m *memory) purge(keys []task.Key) int {
+// purge removes the entries that match and returns how many there were.
+func (m *memory) purge(match func(k task.Key, target *task.Key, r *task.Report) bool) int {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	before := m.entries
-	if keys == nil {
-		for m.entries > 0 {
-			k := m.order.order.Back().Value.(*form).entry.key
-			m.kept.Delete(string(k[:]))
+	var matching []*entry
+	for e := range m.all() {
+		if match(e.key, e.target, e.report) {
+			matching = append(matching, e)
 		}
 	}
-	for _, k := range keys {
-		m.kept.Delete(string(k[:]))
+	for _, e := range matching {
+		for _, unsaved := range m.unsaved {
+			delete(unsaved, e)
+		}
+		m.kept.Delete(string(e.key[:]))
 	}
-	return before - m.entries
+	return len(matching)
+}
+
+// all iterates over the entries, from the oldest to the newest. The caller holds the mutex.
+func (m *memory) all() iter.Seq[*entry] {
+	return func(yield func(*entry) bool) {
+		for place := m.order.order.Back(); place != nil; place = place.Prev() {
+			if f := place.Value.(*form); f == &f.entry.whole && !yield(f.entry) {
+				return
+			}
+		}
+	}
+}
+
+// attach makes an archive one in which all finished reports are stored, including those that are kept already, and those
+// that have left memory but are still queued for another archive.
+func (m *memory) attach(a *archive.Archive) {
+	m.mu.Lock()
+	for other := range m.unsaved {
+		for _, i := range other.Queued() {
+			i.Target = nil // it may not be stored in this one
+			a.Save(i)
+		}
+	}
+	unsaved := make(map[*entry]struct{})
+	for e := range m.all() {
+		if e.report.Finished() {
+			unsaved[e] = struct{}{}
+		}
+	}
+	m.unsaved[a] = unsaved
+	m.mu.Unlock()
+	m.saveUnsaved(a)
+}
+
+// detach undoes attach.
+func (m *memory) detach(a *archive.Archive) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	delete(m.unsaved, a)
+}
+
+// save queues a finished report to be stored in all archives but one, which has it. Of the item, All and Target count. An
+// entry that is kept is queued later where there is no room.
+func (m *memory) save(e *entry, as archive.Item, but *archive.Archive) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	e.all, e.target = as.All, as.Target
+	for a, unsaved := range m.unsaved {
+		if a != but && !a.Save(m.item(e)) && e.whole.element != nil {
+			unsaved[e] = struct{}{}
+		}
+	}
+}
+
+// saveUnsaved queues entries to be stored for which an archive had no room, until it has none again.
+func (m *memory) saveUnsaved(a *archive.Archive) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for e := range m.unsaved[a] {
+		if !a.Save(m.item(e)) {
+			return
+		}
+		delete(m.unsaved[a], e)
+	}
+}
+
+// item returns how an entry is stored: as a reference if its target is kept, and so is stored as well. The caller holds the
+// mutex.
+func (m *memory) item(e *entry) archive.Item {
+	i := archive.Item{Key: e.key, Report: e.report, All: e.all}
+	if e.target != nil {
+		if v, ok := m.kept.Get(string(e.target[:])); ok && v.(*entry).report.Same(e.report) {
+			i.Target = e.target
+		}
+	}
+	return i
 }
 
 // memoryStats describes the cache in memory.
@@ -378,13 +479,13 @@ func (m *memory) setLimit(limit int64) {
 // close removes all entries and their timers. A closed cache keeps nothing.
 func (m *memory) close() {
 	m.setLimit(0)
-	m.purge(nil) // what callers hold is not evicted
+	m.purge(archive.Selection{}.Matches) // what callers hold is not evicted
 }
 
-// share is what the answers of one upstream take that are being read, in bytes. It is guarded by memory.mu.
+// share is what is being read from one upstream, or from the storage, in bytes. It is guarded by memory.mu.
 type share struct{ reading int64 }
 
-// reservation is the memory of one answer that is being read.
+// reservation is the memory of one answer that is being read, or of one report from the storage.
 type reservation struct {
 	memory *memory
 	share  *share
@@ -416,6 +517,17 @@ func (r *reservation) grow(size int64) bool {
 	r.share.reading += more
 	r.size = size
 	return true
+}
+
+// take is like grow. It returns a problem if there is no room.
+func (r *reservation) take(size int64) error {
+	if r.grow(size) {
+		return nil
+	}
+	return &problem{
+		kind: problemBusy, retryAfter: time.Second,
+		detail: "the reports that are being read use up the memory for them: try again after Retry-After",
+	}
 }
 
 // release returns the reservation.
@@ -472,7 +584,8 @@ func (s *sieve) next() *form {
 // nothing of a configuration, so it outlives each of them.
 type shared struct {
 	*memory
-	calls coalesce.Group[callKey, fetchResult]
+	calls   coalesce.Group[callKey, fetchResult]
+	storage share // of the memory for answers: what is being read from the storage
 
 	membersMu sync.Mutex
 	members   map[*member]struct{}
@@ -559,28 +672,42 @@ func (s *shared) stats() memoryStats {
 	return stats
 }
 
-// archives pools the archives of a process by the configuration of their storage.
+// archives pools the archives of a process by namespace and the configuration of the storage.
 var archives = caddy.NewUsagePool()
 
-// pooledArchive is an archive in a pool.
-type pooledArchive struct{ *archive.Archive }
+// pooledArchive is an archive in a pool, and the memory whose reports it stores.
+type pooledArchive struct {
+	*archive.Archive
+	memory *memory
+}
+
+func newPooledArchive(namespace string, m *memory) pooledArchive {
+	p := pooledArchive{memory: m}
+	p.Archive = archive.New(archive.Config{
+		Namespace: namespace, Metrics: storageMetrics, Room: func() { m.saveUnsaved(p.Archive) },
+	})
+	return p
+}
 
 // Destruct implements caddy.Destructor.
 func (p pooledArchive) Destruct() error {
+	p.memory.detach(p.Archive)
 	p.Close()
 	return nil
 }
 
-// openArchive attaches a backend to the archive of a namespace with that ID, which it makes if there is none.
-func openArchive(namespace, id string, b *archive.Backend) (*archive.Archive, error) {
-	v, _, err := archives.LoadOrNew(id, func() (caddy.Destructor, error) {
-		return pooledArchive{archive.New(namespace)}, nil
-	})
+// openArchive attaches a backend to the archive of a namespace with that ID. It makes the archive if there is none, and
+// stores in it what memory has.
+func openArchive(namespace, id string, m *memory, b *archive.Backend) (*archive.Archive, error) {
+	v, loaded, err := archives.LoadOrNew(id, func() (caddy.Destructor, error) { return newPooledArchive(namespace, m), nil })
 	if err != nil {
 		return nil, err
 	}
 	a := v.(pooledArchive).Archive
 	a.Attach(b)
+	if !loaded {
+		m.attach(a)
+	}
 	return a, nil
 }
 

@@ -110,6 +110,7 @@ func compareWithOthers(helper httpcaddyfile.Helper, h *Handler, place string) er
 //	        max_size  <size>
 //	        storage   [<module> { ... }]
 //	        retention <duration>
+//	        encryption_key <key> [<older key>...]
 //	    }
 //	}
 //
@@ -373,8 +374,10 @@ func (h *Handler) unmarshalCache(d *caddyfile.Dispenser) error {
 			err = h.Cache.unmarshalStorage(d)
 		case "retention":
 			err = unmarshalDuration(d, &h.Cache.Retention)
+		case "encryption_key":
+			err = h.Cache.unmarshalKeys(d)
 		default:
-			err = d.Errf("unknown option %s: the options of cache are namespace, ttl, max_size, storage and retention", option)
+			err = d.Errf("unknown option %s: the options of cache are namespace, ttl, max_size, storage, retention and encryption_key", option)
 		}
 		if err != nil {
 			return err
@@ -382,6 +385,9 @@ func (h *Handler) unmarshalCache(d *caddyfile.Dispenser) error {
 	}
 	if h.Cache.Retention > 0 && h.Cache.StorageRaw == nil {
 		return d.WrapErr(errRetention)
+	}
+	if len(h.Cache.EncryptionKeys) > 0 && h.Cache.StorageRaw == nil {
+		return d.WrapErr(errEncryptionKey)
 	}
 	return nil
 }
@@ -419,6 +425,21 @@ func (c *Cache) unmarshalStorage(d *caddyfile.Dispenser) error {
 	}
 	c.StorageRaw = caddyconfig.JSONModuleObject(mod, "module", name, nil)
 	return nil
+}
+
+func (c *Cache) unmarshalKeys(d *caddyfile.Dispenser) error {
+	if c.EncryptionKeys != nil {
+		return d.Err("encryption_key is given more than once: give all keys at once, the newest first")
+	}
+	args, err := arguments(d, 1, math.MaxInt, "encryption_key <key> [<older key>...]")
+	if err != nil {
+		return err
+	}
+	if slices.Contains(args, "") {
+		return d.Err("an encryption key is empty")
+	}
+	c.EncryptionKeys = args
+	return noBlock(d, "encryption_key")
 }
 
 func unmarshalDuration(d *caddyfile.Dispenser, option *caddy.Duration) error {

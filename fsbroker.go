@@ -135,7 +135,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	h.responder = responder{memory: h.namespace.member.memory, retryAfter: time.Duration(h.PollInterval), logger: h.logger}
 	if server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
 		// Cleanup comes only after the grace period, which waiting callers would use up.
-		server.RegisterOnShutdown(h.namespace.pollers.stop)
+		server.RegisterOnShutdown(h.namespace.shutDown)
 		server.RegisterOnStop(h.namespace.drain)
 	}
 	return nil
@@ -198,12 +198,17 @@ func (h *Handler) validate() error {
 	if h.Cache.Retention > 0 && h.Cache.StorageRaw == nil {
 		return errRetention
 	}
+	if len(h.Cache.EncryptionKeys) > 0 && h.Cache.StorageRaw == nil {
+		return errEncryptionKey
+	}
 	return nil
 }
 
 var errNoUpstream = errors.New("no upstream is configured: at least one node or broker is required")
 
 var errRetention = errors.New("retention needs a storage: configure storage as well")
+
+var errEncryptionKey = errors.New("encryption_key needs a storage: configure storage as well")
 
 // ServeHTTP responds with a report. It authenticates the request, parses the query, resolves it, waits for an unfinished
 // report if the caller asks for that, and writes the response.

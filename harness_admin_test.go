@@ -2,6 +2,7 @@ package fsbroker_test
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net/http"
@@ -135,6 +136,15 @@ func number(t testing.TB, value string) (n int) {
 	return n
 }
 
+// wantQueueEmpty waits until nothing is queued for a storage any more.
+func (s *adminSite) wantQueueEmpty() {
+	s.t.Helper()
+	eventually(s.t, "the queue to be empty", func() bool {
+		_, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache")
+		return !regexp.MustCompile(`"queued":[^0]`).MatchString(body)
+	})
+}
+
 // wantAdmin checks a response of the admin API, apart from the times in it.
 func (s *adminSite) wantAdmin(method, path string, status int, want string) {
 	s.t.Helper()
@@ -154,4 +164,15 @@ func (s *adminSite) checkAdmin(method, path string, status int, want string) err
 		return fmt.Errorf("%s %s: status %d, want %d\ngot  %s\nwant %s", method, path, code, status, got, want)
 	}
 	return nil
+}
+
+// queued returns the number of values that are queued for the storage of the default namespace.
+func (s *adminSite) queued() int {
+	s.t.Helper()
+	_, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache")
+	var caches map[string]struct{ Storage struct{ Queued int } }
+	if err := json.Unmarshal([]byte(body), &caches); err != nil {
+		s.t.Fatal(err)
+	}
+	return caches["default"].Storage.Queued
 }

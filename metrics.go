@@ -47,12 +47,14 @@ var (
 		Help:    "Duration of requests to nodes and the broker, including the body of the answer.",
 		Buckets: []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30},
 	}, []string{"role", "node"})
+
+	storageMetrics = archive.NewMetrics()
 )
 
 // registerMetrics registers all metrics with a configuration's registry, unless another handler has done so. The gauges
 // are read from current.
 func registerMetrics(registry *prometheus.Registry, current func() stats) error {
-	collectors := append(archive.Collectors(), requestsTotal, questionsTotal, questionSeconds, gauges{current})
+	collectors := append(storageMetrics.Collectors(), requestsTotal, questionsTotal, questionSeconds, gauges{current})
 	for _, c := range collectors {
 		err := registry.Register(c)
 		if _, already := errors.AsType[prometheus.AlreadyRegisteredError](err); err != nil && !already {

@@ -116,6 +116,7 @@ func TestHandlersThatDiffer(t *testing.T) {
 		"ttl":             one + "\n cache {\n ttl 1h\n }",
 		"max_size":        one + "\n cache {\n max_size 1MiB\n }",
 		"retention":       one + "\n cache {\n storage\n }", // the default of which differs
+		"encryption_key":  one + "\n cache {\n storage\n encryption_key " + strings.Repeat("0f", 32) + "\n }",
 	} {
 		t.Run(option, func(t *testing.T) {
 			err := s.tryLoad(site("/one", one) + site("/other", other))
@@ -198,6 +199,7 @@ func TestPurgeOfSeveralNamespaces(t *testing.T) {
 		}
 	}
 	s.wantValues(4)
+	s.wantQueueEmpty()
 	s.wantAdmin(http.MethodDelete, "/fsbroker/cache?appServerID=node-1&taskID=t1", http.StatusOK, `{"memory":2,"queue":0,"storage":2}`)
 	s.wantValues(2)
 	for _, path := range []string{"/one", "/other"} {
@@ -205,6 +207,7 @@ func TestPurgeOfSeveralNamespaces(t *testing.T) {
 		s.get(path+"?appServerID=node-1&taskID=t1").wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
 	}
 	s.wantValues(4)
+	s.wantQueueEmpty()
 	s.wantAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusOK, `{"memory":4,"queue":0,"storage":4}`)
 	s.wantValues(0)
 }

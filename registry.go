@@ -5,7 +5,7 @@ import (
 	"sync"
 	"time"
 
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
 )
 
 // live has the resolvers of all configurations that run, for metrics and the admin API.
@@ -86,25 +86,18 @@ func (rg *registry) stats() stats {
 	return s
 }
 
-// purgeTarget is what to purge of a resolver: the reports under keys, or all reports if keys is nil.
+// purgeTarget is what to purge of a resolver.
 type purgeTarget struct {
 	*resolver
-	keys []task.Key
+	selection archive.Selection
 }
 
-// everything returns all that is kept.
-func (rg *registry) everything() (targets []purgeTarget) {
+// purgeTargets returns what a purge of q selects, or else what all namespaces have in common, in each namespace whose upstreams
+// can know it.
+func (rg *registry) purgeTargets(q query, common archive.Selection) (targets []purgeTarget) {
 	for _, rs := range rg.all() {
-		targets = append(targets, purgeTarget{resolver: rs})
-	}
-	return targets
-}
-
-// reports returns both reports that a query names, in each namespace whose upstreams can know them.
-func (rg *registry) reports(q query) (targets []purgeTarget) {
-	for _, rs := range rg.all() {
-		if keys := rs.keys(q); len(keys) > 0 {
-			targets = append(targets, purgeTarget{rs, keys})
+		if s, ok := rs.selection(q, common); ok {
+			targets = append(targets, purgeTarget{rs, s})
 		}
 	}
 	return targets

@@ -23,8 +23,10 @@ type resolver struct {
 	nodes     map[string]*upstream
 	broker    *upstream // nil without a broker
 	identity  task.Key  // of all upstreams: resolvers with the same identity share calls
+	submitted task.Source
 	shared    *shared
 	archive   *archive.Archive // nil without a storage
+	absent    recentKeys       // of reports that the storage did not have lately
 	retired   atomic.Bool      // the configuration has ended, although requests may still be under way
 }
 
@@ -39,8 +41,10 @@ type resolverOptions struct {
 // one.
 func newResolver(namespace string, nodes map[string]*upstream, broker *upstream, s *shared, o resolverOptions) *resolver {
 	rs := &resolver{resolverOptions: o, namespace: namespace, nodes: nodes, broker: broker, shared: s}
+	rs.submitted = task.SubmissionSource(namespace)
 	var parts []string
 	for _, name := range slices.Sorted(maps.Keys(nodes)) {
+		nodes[name].source = task.NodeSource(namespace, name)
 		parts = append(parts, name, string(nodes[name].identity[:]))
 	}
 	if broker != nil {
@@ -100,9 +104,6 @@ func (rs *resolver) resolve(ctx context.Context, q query) (result, error) {
 		return result{}, p
 	}
 	if e, ok := rs.shared.get(k); ok && !q.nocache {
-		if rs.archive != nil && e.unsaved.Load() {
-			rs.save(e)
-		}
 		return result{fetchResult: fetchResult{entry: e}, hit: true, node: node}, nil
 	}
 	if q.onlyCached {
@@ -116,7 +117,7 @@ func (rs *resolver) resolve(ctx context.Context, q query) (result, error) {
 		err = rs.mentionKept(err, k)
 	case err != nil && res.joined && ctx.Err() == nil:
 		// The call may be that of a caller with nocache, which gets no stored report.
-		if e, _ := rs.loadStored(ctx, k); e != nil {
+		if e, _ := rs.loadStored(ctx, k, q.all); e != nil {
 			return result{fetchResult: fetchResult{entry: e, stored: true}, hit: true, node: node}, nil
 		}
 	}
@@ -133,11 +134,11 @@ func (rs *resolver) resolveStored(ctx context.Context, k task.Key, q query) (res
 	if q.nocache { // which leaves nothing
 		return result{}, notCached
 	}
-	e, err := rs.loadStored(ctx, k)
-	if e != nil {
+	e, err := rs.loadStored(ctx, k, q.all)
+	switch {
+	case e != nil:
 		return result{fetchResult: fetchResult{entry: e, stored: true}, hit: true}, nil
-	}
-	if err != nil && ctx.Err() == nil {
+	case err != nil && ctx.Err() == nil:
 		return result{}, rs.withStorageError(notCached, err)
 	}
 	return result{}, cmp.Or(context.Cause(ctx), error(notCached))
@@ -145,23 +146,20 @@ func (rs *resolver) resolveStored(ctx context.Context, k task.Key, q query) (res
 
 // key returns the key of the report that q asks for, and its node if that is configured.
 func (rs *resolver) key(q query) (k task.Key, node *origin, p *problem) {
-	if u, ok := rs.nodes[q.appServerID]; ok && q.submitID == "" {
-		node = &u.origin
-	}
-	switch {
+	switch u := rs.nodes[q.appServerID]; {
 	case rs.broker == nil && q.submitID != "":
-		p = &problem{
+		return k, nil, &problem{
 			kind:   problemNoBroker,
 			detail: "submitID cannot be resolved because no broker is configured: give appServerID and taskID",
 		}
 	case q.submitID != "":
-		k = task.SubmissionKey(rs.namespace, q.submitID, q.all)
-	case rs.broker == nil && node == nil:
-		p = &problem{kind: problemUnknownNode, detail: "no node has this appServerID: check it"}
-	default:
-		k = task.ReportKey(rs.namespace, q.appServerID, q.taskID, q.all)
+		return task.SubmissionKey(rs.submitted, q.submitID, q.all), nil, nil
+	case u != nil:
+		return task.ReportKey(u.source, q.taskID, q.all), &u.origin, nil
+	case rs.broker == nil:
+		return k, nil, &problem{kind: problemUnknownNode, detail: "no node has this appServerID: check it"}
 	}
-	return k, node, p
+	return task.ReportKey(task.NodeSource(rs.namespace, q.appServerID), q.taskID, q.all), nil, nil
 }
 
 // call fetches the report under k, together with all other callers that ask for it.
@@ -194,20 +192,23 @@ func (rs *resolver) closeIfRetired() {
 // always asks the upstreams.
 func (rs *resolver) fetch(ctx context.Context, k task.Key, q query, fresh bool) (fetchResult, error) {
 	_, kept := rs.shared.get(k)
-	if !kept {
-		e, _ := rs.loadStored(ctx, k) // an upstream may know the report if the storage cannot be read
+	if !kept && !rs.absent.has(k) {
+		e, err := rs.loadStored(ctx, k, q.all) // an upstream may know the report if the storage cannot be read
+		if p, ok := errors.AsType[*problem](err); ok && !fresh {
+			return fetchResult{}, p
+		}
 		if e != nil && !fresh {
 			return fetchResult{entry: e, stored: true}, nil
 		}
 		kept = e != nil
 	}
-	report, from, err := rs.fetchFromUpstreams(ctx, q, fresh)
+	a, err := rs.fetchFromUpstreams(ctx, q, fresh)
 	if err == nil {
-		return fetchResult{entry: rs.keep(k, report), from: from, span: lastSpan(ctx)}, nil
+		return fetchResult{entry: rs.keep(k, q.all, a), from: a.from, span: lastSpan(ctx)}, nil
 	}
 	p, ok := errors.AsType[*problem](err)
 	if ok && !kept && p.kind != problemSubmissionFailed {
-		e, unreadable := rs.loadStored(ctx, k)
+		e, unreadable := rs.loadStored(ctx, k, q.all)
 		if e != nil && !fresh { // another instance has stored it meanwhile
 			return fetchResult{entry: e, stored: true}, nil
 		}
@@ -216,15 +217,22 @@ func (rs *resolver) fetch(ctx context.Context, k task.Key, q query, fresh bool) 
 	return fetchResult{span: lastSpan(ctx)}, err
 }
 
+// answer is a report that an upstream gave.
+type answer struct {
+	report *task.Report
+	from   *origin
+	target *task.Key // of the task whose report it is, if that is another key than the one that was asked for
+}
+
 // fetchFromUpstreams returns the report from the first upstream that knows it. An upstream that fails is passed over like
 // one that does not know it. If none knows it, the error is the first failure, or else that it is unknown.
-func (rs *resolver) fetchFromUpstreams(ctx context.Context, q query, fresh bool) (*task.Report, *origin, error) {
+func (rs *resolver) fetchFromUpstreams(ctx context.Context, q query, fresh bool) (answer, error) {
 	if q.submitID != "" {
 		report, err := rs.broker.fetchSubmitted(ctx, q, fresh)
 		if errors.Is(err, errUnknown) {
 			return rs.explainUnknown(ctx, q)
 		}
-		return report, &rs.broker.origin, err
+		return answer{report: report, from: &rs.broker.origin}, err
 	}
 	var failed error
 	for _, u := range [...]*upstream{rs.nodes[q.appServerID], rs.broker} {
@@ -233,19 +241,19 @@ func (rs *resolver) fetchFromUpstreams(ctx context.Context, q query, fresh bool)
 		}
 		report, err := u.fetchTask(ctx, q, fresh)
 		if err == nil {
-			return report, &u.origin, nil
+			return answer{report: report, from: &u.origin}, nil
 		}
 		if _, ok := errors.AsType[*problem](err); !ok && !errors.Is(err, errUnknown) {
-			return nil, nil, err // ctx has ended
+			return answer{}, err // ctx has ended
 		}
 		if failed == nil && !errors.Is(err, errUnknown) {
 			failed = err
 		}
 	}
 	if failed != nil {
-		return nil, nil, failed
+		return answer{}, failed
 	}
-	return nil, nil, &problem{
+	return answer{}, &problem{
 		kind:   problemUnknownTask,
 		detail: "no upstream knows this task, or it has been deleted: check the IDs, or submit the file again",
 	}
@@ -254,21 +262,21 @@ func (rs *resolver) fetchFromUpstreams(ctx context.Context, q query, fresh bool)
 // explainUnknown finds out why the broker has no report of a submission. The submission may be queued, or it may be a
 // task of a node. If the broker cannot be asked for the moment, that is told. An answer that cannot be used does not
 // matter: the broker does not know the report.
-func (rs *resolver) explainUnknown(ctx context.Context, q query) (*task.Report, *origin, error) {
+func (rs *resolver) explainUnknown(ctx context.Context, q query) (answer, error) {
 	sub, err := rs.broker.fetchSubmission(ctx, q.submitID)
 	if ctx.Err() != nil {
-		return nil, nil, context.Cause(ctx)
+		return answer{}, context.Cause(ctx)
 	}
 	if p, ok := errors.AsType[*problem](err); ok && p.isPassing() {
-		return nil, nil, p
+		return answer{}, p
 	}
 	detail := "the broker does not know this submission, or has deleted it: check submitID, or submit the file again"
 	switch {
 	case err != nil:
 	case sub.Queued:
-		return task.NothingYet(time.Now()), &rs.broker.origin, nil
+		return answer{report: task.NothingYet(time.Now()), from: &rs.broker.origin}, nil
 	case sub.Failed:
-		return nil, nil, &problem{
+		return answer{}, &problem{
 			kind:   problemSubmissionFailed,
 			detail: "the broker could not give this submission to a node: submit the file again",
 		}
@@ -277,40 +285,41 @@ func (rs *resolver) explainUnknown(ctx context.Context, q query) (*task.Report, 
 	case sub.AppServerID != "":
 		detail = "the broker has no report of this submission, and its node is not configured here: the operator must add the node"
 	}
-	return nil, nil, &problem{kind: problemUnknownSubmission, detail: detail}
+	return answer{}, &problem{kind: problemUnknownSubmission, detail: detail}
 }
 
 // fetchTaskOf returns the report of the task that a submission became. It is fetched together with callers that ask for
 // the task.
-func (rs *resolver) fetchTaskOf(ctx context.Context, sub task.Submission, q query) (*task.Report, *origin, error) {
+func (rs *resolver) fetchTaskOf(ctx context.Context, sub task.Submission, q query) (answer, error) {
 	q = query{appServerID: sub.AppServerID, taskID: sub.TaskID, all: q.all, nocache: q.nocache}
 	k, node, p := rs.key(q)
 	if p != nil {
-		return nil, nil, p
+		return answer{}, p
 	}
 	if e, ok := rs.shared.get(k); ok && !q.nocache {
-		return e.report, node, nil
+		return answer{e.report, node, &k}, nil
 	}
 	res, err := rs.call(ctx, k, q)
 	if p, ok := errors.AsType[*problem](err); ok && p.kind == problemUnknownTask {
-		return nil, nil, &problem{
+		return answer{}, &problem{
 			kind:   problemUnknownSubmission,
 			detail: "the broker has no report of this submission, and its task is unknown, or has been deleted: submit the file again",
 		}
 	}
 	if err != nil {
-		return nil, nil, err
+		return answer{}, err
 	}
-	return res.entry.report, cmp.Or(res.from, node), nil
+	return answer{res.entry.report, cmp.Or(res.from, node), &k}, nil
 }
 
-// keep keeps a report under k.
-func (rs *resolver) keep(k task.Key, report *task.Report) *entry {
-	if !report.Finished() {
-		return rs.shared.put(k, report, rs.pollInterval)
+// keep keeps an answer under k. A finished report is stored as well.
+func (rs *resolver) keep(k task.Key, all bool, a answer) *entry {
+	if !a.report.Finished() {
+		return rs.shared.put(k, a.report, rs.pollInterval)
 	}
-	e := rs.shared.put(k, report, rs.ttl)
-	rs.save(e)
+	e := rs.shared.put(k, a.report, rs.ttl)
+	rs.shared.save(e, archive.Item{All: all, Target: a.target}, nil)
+	rs.absent.remove(k)
 	return e
 }
 
@@ -326,12 +335,15 @@ func (rs *resolver) check(ctx context.Context, u *upstream) {
 	}
 }
 
-// withStorageError adds to a problem that the storage cannot be read. The caller must not take the report for unknown, or
-// the upstream for the only cause, while the storage may have the report.
-func (rs *resolver) withStorageError(p *problem, unreadable error) error {
+// withStorageError adds to a problem that the storage cannot be read, or that there is no memory to do so. The caller must
+// not take the report for unknown, or the upstream for the only cause, while the storage may have the report.
+func (rs *resolver) withStorageError(p *problem, err error) error {
+	busy, ok := errors.AsType[*problem](err)
 	switch {
-	case unreadable == nil:
+	case err == nil:
 		return p
+	case ok:
+		return busy
 	case p.status() != http.StatusNotFound && p.kind != problemNotCached:
 		return p.with("the storage that may have it cannot be read either")
 	}
@@ -342,22 +354,28 @@ func (rs *resolver) withStorageError(p *problem, unreadable error) error {
 	return &problem{kind: problemStorageUnavailable, retryAfter: rs.failDuration, detail: detail}
 }
 
-// loadStored returns what is stored under k, which memory keeps from then on. It returns nil if there is nothing.
-func (rs *resolver) loadStored(ctx context.Context, k task.Key) (*entry, error) {
+// loadStored returns what is stored under k, which memory keeps from then on. It returns nil if there is nothing. What is
+// read takes its reservation like what is read from a node.
+func (rs *resolver) loadStored(ctx context.Context, k task.Key, all bool) (*entry, error) {
 	if rs.archive == nil {
 		return nil, nil
 	}
-	report, ttl, err := rs.archive.Load(ctx, k, rs.failDuration)
-	if err != nil || report == nil {
+	reading := rs.shared.reserve(&rs.shared.storage)
+	defer reading.release()
+	found, err := rs.archive.Load(ctx, k, func(held int64) error {
+		return reading.take(2 * held) // the stored value, and the report in it
+	})
+	switch {
+	case err != nil:
 		return nil, err
+	case found.Report == nil:
+		rs.absent.add(k)
+		return nil, nil
 	}
-	return rs.shared.put(k, report, min(rs.ttl, ttl)), nil
-}
-
-// save stores an entry. If there is no storage yet, or no room in its queue, the entry is saved when it is requested
-// again.
-func (rs *resolver) save(e *entry) {
-	e.unsaved.Store(rs.archive == nil || !rs.archive.Save(e.key, e.report))
+	rs.absent.remove(k)
+	e := rs.shared.put(k, found.Report, min(rs.ttl, found.TTL))
+	rs.shared.save(e, archive.Item{All: all, Target: found.Target}, rs.archive)
+	return e, nil
 }
 
 // mentionKept tells a nocache caller that gets a problem about a report that is kept.
@@ -373,12 +391,20 @@ func (rs *resolver) mentionKept(err error, k task.Key) error {
 	return p.with("a report is kept here: ask without nocache to get it")
 }
 
-// keys returns the keys of both reports that q names, if an upstream can know them.
-func (rs *resolver) keys(q query) (keys []task.Key) {
-	for _, q.all = range []bool{false, true} {
-		if k, _, p := rs.key(q); p == nil {
-			keys = append(keys, k)
+// selection returns what a purge of q selects of the namespace, or what all namespaces have in common if q names nothing.
+// ok reports whether an upstream can know it.
+func (rs *resolver) selection(q query, common archive.Selection) (s archive.Selection, ok bool) {
+	switch {
+	case q.submitID != "" || q.taskID != "":
+		for _, q.all = range []bool{false, true} {
+			if k, _, p := rs.key(q); p == nil {
+				s.Keys = append(s.Keys, k)
+			}
 		}
+		return s, s.Keys != nil
+	case q.appServerID != "":
+		source := task.NodeSource(rs.namespace, q.appServerID)
+		return archive.Selection{Source: &source}, rs.nodes[q.appServerID] != nil || rs.broker != nil
 	}
-	return keys
+	return common, true
 }

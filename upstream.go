@@ -34,6 +34,8 @@ type upstream struct {
 	// identity differs for upstreams that must not share an answer: with another address, secret or limits.
 	identity task.Key
 
+	source task.Source // of a node's reports: it begins their keys
+
 	upstreamOptions
 	line     *semaphore.Weighted // bounds the requests in flight; first come, first served
 	health   health
@@ -226,7 +228,7 @@ func retryAfter(header http.Header, byDefault time.Duration) time.Duration {
 }
 
 // answerBody reads the body of an answer, within the upstream's limit, which counts inflated bytes. What is held of it is
-// reserved.
+// reserved: what the upstream states as the size does not count.
 type answerBody struct {
 	upstream    *upstream
 	reservation *reservation
@@ -244,7 +246,7 @@ func (b *answerBody) read(resp *http.Response, read bodyReader) error {
 		return err
 	}
 	b.body = resp.Body
-	if err := read(b, b.grow); b.err == nil {
+	if err := read(b, b.reservation.take); b.err == nil {
 		return err
 	}
 	return b.err
@@ -268,17 +270,6 @@ func (b *answerBody) checkSize(size int64) error {
 	if size > b.upstream.maxAnswer {
 		return b.upstream.problem(problemAnswerTooLarge,
 			fmt.Sprintf("sent more than %d bytes: its operator may raise max_report", b.upstream.maxAnswer))
-	}
-	return nil
-}
-
-// grow reserves memory. What the upstream states as the size of its answer does not count, but only what is held.
-func (b *answerBody) grow(held int64) error {
-	if !b.reservation.grow(held) {
-		return &problem{
-			kind: problemBusy, retryAfter: time.Second,
-			detail: "the answers that are being read use up the memory for them: try again after Retry-After",
-		}
 	}
 	return nil
 }

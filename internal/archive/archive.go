@@ -1,15 +1,16 @@
 // Package archive is the storage tier: it keeps finished reports in a storage, where they outlive the process and other
 // instances find them.
 //
-// Writes are asynchronous and never delay a response: a storage that fails costs only what it would have kept. The
-// package does not know Caddy's HTTP handlers, upstreams or callers.
+// The storage may be a network away, refuse values, fail or hang. Writes are asynchronous and never delay a response: a
+// storage that fails costs only what it would have kept. The package does not know Caddy's HTTP handlers, upstreams or
+// callers.
 package archive
 
 import (
 	"context"
 	"errors"
 	"fmt"
-	"io/fs"
+	"math/rand/v2"
 	"slices"
 	"sync"
 	"time"
@@ -20,25 +21,55 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
+// Config configures an Archive.
+type Config struct {
+	Namespace string
+
+	// Metrics counts what the archive does. Default: metrics of its own
+	Metrics *Metrics
+
+	// Seed is the seed of all jitter, and of the name of the archive as a writer, which must be unique. Default: random
+	Seed uint64
+
+	// Now is the wall clock that decides the age of values. Delays and deadlines are monotonic. Default: time.Now
+	Now func() time.Time
+
+	// Stored is called after a report has been stored under a key. It must not block. Default: none
+	Stored func(task.Key, *task.Report)
+
+	// Room is called when the queue has room again after it has refused a report. It must not block. Default: none
+	Room func()
+}
+
 // Archive reads values from a storage and writes them to it. It outlives a configuration: it uses the backend that was
 // attached last, and holds nothing else of a configuration.
 type Archive struct {
+	Config
 	layout layout
-	slots  chan struct{} // bounds the operations under way, including those that hang
-	wake   chan struct{} // signals the writer that the queue is not empty
-	flush  chan struct{} // signals the writer to retry without delay
-	writes chan struct{} // full while a write runs or must not run
+	writer string // the name of the archive in the storage, beside those of other instances
+
 	ctx    context.Context
 	stop   context.CancelFunc
-	tasks  sync.WaitGroup // the writer and the sweeper
-	reads  breaker
+	reads  *breaker
+	writes *breaker
+	slots  chan struct{} // one for each read
+	peers  peers
 
-	mu       sync.Mutex // guards the fields below
-	backends []*Backend
-	queue    queue
-	refused  int           // values refused since the queue was last empty
-	dequeued chan struct{} // closed and replaced whenever a value leaves the queue
-	failing  bool          // the state that was last logged
+	mu        sync.Mutex // guards the fields below
+	backends  []*Backend
+	queue     queue
+	jitter    *rand.Rand // of retries
+	writing   int        // writes under way
+	wake      *time.Timer
+	refused   int           // reports refused since Room was called
+	changed   chan struct{} // closed and replaced when the queue or the index batches change
+	stored    uint64        // writes that have succeeded
+	storedAt  time.Time     // the last one
+	failing   bool          // the last write failed
+	batch     batch
+	alone     map[task.Key]struct{} // values that must be left alone
+	complain  time.Time             // when a failed read may be logged again
+	sweepOnce sync.Once
 }
 
 // Backend is what a configuration lets an Archive use.
@@ -46,54 +77,65 @@ type Backend struct {
 	Storage   certmagic.Storage
 	Logger    *zap.Logger
 	Retention time.Duration // how long values are kept
+	Keyring   *Keyring      // seals values; nil if they are not sealed
 
-	leaving bool
+	leaving bool // guarded by Archive.mu
 }
 
-const (
-	// maxOperations bounds the operations under way: a storage that ignores deadlines holds at most that many goroutines.
-	maxOperations = 32
+// ErrUnreadable means that the storage cannot be read at the moment.
+var ErrUnreadable = errors.New("the storage cannot be read")
 
-	readTimeout  = 2 * time.Second // a caller waits for it
-	writeTimeout = 30 * time.Second
-	purgeTimeout = time.Minute
-	drainTimeout = 10 * time.Second // if the server has no grace period
-)
+var errTimeout = errors.New("the storage takes too long")
 
-var (
-	// ErrUnreadable means that the storage cannot be read at the moment.
-	ErrUnreadable = errors.New("the storage cannot be read")
-
-	errTooManyOperations = errors.New("too many operations are waiting for the storage")
-)
-
-// New returns the archive of a namespace. It does nothing until a backend is attached, and must be closed.
-func New(namespace string) *Archive {
-	a := &Archive{
-		layout:   newLayout(namespace),
-		slots:    make(chan struct{}, maxOperations),
-		wake:     make(chan struct{}, 1),
-		flush:    make(chan struct{}, 1),
-		writes:   make(chan struct{}, 1),
-		dequeued: make(chan struct{}),
+// New returns an archive. It does nothing until a backend is attached, and must be closed.
+func New(c Config) *Archive {
+	if c.Metrics == nil {
+		c.Metrics = NewMetrics()
 	}
+	for c.Seed == 0 {
+		c.Seed = rand.Uint64() //nolint:gosec // it need not be unpredictable
+	}
+	if c.Now == nil {
+		c.Now = time.Now
+	}
+	a := &Archive{
+		Config:  c,
+		layout:  newLayout(c.Namespace),
+		slots:   make(chan struct{}, maxReads),
+		changed: make(chan struct{}),
+		alone:   make(map[task.Key]struct{}),
+	}
+	a.writer = fmt.Sprintf("%016x", a.random("writer").Uint64())
+	a.jitter = a.random("retries")
+	a.reads, a.writes = newBreaker(a.random("reads")), newBreaker(a.random("writes"))
 	a.ctx, a.stop = context.WithCancel(context.Background())
-	a.tasks.Go(a.writeAll)
-	a.tasks.Go(a.sweepAll)
+	a.wake = time.AfterFunc(time.Hour, a.pump)
+	a.wake.Stop()
 	return a
 }
 
-// Close ends the archive. Values that are still queued are lost.
+// random returns random numbers for one purpose, so that none depends on when another is drawn.
+func (a *Archive) random(purpose string) *rand.Rand {
+	k := task.NewKey(purpose)
+	return rand.New(rand.NewPCG(a.Seed, uint64(k[0])<<8|uint64(k[1]))) //nolint:gosec // it need not be unpredictable
+}
+
+// Close ends the archive. Values that are still queued are lost. It does not wait for operations under way, which may hang.
 func (a *Archive) Close() {
 	a.stop()
-	a.tasks.Wait()
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.wake.Stop()
+	a.batch.stop()
 }
 
 // Attach makes b the backend that is used.
 func (a *Archive) Attach(b *Backend) {
 	a.mu.Lock()
-	defer a.mu.Unlock()
 	a.backends = append(a.backends, b)
+	a.mu.Unlock()
+	a.sweepOnce.Do(func() { go a.sweepAll() })
+	a.pump()
 }
 
 // Detach ends the use of b.
@@ -107,6 +149,11 @@ func (a *Archive) Detach(b *Backend) {
 func (a *Archive) backend() *Backend {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	return a.current()
+}
+
+// current is backend for callers that hold the mutex.
+func (a *Archive) current() *Backend {
 	var newest *Backend
 	for _, b := range a.backends {
 		if newest == nil || newest.leaving || !b.leaving {
@@ -116,134 +163,61 @@ func (a *Archive) backend() *Backend {
 	return newest
 }
 
-// try runs op on the storage. It returns when op has returned or ctx has ended, even if the storage ignores ctx.
-func (a *Archive) try(ctx context.Context, op func(context.Context, certmagic.Storage) error) error {
-	b := a.backend()
-	if b == nil {
-		return context.Canceled
-	}
-	select {
-	case a.slots <- struct{}{}:
-	default:
-		return errTooManyOperations
-	}
-	done := make(chan error, 1)
-	go func() {
-		defer func() { <-a.slots }()
-		done <- op(ctx, b.Storage)
-	}()
-	select {
-	case err := <-done:
-		return err
-	case <-ctx.Done():
-		return ctx.Err()
-	}
+// leaving reports whether all backends are leaving. The caller holds the mutex.
+func (a *Archive) leaving() bool {
+	return !slices.ContainsFunc(a.backends, func(b *Backend) bool { return !b.leaving })
 }
 
-// Load returns the report that is stored or queued under k, and how long it may still be kept. It returns nil if there is
-// none. After a failed read, reads fail for the duration of pause, so callers do not queue up behind a storage that is
-// unavailable.
-func (a *Archive) Load(ctx context.Context, k task.Key, pause time.Duration) (report *task.Report, ttl time.Duration, err error) {
-	b := a.backend()
-	if b == nil {
-		return nil, 0, ErrUnreadable
-	}
-	if report = a.queued(k); report != nil {
-		return report, b.Retention, nil
-	}
-	if a.reads.open(time.Now()) {
-		return nil, 0, ErrUnreadable
-	}
-	ctx, cancel := context.WithTimeout(ctx, readTimeout)
-	defer cancel()
-	var stored []byte
-	err = a.try(ctx, func(ctx context.Context, storage certmagic.Storage) (err error) {
-		stored, err = storage.Load(ctx, a.layout.key(k))
-		return err
-	})
-	switch {
-	case err == nil:
-	case errors.Is(err, fs.ErrNotExist):
-		return nil, 0, nil
-	case errors.Is(err, context.Canceled): // all callers have left
-		return nil, 0, err
-	default:
-		a.reads.trip(time.Now().Add(pause))
-		a.setFailing(b, err)
-		return nil, 0, ErrUnreadable
-	}
-	report, err = Decode(k, stored)
-	if err != nil {
-		b.Logger.Warn("a stored value is damaged and is set aside", zap.String("key", a.layout.key(k)), zap.Error(err))
-		a.setAside(k, stored)
-		return nil, 0, nil
-	}
-	if ttl = b.Retention - time.Since(report.At()); ttl <= 0 {
-		return nil, 0, nil
-	}
-	return report, ttl, nil
-}
-
-// setAside moves a damaged value to a place where it can be examined until the sweep deletes it.
-func (a *Archive) setAside(k task.Key, value []byte) {
-	ctx, cancel := context.WithTimeout(a.ctx, readTimeout)
-	defer cancel()
-	err := a.try(ctx, func(ctx context.Context, storage certmagic.Storage) error {
-		if err := storage.Store(ctx, a.layout.damagedKey(k), value); err != nil {
-			return err
-		}
-		return storage.Delete(ctx, a.layout.key(k))
-	})
-	if b := a.backend(); err != nil && b != nil {
-		a.setFailing(b, err)
-	}
-}
-
-// Save queues a report to be stored. It replaces an older one that is queued under k. It reports whether there is room.
-func (a *Archive) Save(k task.Key, report *task.Report) bool {
+// Save queues a report to be stored. It replaces an older one that is queued under the key. It reports whether there is
+// room: if not, Room is called when there is.
+func (a *Archive) Save(i Item) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if len(a.backends) == 0 {
 		return false
 	}
-	if a.queue.push(k, report) {
-		signal(a.wake)
+	if _, ok := a.alone[i.Key]; ok {
 		return true
 	}
-	refusedTotal.Inc()
-	if a.refused++; a.refused == 1 {
-		a.backends[len(a.backends)-1].Logger.Warn("the queue to the storage is full: reports stay in memory only until they are requested again",
-			zap.Int("queued", a.queue.len()))
+	if !a.queue.push(i) {
+		a.Metrics.refused.Inc()
+		if a.refused++; a.refused == 1 {
+			a.current().Logger.Warn("the queue to the storage is full: memory keeps reports until there is room again",
+				zap.Int("queued", a.queue.len()))
+		}
+		return false
 	}
-	return false
+	a.startWrites()
+	return true
 }
 
-// queued returns the report that is queued under k, which may have left memory.
-func (a *Archive) queued(k task.Key) *task.Report {
+// leaveAlone makes sure that a value is not overwritten, and reports whether it was not known before. The number of such
+// values that are remembered is bounded.
+func (a *Archive) leaveAlone(k task.Key) (first bool) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if w := a.queue.get(k); w != nil {
-		return w.report
+	if _, ok := a.alone[k]; ok {
+		return false
 	}
-	return nil
+	if len(a.alone) >= maxQueue {
+		clear(a.alone)
+	}
+	a.alone[k] = struct{}{}
+	return true
 }
 
-// setFailing logs when the storage begins to fail and when it works again.
-func (a *Archive) setFailing(b *Backend, err error) {
-	if errors.Is(err, context.Canceled) {
-		return
-	}
+// queued returns the item that is queued under k, whose report may have left memory.
+func (a *Archive) queued(k task.Key) *Item {
 	a.mu.Lock()
-	changed := a.failing != (err != nil)
-	a.failing = err != nil
-	queued := a.queue.len()
-	a.mu.Unlock()
-	switch {
-	case changed && err != nil:
-		b.Logger.Warn("the storage fails: answers go on without it", zap.Int("queued", queued), zap.Error(err))
-	case changed:
-		b.Logger.Info("the storage works again", zap.Int("queued", queued))
-	}
+	defer a.mu.Unlock()
+	return a.queue.get(k)
+}
+
+// Queued returns all items that are queued, in no order.
+func (a *Archive) Queued() []Item {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.queue.items()
 }
 
 // Stats describes the queue to a storage.
@@ -257,39 +231,23 @@ type Stats struct {
 func (a *Archive) Stats() Stats {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return Stats{Queued: a.queue.len(), QueuedBytes: a.queue.bytes, Failing: a.failing}
+	failing := a.failing || a.reads.open() || a.writes.open()
+	return Stats{Queued: a.queue.len(), QueuedBytes: a.queue.bytes, Failing: failing}
 }
 
-// Drain waits until the queue is empty if b is the last backend. If another backend stays, the writer goes on with that.
-// If ctx ends first, the error says how much is left.
-func (a *Archive) Drain(ctx context.Context, b *Backend) error {
-	if _, ok := ctx.Deadline(); !ok {
-		var cancel context.CancelFunc
-		ctx, cancel = context.WithTimeout(ctx, drainTimeout)
-		defer cancel()
-	}
-	signal(a.flush)
-	for {
-		a.mu.Lock()
-		b.leaving = true
-		others := slices.ContainsFunc(a.backends, func(b *Backend) bool { return !b.leaving })
-		queued, dequeued := a.queue.len(), a.dequeued
-		a.mu.Unlock()
-		if others || queued == 0 {
-			return nil
-		}
-		select {
-		case <-dequeued:
-		case <-ctx.Done():
-			return fmt.Errorf("%d reports could not be stored in time", queued)
-		}
-	}
+// notify wakes those who wait for a change. The caller holds the mutex.
+func (a *Archive) notify() {
+	close(a.changed)
+	a.changed = make(chan struct{})
 }
 
-// signal sends to a channel that has room for one signal.
-func signal(c chan struct{}) {
-	select {
-	case c <- struct{}{}:
-	default:
-	}
+// tellOpened logs that the breaker of an operation has opened.
+func (a *Archive) tellOpened(b *Backend, operation string, err error) {
+	b.Logger.Warn("the storage fails: answers go on without it",
+		zap.String("operation", operation), zap.Int("queued", a.Stats().Queued), zap.Error(err))
+}
+
+// tellClosed logs that the breaker of an operation has closed.
+func (a *Archive) tellClosed(b *Backend, operation string) {
+	b.Logger.Info("the storage works again", zap.String("operation", operation), zap.Int("queued", a.Stats().Queued))
 }

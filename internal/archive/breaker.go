@@ -2,40 +2,125 @@ package archive
 
 import (
 	"math/rand/v2"
-	"sync/atomic"
+	"slices"
+	"sync"
 	"time"
-)
 
-// breaker stops reads for a while after one has failed. Its times are monotonic. The zero value is closed.
-type breaker struct{ until atomic.Pointer[time.Time] }
-
-// trip opens the breaker until a time.
-func (b *breaker) trip(until time.Time) { b.until.Store(&until) }
-
-// open reports whether the breaker is open.
-func (b *breaker) open(now time.Time) bool {
-	until := b.until.Load()
-	return until != nil && now.Before(*until)
-}
-
-// The delay before a failed write is retried. It doubles with each failure in a row.
-const (
-	firstRetry = 250 * time.Millisecond
-	lastRetry  = 30 * time.Second
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
 // backoff computes the delay before a retry. The zero value has seen no failure.
 type backoff struct{ delay time.Duration }
 
-// next returns the delay after another failure, with jitter: between a half and the whole of the nominal delay.
-func (b *backoff) next() time.Duration {
-	if b.delay == 0 {
-		b.delay = firstRetry
-	}
-	delay := b.delay
-	b.delay = min(2*b.delay, lastRetry)
-	return delay/2 + rand.N(delay/2) //nolint:gosec // it need not be unpredictable
+// next returns the delay after another failure, which doubles from first to last, with jitter: between a half and the whole
+// of the nominal delay.
+func (b *backoff) next(first, last time.Duration, jitter *rand.Rand) time.Duration {
+	b.delay = min(max(2*b.delay, first), last)
+	return b.delay/2 + time.Duration(jitter.Int64N(int64(b.delay/2)))
 }
 
-// reset forgets all failures.
-func (b *backoff) reset() { b.delay = 0 }
+const (
+	// tripAfter is the number of different keys that must fail in a row: a single value that fails says nothing about the
+	// storage.
+	tripAfter = 3
+
+	firstProbe = 250 * time.Millisecond
+	lastProbe  = 5 * time.Second
+)
+
+// breaker keeps operations from a storage that fails. It opens when operations on different keys fail in a row. While it is
+// open, it lets one operation through at a time, as a probe, with a growing pause after each. The first success closes it.
+// Its times are monotonic.
+type breaker struct {
+	mu      sync.Mutex
+	jitter  *rand.Rand
+	failed  []task.Key    // different keys that have failed in a row, up to tripAfter
+	opened  chan struct{} // closed while the breaker is open
+	isOpen  bool
+	probing bool
+	probeAt time.Time
+	pause   backoff
+}
+
+func newBreaker(jitter *rand.Rand) *breaker {
+	return &breaker{jitter: jitter, opened: make(chan struct{})}
+}
+
+// allow reports whether an operation may begin. It must end with succeed, fail or abandon.
+func (b *breaker) allow(now time.Time) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.isOpen && (b.probing || now.Before(b.probeAt)) {
+		return false
+	}
+	b.probing = b.isOpen
+	return true
+}
+
+// open reports whether the breaker is open.
+func (b *breaker) open() bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.isOpen
+}
+
+// done returns a channel that is closed while the breaker is open.
+func (b *breaker) done() <-chan struct{} {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.opened
+}
+
+// untilProbe returns the time until the next probe may begin.
+func (b *breaker) untilProbe(now time.Time) time.Duration {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return max(0, b.probeAt.Sub(now))
+}
+
+// succeed notes a success and reports whether that closes the breaker.
+func (b *breaker) succeed() (closed bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	closed = b.isOpen
+	if closed {
+		b.opened = make(chan struct{})
+	}
+	b.failed, b.isOpen, b.probing, b.pause = b.failed[:0], false, false, backoff{}
+	return closed
+}
+
+// fail notes that an operation on a key has failed and reports whether that opens the breaker.
+func (b *breaker) fail(k task.Key, now time.Time) (opened bool) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.isOpen {
+		b.probing = false
+		b.probeAt = now.Add(b.pause.next(firstProbe, lastProbe, b.jitter))
+		return false
+	}
+	if !slices.Contains(b.failed, k) {
+		b.failed = append(b.failed, k)
+	}
+	if len(b.failed) < tripAfter {
+		return false
+	}
+	b.isOpen = true
+	b.probeAt = now.Add(b.pause.next(firstProbe, lastProbe, b.jitter))
+	close(b.opened)
+	return true
+}
+
+// abandon notes that an operation has ended without an outcome.
+func (b *breaker) abandon() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.probing = false
+}
+
+// probeNow makes the next probe due.
+func (b *breaker) probeNow() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.probeAt = time.Time{}
+}

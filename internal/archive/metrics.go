@@ -2,23 +2,26 @@ package archive
 
 import "github.com/prometheus/client_golang/prometheus"
 
-var (
-	writesTotal = prometheus.NewCounter(prometheus.CounterOpts{
-		Name: "caddy_fsbroker_storage_writes_total",
-		Help: "Values written to the storage.",
-	})
-	failuresTotal = prometheus.NewCounter(prometheus.CounterOpts{
-		Name: "caddy_fsbroker_storage_write_failures_total",
-		Help: "Writes to the storage that failed and are retried.",
-	})
-	refusedTotal = prometheus.NewCounter(prometheus.CounterOpts{
-		Name: "caddy_fsbroker_storage_refused_total",
-		Help: "Values for which the queue to the storage had no room. They stay in memory until they are requested again.",
-	})
-)
+// Metrics counts what archives do. Several archives may share it.
+type Metrics struct {
+	written, failed, refused, givenUp, swept prometheus.Counter
+}
 
-// Collectors returns the counters of all archives of the process. Each configuration has a registry of its own, so they
-// are registered once for each.
-func Collectors() []prometheus.Collector {
-	return []prometheus.Collector{writesTotal, failuresTotal, refusedTotal}
+// NewMetrics returns metrics at zero.
+func NewMetrics() *Metrics {
+	counter := func(name, help string) prometheus.Counter {
+		return prometheus.NewCounter(prometheus.CounterOpts{Name: "caddy_fsbroker_storage_" + name, Help: help})
+	}
+	return &Metrics{
+		written: counter("writes_total", "Reports and references written to the storage."),
+		failed:  counter("write_failures_total", "Writes to the storage that failed and are retried."),
+		refused: counter("refused_total", "Reports for which the queue to the storage had no room. Memory keeps them and queues them again."),
+		givenUp: counter("given_up_total", "Reports that the storage did not take for an hour, although it took others. They are not stored."),
+		swept:   counter("swept_total", "Values deleted from the storage because their retention was over."),
+	}
+}
+
+// Collectors returns the counters, to be registered.
+func (m *Metrics) Collectors() []prometheus.Collector {
+	return []prometheus.Collector{m.written, m.failed, m.refused, m.givenUp, m.swept}
 }

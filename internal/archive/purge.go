@@ -5,89 +5,328 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
+	"time"
 
-	"github.com/caddyserver/certmagic"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
-// Purge deletes the values under keys, or all values if keys is nil, from the queue and the storage, and returns how many
-// there were in each. Nothing is written meanwhile: a write under way would bring back what was just deleted.
-func (a *Archive) Purge(ctx context.Context, keys []task.Key) (queued, stored int, err error) {
+const (
+	// purgeTimeout bounds one step of a purge.
+	purgeTimeout = 30 * time.Second
+
+	// maxPurges is the number of partitions that are purged at once.
+	maxPurges = 32
+)
+
+// Selection is what a purge deletes. The zero value is everything.
+type Selection struct {
+	Keys   []task.Key   // the reports under these keys
+	Source *task.Source // the reports of a node
+	File   *[32]byte    // the reports of a file, given its SHA-256 sum
+	Before time.Time    // the reports that are older
+}
+
+// Matches reports whether a report under a key is selected. Target is the key under which it is stored, or nil if that is
+// the same.
+func (s Selection) Matches(k task.Key, target *task.Key, r *task.Report) bool {
+	is := func(match func(task.Key) bool) bool { return match(k) || target != nil && match(*target) }
+	switch {
+	case s.Keys != nil:
+		for _, wanted := range s.Keys {
+			if is(func(k task.Key) bool { return k == wanted }) {
+				return true
+			}
+		}
+		return false
+	case s.Source != nil:
+		return is(func(k task.Key) bool { return k.Source() == *s.Source })
+	case s.File != nil:
+		return r.File() == *s.File && r.File() != [32]byte{}
+	case !s.Before.IsZero():
+		return r.At().Before(s.Before)
+	}
+	return true
+}
+
+// Purged is what one step of a purge has deleted.
+type Purged struct {
+	Queued, Stored int
+
+	// Next is where the next step begins. It is Partitions when all is done.
+	Next int
+}
+
+// Partitions is the number of steps that a purge is divided into at the most.
+const Partitions = partitions
+
+// Purge deletes what is selected from the queue and the storage, and verifies that it is gone. If that takes long, it
+// returns how far it came, and is called again from there. What is stored meanwhile may be deleted as well.
+func (a *Archive) Purge(ctx context.Context, s Selection, from int) (Purged, error) {
+	b := a.backend()
+	if b == nil {
+		return Purged{}, ErrUnreadable
+	}
 	ctx, cancel := context.WithTimeout(ctx, purgeTimeout)
 	defer cancel()
-	if err := a.holdWrites(ctx); err != nil {
-		return 0, 0, err
+	done := Purged{Next: from}
+	var err error
+	if done.Queued, err = a.purgeQueue(ctx, b, s); err != nil {
+		return done, err
 	}
-	defer a.releaseWrites()
-	queued = a.purgeQueue(keys)
-	// The storage may go on counting after ctx has ended, so the count comes through a channel.
-	counted := make(chan int, 1)
-	err = a.try(ctx, func(ctx context.Context, storage certmagic.Storage) error {
-		n, err := a.layout.purge(ctx, storage, keys)
-		counted <- n
-		return err
-	})
-	select {
-	case stored = <-counted:
-	default:
+	if err := b.Storage.Store(ctx, a.purgeMark(), []byte(a.writer)); err != nil {
+		return done, fmt.Errorf("the storage does not work: %w", err)
 	}
-	return queued, stored, err
+	if done, err = a.purgeStorage(ctx, b, s, done); err != nil {
+		return done, err
+	}
+	if err := a.checkMark(ctx, b); err != nil {
+		return done, err
+	}
+	unmark, cancel := context.WithTimeout(context.WithoutCancel(ctx), readTimeout)
+	defer cancel()
+	return done, ignoreNotExist(b.Storage.Delete(unmark, a.purgeMark()))
 }
 
-func (a *Archive) purgeQueue(keys []task.Key) (n int) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if keys == nil {
-		keys = a.queue.keys()
+// purgeStorage deletes what is selected from the storage.
+func (a *Archive) purgeStorage(ctx context.Context, b *Backend, s Selection, done Purged) (_ Purged, err error) {
+	switch {
+	case s.Keys != nil:
+		for _, k := range s.Keys {
+			n, err := a.purgeKey(ctx, b, k)
+			done.Stored += n
+			if err != nil {
+				return done, err
+			}
+		}
+	case s.File != nil:
+		if done.Stored, err = a.purgeFile(ctx, b, *s.File); err != nil {
+			return done, err
+		}
+	default:
+		return a.purgePartitions(ctx, b, s, done)
 	}
-	for _, k := range keys {
-		if a.queue.remove(k) {
-			n++
+	done.Next = partitions
+	return done, nil
+}
+
+// purgeMark returns the name of a value that is there as long as the storage works: some storages say that there is nothing
+// if they cannot be reached.
+func (a *Archive) purgeMark() string { return a.layout.recordName(a.writer) + "-purge" }
+
+// checkMark returns an error if the storage does not work.
+func (a *Archive) checkMark(ctx context.Context, b *Backend) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), readTimeout)
+	defer cancel()
+	if _, err := b.Storage.Load(ctx, a.purgeMark()); err != nil {
+		return fmt.Errorf("the storage does not work: %w", err)
+	}
+	return nil
+}
+
+// purgeQueue removes what is selected from the queue, and waits until no write of it is under way, which would bring it
+// back.
+func (a *Archive) purgeQueue(ctx context.Context, b *Backend, s Selection) (n int, err error) {
+	match := func(i Item) bool { return s.Matches(i.Key, i.Target, i.Report) }
+	defer func() {
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		clear(a.alone)
+		a.queueChanged(b)
+	}()
+	for {
+		a.mu.Lock()
+		n += a.queue.remove(match)
+		underway, changed := a.queue.underway(match), a.changed
+		a.mu.Unlock()
+		if !underway {
+			return n, nil
+		}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+			return n, fmt.Errorf("a report that is to be purged is still being written: %w", ctx.Err())
 		}
 	}
-	if n > 0 {
-		a.notifyDequeued()
-	}
-	return n
 }
 
-// purge deletes from the storage, including what was set aside as damaged.
-func (l layout) purge(ctx context.Context, storage certmagic.Storage, keys []task.Key) (n int, err error) {
-	if keys == nil {
-		for i := range partitions + 1 {
-			deleted, err := purgePartition(ctx, storage, l.partition(i))
+// purgeKey deletes what is stored under a key.
+func (a *Archive) purgeKey(ctx context.Context, b *Backend, k task.Key) (n int, err error) {
+	for _, kind := range []placeKind{inPartition, large, damaged} {
+		deleted, err := a.remove(ctx, b, place{kind: kind, key: k})
+		if err != nil {
+			return n, err
+		}
+		n += deleted
+	}
+	return min(n, 1), nil
+}
+
+// remove deletes a value if there is one, verifies that it is gone, and returns how many there were. It also deletes the
+// reference from its file.
+func (a *Archive) remove(ctx context.Context, b *Backend, p place) (int, error) {
+	name := a.layout.name(p)
+	stored, err := b.Storage.Load(ctx, name)
+	if err != nil {
+		if err := ignoreNotExist(err); err != nil {
+			return 0, fmt.Errorf("loading %s: %w", name, err)
+		}
+		return 0, nil
+	}
+	if err := b.Storage.Delete(ctx, name); ignoreNotExist(err) != nil {
+		return 0, fmt.Errorf("deleting %s: %w", name, err)
+	}
+	switch _, err := b.Storage.Load(ctx, name); {
+	case err == nil:
+		return 0, fmt.Errorf("%s is still there after it was deleted", name)
+	case !errors.Is(err, fs.ErrNotExist):
+		return 0, fmt.Errorf("verifying that %s is deleted: %w", name, err)
+	}
+	if v, err := decode(stored, name, p.key, b.Keyring); err == nil && v.report != nil && v.report.File() != [32]byte{} {
+		for _, source := range a.fileSources(v.report.File()) {
+			ref := place{kind: ofFile, key: task.FileKey(source, p.key), at: v.at.UnixNano()}
+			if _, err := a.remove(ctx, b, ref); err != nil {
+				return 1, err
+			}
+		}
+	}
+	return 1, nil
+}
+
+// fileSources returns the sources of the references to the reports of a file.
+func (a *Archive) fileSources(sum [32]byte) []task.Source {
+	return []task.Source{task.FileSource(a.Namespace, sum, false), task.FileSource(a.Namespace, sum, true)}
+}
+
+// purgeFile deletes the reports of a file, and the references to them.
+func (a *Archive) purgeFile(ctx context.Context, b *Backend, sum [32]byte) (n int, err error) {
+	for _, source := range a.fileSources(sum) {
+		refs, err := a.listFile(ctx, b, source)
+		if err != nil {
+			return n, err
+		}
+		for _, p := range refs {
+			deleted, err := a.purgeReference(ctx, b, p)
 			n += deleted
 			if err != nil {
 				return n, err
 			}
 		}
-		return n, nil
 	}
-	for _, k := range keys {
-		for _, name := range []string{l.key(k), l.damagedKey(k)} {
-			if !storage.Exists(ctx, name) {
-				continue
-			}
-			if err := storage.Delete(ctx, name); err != nil && !errors.Is(err, fs.ErrNotExist) {
-				return n, fmt.Errorf("deleting from the storage: %w", err)
-			}
+	return n, nil
+}
+
+// purgeReference deletes the report that a reference refers to, and the reference.
+func (a *Archive) purgeReference(ctx context.Context, b *Backend, p place) (int, error) {
+	name := a.layout.name(p)
+	stored, err := b.Storage.Load(ctx, name)
+	if err != nil {
+		return 0, ignoreNotExist(err)
+	}
+	v, err := decode(stored, name, p.key, b.Keyring)
+	if err != nil {
+		return 0, fmt.Errorf("reading %s: %w", name, err)
+	}
+	n, err := a.purgeKey(ctx, b, v.target.key)
+	if err != nil {
+		return n, err
+	}
+	_, err = a.remove(ctx, b, p)
+	return n, err
+}
+
+// purgePartitions deletes what is selected, partition by partition, until ctx ends.
+func (a *Archive) purgePartitions(ctx context.Context, b *Backend, s Selection, done Purged) (Purged, error) {
+	for done.Next < partitions && ctx.Err() == nil {
+		end := min(done.Next+maxPurges, partitions)
+		counts := make([]int, end-done.Next)
+		group, stepCtx := errgroup.WithContext(ctx)
+		for i := range counts {
+			group.Go(func() (err error) {
+				counts[i], err = a.purgePartition(stepCtx, b, s, done.Next+i)
+				return err
+			})
+		}
+		err := group.Wait()
+		for _, n := range counts {
+			done.Stored += n
+		}
+		if err == nil {
+			err = a.checkMark(ctx, b)
+		}
+		switch {
+		case ctx.Err() != nil: // the next call begins with these
+		case err != nil:
+			return done, err
+		default:
+			done.Next = end
+		}
+	}
+	return done, nil
+}
+
+// purgePartition deletes what is selected of one partition, and verifies that it is gone.
+func (a *Archive) purgePartition(ctx context.Context, b *Backend, s Selection, partition int) (n int, err error) {
+	selected, err := a.selected(ctx, b, s, partition)
+	if err != nil || len(selected) == 0 {
+		return 0, err
+	}
+	for _, p := range selected {
+		name := a.layout.name(p)
+		if err := b.Storage.Delete(ctx, name); ignoreNotExist(err) != nil {
+			return n, fmt.Errorf("deleting %s: %w", name, err)
+		}
+		if p.kind == inPartition {
 			n++
 		}
 	}
-	return n, ctx.Err()
+	left, err := a.selected(ctx, b, s, partition)
+	if err != nil {
+		return n, err
+	}
+	for _, p := range left {
+		if slices.Contains(selected, p) {
+			return n, fmt.Errorf("%s is still there after it was deleted", a.layout.name(p))
+		}
+	}
+	return n, nil
 }
 
-func purgePartition(ctx context.Context, storage certmagic.Storage, partition string) (n int, err error) {
-	keys, err := storage.List(ctx, partition, false)
-	if err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return 0, fmt.Errorf("listing the storage: %w", err)
+// selected returns where there are values of a partition that a purge deletes.
+func (a *Archive) selected(ctx context.Context, b *Backend, s Selection, partition int) (selected []place, err error) {
+	folders := []string{a.layout.partition(partition)}
+	if s.Source != nil {
+		folders = []string{a.layout.sourceFolder(partition, *s.Source), a.layout.damagedFolder(partition)}
 	}
-	for _, k := range keys {
-		if err := storage.Delete(ctx, k); err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return n, fmt.Errorf("deleting from the storage: %w", err)
+	for _, folder := range folders {
+		places, err := a.listPlaces(ctx, b, folder)
+		if err != nil {
+			return nil, err
 		}
-		n++
+		for _, p := range places {
+			match := s.Source == nil || p.key.Source() == *s.Source
+			if match && !s.Before.IsZero() {
+				if match, err = a.isOlder(ctx, b, p, s.Before); err != nil {
+					return nil, err
+				}
+			}
+			if match {
+				selected = append(selected, p)
+			}
+		}
 	}
-	return n, ctx.Err()
+	return selected, nil
+}
+
+// isOlder reports whether a value is older than a time. One that has no time is not.
+func (a *Archive) isOlder(ctx context.Context, b *Backend, p place, than time.Time) (bool, error) {
+	name := a.layout.name(p)
+	stored, err := b.Storage.Load(ctx, name)
+	if err != nil {
+		return false, ignoreNotExist(err)
+	}
+	at, err := timeOf(stored, name, p.key, b.Keyring)
+	return err == nil && at.Before(than), nil
 }

@@ -1,11 +1,10 @@
 package archive
 
 import (
-	"context"
+	"errors"
 	"fmt"
-	"io/fs"
-	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -14,112 +13,46 @@ import (
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
 
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
-// fakeStorage keeps values in memory, each operation after a delay, and fails on demand.
-type fakeStorage struct {
-	mu     sync.Mutex
-	values map[string][]byte
-	delay  time.Duration
-	err    error // of every operation
-	max    int   // size of a value, if not 0
-	loads  int
-	stores int
+// testStorage is a storage in memory that fails on demand.
+type testStorage struct {
+	*storagetest.Faulty
+	*storagetest.Memory
 }
 
-func (s *fakeStorage) set(change func()) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	change()
+func newTestStorage() testStorage {
+	m := storagetest.New(storagetest.Redis)
+	return testStorage{storagetest.NewFaulty(m), m}
 }
 
-func (s *fakeStorage) begin(ctx context.Context) error {
-	s.mu.Lock()
-	delay, err := s.delay, s.err
-	s.mu.Unlock()
-	select {
-	case <-time.After(delay):
-		return err
-	case <-ctx.Done():
-		return ctx.Err()
-	}
-}
+// Storage returns the storage with its faults.
+func (s testStorage) Storage() certmagic.Storage { return s.Faulty.Storage() }
 
-func (s *fakeStorage) Load(ctx context.Context, k string) ([]byte, error) {
-	s.set(func() { s.loads++ })
-	if err := s.begin(ctx); err != nil {
-		return nil, err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	value, ok := s.values[k]
-	if !ok {
-		return nil, fs.ErrNotExist
-	}
-	return value, nil
-}
+// slow makes each operation take d.
+func (s testStorage) slow(d time.Duration) { s.Set(storagetest.Delayed(d)) }
 
-func (s *fakeStorage) Store(ctx context.Context, k string, value []byte) error {
-	s.set(func() { s.stores++ })
-	if err := s.begin(ctx); err != nil {
-		return err
-	}
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.max > 0 && len(value) > s.max {
-		return fmt.Errorf("value of %d bytes is too large", len(value))
-	}
-	if s.values == nil {
-		s.values = make(map[string][]byte)
-	}
-	s.values[k] = value
-	return nil
-}
+// fail makes each operation fail.
+func (s testStorage) fail(err error) { s.Set(storagetest.Failing(err)) }
 
-func (s *fakeStorage) Delete(ctx context.Context, k string) error {
-	if err := s.begin(ctx); err != nil {
-		return err
-	}
-	s.set(func() { delete(s.values, k) })
-	return nil
-}
-
-func (s *fakeStorage) Exists(_ context.Context, k string) bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	_, ok := s.values[k]
-	return ok
-}
-
-func (s *fakeStorage) List(_ context.Context, dir string, _ bool) (keys []string, err error) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	for k := range s.values {
-		if strings.HasPrefix(k, dir+"/") {
-			keys = append(keys, k)
+// stored returns the places of the values.
+func (s testStorage) stored() (places []place) {
+	for _, name := range s.Names("") {
+		if p, ok := tested.parse(name); ok {
+			places = append(places, p)
 		}
 	}
-	return keys, nil
+	return places
 }
 
-// The sweep takes its lock.
-func (s *fakeStorage) Lock(context.Context, string) error   { return nil }
-func (s *fakeStorage) Unlock(context.Context, string) error { return nil }
-
-func (s *fakeStorage) Stat(context.Context, string) (certmagic.KeyInfo, error) {
-	return certmagic.KeyInfo{Modified: time.Now()}, nil
-}
-
-// len returns the number of values, without the cursor of the sweep.
-func (s *fakeStorage) len() int {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	n := len(s.values)
-	if _, ok := s.values[tested.sweepCursor()]; ok {
-		n--
+// refuseLarge refuses values of more than 4000 bytes, and lets the others take a while.
+func refuseLarge(c storagetest.Call) storagetest.Fault {
+	if c.Size > 4000 {
+		return storagetest.Fault{Effect: storagetest.None, Err: errors.New("value too large")}
 	}
-	return n
+	return storagetest.Fault{Before: time.Millisecond}
 }
 
 // tested is the layout of the namespace in the tests.
@@ -128,29 +61,79 @@ var tested = newLayout("tested")
 // fixture is an archive over a fake storage.
 type fixture struct {
 	*Archive
-	storage *fakeStorage
+	storage testStorage
 	backend *Backend
 	log     *observer.ObservedLogs
+
+	mu        sync.Mutex
+	confirmed map[task.Key]int // reports that are said to be stored
+
+	room atomic.Int32 // how often room was offered
 }
 
-// newFixture returns an archive that is closed when the test ends. In a synctest bubble, the test must close it itself.
-func newFixture(t *testing.T) *fixture {
-	t.Helper()
+// newFixture returns an archive, which must be closed.
+func newFixture() *fixture { return newFixtureWith(nil) }
+
+// newFixtureWith returns an archive that set has changed before it starts.
+func newFixtureWith(set func(f *fixture, c *Config)) *fixture {
 	core, log := observer.New(zapcore.DebugLevel)
-	f := &fixture{Archive: New("tested"), storage: new(fakeStorage), log: log}
-	f.backend = &Backend{Storage: f.storage, Logger: zap.New(core), Retention: 24 * time.Hour}
+	f := &fixture{storage: newTestStorage(), log: log, confirmed: make(map[task.Key]int)}
+	f.backend = &Backend{Logger: zap.New(core), Retention: 24 * time.Hour}
+	c := Config{
+		Namespace: "tested", Seed: 1,
+		Stored: func(k task.Key, _ *task.Report) {
+			f.mu.Lock()
+			defer f.mu.Unlock()
+			f.confirmed[k]++
+		},
+		Room: func() { f.room.Add(1) },
+	}
+	if set != nil {
+		set(f, &c)
+	}
+	f.backend.Storage = f.storage.Storage()
+	f.Archive = New(c)
 	f.Attach(f.backend)
-	t.Cleanup(f.Close)
 	return f
 }
+
+// Close closes the archive, and waits for what is under way, which Close of the archive does not.
+func (f *fixture) Close() {
+	f.Archive.Close()
+	f.storage.Mend()
+	time.Sleep(time.Minute)
+}
+
+// reopen returns another archive over the same storage.
+func (f *fixture) reopen() *fixture {
+	return newFixtureWith(func(other *fixture, c *Config) {
+		other.storage = f.storage
+		c.Seed = f.Seed + 1
+	})
+}
+
+func (f *fixture) confirmations() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.confirmed)
+}
+
+// find loads a report, with all the memory that it needs.
+func (f *fixture) find(t *testing.T, k task.Key) (Found, error) {
+	t.Helper()
+	return f.Load(t.Context(), k, func(int64) error { return nil })
+}
+
+func (f *fixture) logged(message string) int { return f.log.FilterMessageSnippet(message).Len() }
 
 func numbered(i int) task.Key { return task.NewKey("test", fmt.Sprint(i)) }
 
 // report returns a finished report of a size that compression does not shrink.
-func report(size int) *task.Report {
+func report(size int) *task.Report { return reportOf(size, [32]byte{}) }
+
+// reportOf returns a finished report of a file.
+func reportOf(size int, file [32]byte) *task.Report {
 	return task.NewReport(task.Document{
-		At: time.Now(), Hash: "0123456789abcdef0123456789abcdef", Length: size, Body: make([]byte, size),
+		At: time.Now(), Hash: "0123456789abcdef0123456789abcdef", Length: size, Body: make([]byte, size), File: file,
 	})
 }
-
-func (f *fixture) logged(message string) int { return f.log.FilterMessageSnippet(message).Len() }

@@ -1,174 +1,253 @@
 package archive
 
 import (
-	"context"
-	"errors"
-	"fmt"
-	"io/fs"
-	"os"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
-	"github.com/caddyserver/certmagic"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
 )
 
-// stuckStorage does not store anything until it is released.
-type stuckStorage struct {
-	certmagic.Storage
-	release chan struct{}
-}
-
-func (s *stuckStorage) Store(ctx context.Context, k string, value []byte) error {
-	<-s.release
-	return s.Storage.Store(ctx, k, value)
-}
-
-// storeOld stores a value of a certain age.
-func storeOld(t *testing.T, storage *certmagic.FileStorage, name string, age time.Duration) {
+// saveAll saves reports of all kinds, and returns how many values they are.
+func saveAll(t *testing.T, f *fixture) (values int) {
 	t.Helper()
-	if err := storage.Store(t.Context(), name, []byte("x")); err != nil {
-		t.Fatal(err)
-	}
-	then := time.Now().Add(-age)
-	if err := os.Chtimes(storage.Filename(name), then, then); err != nil {
-		t.Fatal(err)
-	}
-}
-
-func TestSweep(t *testing.T) {
-	storage := &certmagic.FileStorage{Path: t.TempDir()}
-	var old, young []string
 	for i := range 100 {
-		name := tested.key(numbered(i))
-		if i%2 == 0 {
-			old = append(old, name)
-			storeOld(t, storage, name, 2*time.Hour)
-		} else {
-			young = append(young, name)
-			storeOld(t, storage, name, time.Minute)
-		}
+		f.Save(Item{Key: numbered(i), Report: reportOf(100, [32]byte{byte(i), 1})})
+		target := numbered(i)
+		f.Save(Item{Key: numbered(1000 + i), Report: report(100), Target: &target})
 	}
-	old = append(old, tested.partition(damagedPartition)+"/aa")
-	storeOld(t, storage, old[len(old)-1], 2*time.Hour)
-	// A value of another module is in no partition and is left alone.
-	storeOld(t, storage, "certificates/a", 2*time.Hour)
-
-	for n := range partitions + 1 { // a round, without the empty partitions
-		if !storage.Exists(t.Context(), tested.partition(n)) {
-			continue
-		}
-		if err := storage.Store(t.Context(), tested.sweepCursor(), fmt.Appendln(nil, n, 0)); err != nil {
-			t.Fatal(err)
-		}
-		if err := tested.sweep(t.Context(), storage, time.Hour); err != nil {
-			t.Fatal(err)
-		}
-		if cursor, err := storage.Load(t.Context(), tested.sweepCursor()); err != nil || !strings.HasPrefix(string(cursor), fmt.Sprint((n+1)%(partitions+1))+" ") {
-			t.Errorf("partition %d is followed by %s, error %v", n, cursor, err)
-		}
+	f.Save(item(200, 1<<20))
+	time.Sleep(time.Minute)
+	values = 100 + 100 + 100 + 2
+	if n := len(f.storage.stored()); n != values {
+		t.Fatalf("%d values are stored, want %d", n, values)
 	}
-	for _, name := range old {
-		if storage.Exists(t.Context(), name) {
-			t.Errorf("%s is still there", name)
-		}
-	}
-	for _, name := range append(young, "certificates/a") {
-		if !storage.Exists(t.Context(), name) {
-			t.Errorf("%s is gone", name)
-		}
-	}
+	return values
 }
 
-func TestOneInstanceSweeps(t *testing.T) {
-	storage := &certmagic.FileStorage{Path: t.TempDir()}
-	cursor := func() string {
-		value, err := storage.Load(t.Context(), tested.sweepCursor())
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			t.Fatal(err)
+// What the index has is deleted as soon as its retention is over, and nothing before.
+func TestSweepByIndex(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		f.storage.slow(20 * time.Millisecond)
+		values := saveAll(t, f)
+		time.Sleep(24*time.Hour - 2*time.Minute)
+		if n := len(f.storage.stored()); n != values {
+			t.Errorf("before their retention is over, %d of %d values are left", n, values)
 		}
-		return string(value)
-	}
-	if err := storage.Lock(t.Context(), tested.sweepLock()); err != nil {
-		t.Fatal(err)
-	}
-	short, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
-	defer cancel()
-	_ = tested.sweep(short, storage, time.Hour)
-	if got := cursor(); got != "" {
-		t.Errorf("a pass was made while another instance had the lock: %s", got)
-	}
-	if err := storage.Unlock(t.Context(), tested.sweepLock()); err != nil {
-		t.Fatal(err)
-	}
-
-	if err := tested.sweep(t.Context(), storage, time.Hour); err != nil {
-		t.Fatal(err)
-	}
-	first := cursor()
-	if err := tested.sweep(t.Context(), storage, time.Hour); err != nil {
-		t.Fatal(err)
-	}
-	if got := cursor(); got != first || first == "" {
-		t.Errorf("two passes were made at once: %q, %q", first, got)
-	}
-	for _, broken := range []string{"", "x", "-1 0", "99999 0", "1"} {
-		if err := storage.Store(t.Context(), tested.sweepCursor(), []byte(broken)); err != nil {
-			t.Fatal(err)
+		f.Save(item(300, 100))
+		time.Sleep(30 * time.Minute)
+		if n := len(f.storage.stored()); n != 1 {
+			t.Errorf("after their retention, %d old values are left", n-1)
 		}
-		if err := tested.sweep(t.Context(), storage, time.Hour); err != nil || cursor() == broken {
-			t.Errorf("a broken cursor %q stopped the sweep: %v", broken, err)
+		if n := len(f.storage.Names(tested.indexFolder())); n != 1 {
+			t.Errorf("the index has %d objects", n)
 		}
-	}
+	})
 }
 
-func TestSweepIsBounded(t *testing.T) {
-	storage := &certmagic.FileStorage{Path: t.TempDir()}
-	const n = maxSwept + 200
-	for i := range n {
-		storeOld(t, storage, fmt.Sprintf("%s/%d", tested.partition(7), i), 2*time.Hour)
-	}
-	left := func() int {
-		keys, err := storage.List(t.Context(), tested.partition(7), false)
-		if err != nil {
-			t.Fatal(err)
+// A value that was stored again is not deleted because of an old object of the index.
+func TestSweepSparesWhatIsStoredAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		f.Save(item(0, 100))
+		time.Sleep(20 * time.Hour)
+		f.Save(item(0, 100))
+		time.Sleep(20 * time.Hour)
+		if n := len(f.storage.stored()); n != 1 {
+			t.Error("a young value is deleted")
 		}
-		return len(keys)
-	}
-	for _, want := range []int{n - maxSwept, 0} {
-		if err := sweepPartition(t.Context(), storage, tested.partition(7), time.Now().Add(-time.Hour)); err != nil {
-			t.Fatal(err)
+		time.Sleep(5 * time.Hour)
+		if n := len(f.storage.stored()); n != 0 {
+			t.Error("an old value is left")
 		}
-		if got := left(); got != want {
-			t.Errorf("%d are left, want %d", got, want)
-		}
-	}
+	})
 }
 
-// A namespace with a short retention does not delete the values of another in the same storage, and neither does a purge.
-func TestNamespacesAreApart(t *testing.T) {
-	storage := &certmagic.FileStorage{Path: t.TempDir()}
-	other := newLayout("other")
-	k := numbered(1)
-	storeOld(t, storage, tested.key(k), 2*time.Hour)
-	storeOld(t, storage, other.key(k), 2*time.Hour)
-	for n := range partitions {
-		if storage.Exists(t.Context(), tested.partition(n)) {
-			if err := storage.Store(t.Context(), tested.sweepCursor(), fmt.Appendln(nil, n, 0)); err != nil {
-				t.Fatal(err)
-			}
-			if err := tested.sweep(t.Context(), storage, time.Hour); err != nil {
-				t.Fatal(err)
+// A round of the scan finds what the index has lost.
+func TestSweepByScan(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		saveAll(t, f)
+		time.Sleep(time.Hour)
+		for _, name := range f.storage.Names(tested.indexFolder()) {
+			f.storage.Remove(name)
+		}
+		time.Sleep(60 * 24 * time.Hour)
+		if n := len(f.storage.stored()); n != 0 {
+			t.Errorf("%d values are left", n)
+		}
+	})
+}
+
+// The sweep keeps up with 43 million values a day over a storage of 20 ms: that is 500 a second.
+func TestSweepKeepsUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		const reports = 50_000
+		for i := range reports {
+			for !f.Save(item(i, 10)) {
+				time.Sleep(time.Second)
 			}
 		}
+		time.Sleep(time.Hour)
+		f.storage.slow(20 * time.Millisecond)
+		time.Sleep(23*time.Hour - 10*time.Minute)
+		for f.storage.Calls(storagetest.Delete) == 0 {
+			time.Sleep(time.Second)
+		}
+		begin := time.Now()
+		for f.storage.Calls(storagetest.Delete) < reports {
+			time.Sleep(time.Second)
+		}
+		if rate := reports / time.Since(begin).Seconds(); rate < 500 {
+			t.Errorf("%.0f values a second are deleted", rate)
+		}
+	})
+}
+
+// Values that cannot be read or deleted keep no others from being deleted.
+func TestSweepWithBadValues(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		bad := make(map[string]bool)
+		for i := range 5 {
+			bad[tested.name(place{kind: inPartition, key: numbered(i)})] = true
+		}
+		f.storage.Set(func(c storagetest.Call) storagetest.Fault {
+			if bad[c.Name] && c.Op != storagetest.Store {
+				return storagetest.Fault{Effect: storagetest.None}
+			}
+			return storagetest.Fault{}
+		})
+		for i := range 10 * 24 {
+			f.Save(item(i, 100))
+			time.Sleep(time.Hour)
+		}
+		time.Sleep(25 * time.Hour)
+		if left := len(f.storage.stored()); left != len(bad) {
+			t.Errorf("%d values are left", left)
+		}
+		f.storage.Mend()
+		time.Sleep(60 * 24 * time.Hour)
+		if left := len(f.storage.stored()); left != 0 {
+			t.Errorf("%d values are left in the end", left)
+		}
+	})
+}
+
+// A sweep that fails goes on where it was.
+func TestSweepDuringAnOutage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		values := saveAll(t, f)
+		var deletes atomic.Int32
+		f.storage.Set(func(c storagetest.Call) storagetest.Fault {
+			if c.Op == storagetest.Delete && deletes.Add(1) > 50 {
+				return storagetest.Fault{Effect: storagetest.None}
+			}
+			return storagetest.Fault{}
+		})
+		time.Sleep(25 * time.Hour)
+		if left := len(f.storage.stored()); left != values-50 {
+			t.Errorf("%d of %d values are left", left, values)
+		}
+		f.storage.Mend()
+		time.Sleep(30 * time.Minute)
+		if left := len(f.storage.stored()); left != 0 {
+			t.Errorf("after the outage, %d values are left", left)
+		}
+	})
+}
+
+// A lock that hangs costs one operation, and no reads and writes.
+func TestLockThatHangs(t *testing.T) {
+	for _, operation := range []storagetest.Op{storagetest.TryLock, storagetest.Unlock} {
+		t.Run(operation.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newFixture()
+				defer f.Close()
+				f.storage.Set(storagetest.On(storagetest.Hanging(true), operation))
+				for i := range 200 {
+					f.Save(item(i, 100))
+					time.Sleep(10 * time.Minute)
+					if got, err := f.find(t, numbered(i)); err != nil || got.Report == nil {
+						t.Fatalf("found %+v, error %v", got, err)
+					}
+				}
+				if n := f.storage.Calls(operation); n != 1 {
+					t.Errorf("%d operations hang", n)
+				}
+				f.storage.Release()
+			})
+		})
 	}
-	if storage.Exists(t.Context(), tested.key(k)) || !storage.Exists(t.Context(), other.key(k)) {
-		t.Error("the sweep did not delete its own value, or deleted another's")
-	}
-	if n, err := tested.purge(t.Context(), storage, nil); n != 0 || err != nil {
-		t.Errorf("the purge deleted %d values, error %v", n, err)
-	}
-	if !storage.Exists(t.Context(), other.key(k)) {
-		t.Error("the purge deleted the value of another namespace")
-	}
+}
+
+// Two instances that disagree about the retention are warned, and the longer one counts while both run.
+func TestInstancesDisagreeAboutTheRetention(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		long := newFixtureWith(func(f *fixture, _ *Config) { f.backend.Retention = 90 * 24 * time.Hour })
+		short := newFixtureWith(func(f *fixture, c *Config) {
+			f.storage, f.backend.Retention = long.storage, 2*time.Hour
+			c.Seed = 2
+		})
+		defer short.Close()
+		long.Save(item(0, 100))
+		short.Save(item(1, 100))
+		time.Sleep(10 * 24 * time.Hour)
+		if n := len(long.storage.stored()); n != 2 {
+			t.Errorf("%d of 2 values are left", n)
+		}
+		if got, err := short.find(t, numbered(1)); got.Report == nil || err != nil {
+			t.Errorf("the instance with the short retention finds %+v, error %v", got, err)
+		}
+		const warning = "another instance uses this namespace"
+		if one, two := long.logged(warning), short.logged(warning); one != 1 || two != 1 {
+			t.Errorf("logged %d and %d times", one, two)
+		}
+		long.Close()
+		time.Sleep(24 * time.Hour)
+		if n := len(long.storage.stored()); n != 0 {
+			t.Errorf("after the instance with the long retention has ended, %d values are left", n)
+		}
+		if n := len(long.storage.Names(strings.TrimSuffix(tested.recordName(""), "/"))); n != 1 {
+			t.Errorf("%d records are left", n)
+		}
+	})
+}
+
+// A clock that is wrong for a while does not stop anything: only the age of values depends on it.
+func TestClockThatSteps(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var step atomic.Int64
+		f := newFixtureWith(func(_ *fixture, c *Config) {
+			c.Now = func() time.Time { return time.Now().Add(time.Duration(step.Load())) }
+		})
+		defer f.Close()
+		f.storage.fail(errAway)
+		for i := range 10 {
+			f.Save(item(i, 100))
+			_, _ = f.find(t, numbered(100+i))
+		}
+		time.Sleep(time.Second)
+		step.Store(-int64(time.Hour))
+		f.storage.Mend()
+		time.Sleep(lastProbe)
+		if got, err := f.find(t, numbered(0)); got.Report == nil || err != nil {
+			t.Errorf("found %+v, error %v", got, err)
+		}
+		time.Sleep(lastRetry)
+		if f.confirmations() != 10 || f.Stats().Failing {
+			t.Errorf("%d of 10 reports are stored", f.confirmations())
+		}
+	})
 }

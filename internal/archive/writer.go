@@ -2,117 +2,276 @@ package archive
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
-	"github.com/caddyserver/certmagic"
 	"go.uber.org/zap"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
-// writeAll stores what is queued, one value after the other, until the archive is closed.
-func (a *Archive) writeAll() {
-	var retry backoff
+const (
+	// maxWrites is the number of writes at once. A write is up to three operations: with 20 ms each, it still keeps up with
+	// 600 reports a second.
+	maxWrites = 48
+
+	writeTimeout = 30 * time.Second
+
+	// The delay before a failed write is retried. It doubles with each failure.
+	firstRetry = 250 * time.Millisecond
+	lastRetry  = 30 * time.Second
+
+	// giveUpAfter is how long a value is retried that fails while others are stored.
+	giveUpAfter = time.Hour
+
+	// reportAfter is the number of failures after which a value is logged that fails while others are stored.
+	reportAfter = 3
+
+	// inlineLimit is the size of a document up to which it is stored in one value, in bytes. A larger one is referred to, so
+	// the memory for it can be reserved before it is read.
+	inlineLimit = 128 << 10
+)
+
+// pump starts the writes that are due.
+func (a *Archive) pump() {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.startWrites()
+}
+
+// startWrites starts the writes that are due, and sets a timer for those that will be. While the storage fails, there is
+// one at a time: a value that has not failed yet, or a probe. The caller holds the mutex.
+func (a *Archive) startWrites() {
+	b := a.current()
+	if b == nil || a.ctx.Err() != nil {
+		return
+	}
+	now := time.Now()
 	for {
-		if a.holdWrites(a.ctx) != nil {
+		limit, probe := maxWrites, time.Duration(0)
+		if a.writes.open() {
+			limit, probe = 1, a.writes.untilProbe(now)
+		}
+		if a.writing >= limit {
+			return // the end of a write starts the next
+		}
+		w := a.queue.next(now, probe == 0)
+		if w == nil {
+			if at, ok := a.queue.retryAt(); ok {
+				a.wake.Reset(max(at.Sub(now), probe))
+			}
 			return
 		}
-		w := a.next()
-		stored := w != nil && a.store(w)
-		a.releaseWrites()
-		if w == nil {
-			select {
-			case <-a.wake:
-				continue
-			case <-a.ctx.Done():
-				return
-			}
+		a.writing++
+		go a.write(b, w, w.Item)
+	}
+}
+
+// write tries to store an item.
+func (a *Archive) write(b *Backend, w *write, i Item) {
+	ctx, cancel := context.WithTimeout(a.ctx, writeTimeout)
+	defer cancel()
+	// A storage that ignores the context may hang for longer. Then the write still holds its place.
+	overdue := time.AfterFunc(writeTimeout, func() { a.noteFailedWrite(b, i.Key, errTimeout) })
+	err := a.store(ctx, b, i)
+	overdue.Stop()
+	if a.ctx.Err() != nil {
+		return
+	}
+	refused := err != nil && a.isRefused(w)
+	if err == nil {
+		a.Metrics.written.Inc()
+		if a.Stored != nil {
+			a.Stored(i.Key, i.Report)
 		}
-		if stored {
-			retry.reset()
-			continue
+		if a.writes.succeed() {
+			a.tellClosed(b, "write")
+		}
+	} else {
+		a.Metrics.failed.Inc()
+		if !refused {
+			a.noteFailedWrite(b, i.Key, err)
+		}
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	a.writing--
+	now := time.Now()
+	switch a.failing = err != nil && !refused; {
+	case err == nil:
+		a.stored++
+		a.storedAt = now
+		a.queue.finish(w)
+	case w.dropped():
+		a.queue.finish(w)
+	default:
+		a.retry(b, w, now, err)
+	}
+	a.queueChanged(b)
+}
+
+// isRefused reports whether a write has failed before, although others have succeeded since. When it fails again, that says
+// nothing about the storage, unless nothing else can be stored any more.
+func (a *Archive) isRefused(w *write) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return w.tries > 0 && a.storedAt.After(w.failedSince) && !a.writes.open()
+}
+
+// queueChanged wakes those who wait for the queue, offers the room that it has, and starts the writes that are due. The
+// caller holds the mutex.
+func (a *Archive) queueChanged(b *Backend) {
+	a.notify()
+	a.offerRoom(b)
+	a.startWrites()
+}
+
+// noteFailedWrite tells the breaker of a write that has failed or hangs.
+func (a *Archive) noteFailedWrite(b *Backend, k task.Key, err error) {
+	if a.writes.fail(k, time.Now()) {
+		a.tellOpened(b, "write", err)
+	}
+}
+
+// retry schedules another try of a write that has failed, unless it is given up. The caller holds the mutex.
+func (a *Archive) retry(b *Backend, w *write, now time.Time, err error) {
+	if w.tries++; w.tries == 1 {
+		w.failedSince = now
+	}
+	others := a.storedAt.After(w.failedSince) // are stored
+	field := zap.String("key", a.layout.name(place{kind: inPartition, key: w.Key}))
+	if w.tries >= reportAfter && others && !w.reported {
+		w.reported = true
+		b.Logger.Warn("the storage does not take a report: it is retried", field, zap.Error(err))
+	}
+	if now.Sub(w.failedSince) >= giveUpAfter && others {
+		a.Metrics.givenUp.Inc()
+		b.Logger.Warn("the storage does not take a report: it is given up", field, zap.Error(err))
+		a.queue.finish(w)
+		return
+	}
+	last := lastRetry
+	if a.leaving() {
+		last = firstRetry
+	}
+	a.queue.retry(w, now.Add(w.backoff.next(firstRetry, last, a.jitter)))
+}
+
+// offerRoom calls Room if reports were refused and a quarter of the queue is free. The caller holds the mutex.
+func (a *Archive) offerRoom(b *Backend) {
+	if a.refused == 0 || a.queue.len() > maxQueue*3/4 || a.queue.bytes > maxQueueBytes*3/4 {
+		return
+	}
+	b.Logger.Info("the queue to the storage has room again", zap.Int("refused", a.refused))
+	a.refused = 0
+	if a.Room != nil {
+		go a.Room()
+	}
+}
+
+// store stores an item: its report, or a reference to it.
+func (a *Archive) store(ctx context.Context, b *Backend, i Item) error {
+	r := i.Report
+	at := place{kind: inPartition, key: i.Key}
+	doc := at // where the report is
+	if i.Target != nil {
+		doc.key = *i.Target
+	}
+	if len(r.Document().Body) > inlineLimit {
+		doc.kind = large
+	}
+	size := int64(len(r.Document().Body) + valueOverhead)
+	if i.Target == nil {
+		if err := a.storeValue(ctx, b, doc, value{kind: kindDocument, at: r.At(), key: i.Key, report: r}); err != nil {
+			return err
+		}
+	}
+	if doc != at {
+		if err := a.storeValue(ctx, b, at, value{kind: kindReference, at: r.At(), key: i.Key, target: doc, size: size}); err != nil {
+			return err
+		}
+	}
+	if file := r.File(); i.Target == nil && file != [32]byte{} {
+		k := task.FileKey(task.FileSource(a.Namespace, file, i.All), i.Key)
+		ref := place{kind: ofFile, key: k, at: r.At().UnixNano()}
+		return a.storeValue(ctx, b, ref, value{kind: kindReference, at: r.At(), key: k, target: doc, size: size})
+	}
+	return nil
+}
+
+// storeValue stores a value, and notes it for the index.
+func (a *Archive) storeValue(ctx context.Context, b *Backend, p place, v value) error {
+	name := a.layout.name(p)
+	stored, err := encode(v, name, b.Keyring)
+	if err != nil {
+		return err
+	}
+	if err := b.Storage.Store(ctx, name, stored); err != nil {
+		return fmt.Errorf("storing %s: %w", name, err)
+	}
+	a.index(p, v.at)
+	return nil
+}
+
+const (
+	// drainPatience is how long a drain goes on without a stored value.
+	drainPatience = 5 * time.Second
+
+	drainTimeout = time.Minute
+)
+
+// Flush begins to drain: b is leaving. If it is the last backend, what is queued is tried at once.
+func (a *Archive) Flush(b *Backend) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	b.leaving = true
+	if !a.leaving() {
+		return
+	}
+	a.queue.flush(time.Now())
+	a.writes.probeNow()
+	a.startWrites()
+}
+
+// Drain waits until the queue and the index are stored if b is the last backend. If another backend stays, that one is used
+// from then on. It ends when nothing has been stored for a while. The error says how much is left.
+//
+// A context has no say in it: the grace period of the server may be over already.
+func (a *Archive) Drain(b *Backend) error {
+	a.Flush(b)
+	ctx, cancel := context.WithTimeout(a.ctx, drainTimeout)
+	defer cancel()
+	patience := time.AfterFunc(drainPatience, cancel)
+	defer patience.Stop()
+	stored := uint64(0)
+	for {
+		a.mu.Lock()
+		leaving, queued, changed := a.leaving(), a.queue.len(), a.changed
+		progress := a.stored != stored
+		stored = a.stored
+		if leaving && queued == 0 {
+			a.writeIndex()
+		}
+		indexed := a.batch.empty()
+		a.mu.Unlock()
+		if !leaving || queued == 0 && indexed {
+			return nil
+		}
+		if progress {
+			patience.Reset(drainPatience)
 		}
 		select {
-		case <-time.After(retry.next()):
-		case <-a.flush:
-			retry.reset()
-		case <-a.ctx.Done():
-			return
+		case <-changed:
+		case <-ctx.Done():
+			return drainError(queued)
 		}
 	}
 }
 
-// holdWrites waits for the write under way to end and holds back the next.
-func (a *Archive) holdWrites(ctx context.Context) error {
-	select {
-	case a.writes <- struct{}{}:
-		return nil
-	case <-ctx.Done():
-		return ctx.Err()
+func drainError(queued int) error {
+	if queued == 0 {
+		return errors.New("all reports are stored, but the index was not written in time")
 	}
-}
-
-func (a *Archive) releaseWrites() { <-a.writes }
-
-func (a *Archive) next() *write {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	return a.queue.front()
-}
-
-// store stores a value and removes it from the queue, unless a newer value has replaced it. A value that fails goes to
-// the end of the queue, so it does not hold up the others.
-func (a *Archive) store(w *write) bool {
-	b := a.backend()
-	if b == nil {
-		return false
-	}
-	value, err := Encode(w.key, w.report)
-	if err == nil {
-		ctx, cancel := context.WithTimeout(a.ctx, writeTimeout)
-		defer cancel()
-		err = a.try(ctx, func(ctx context.Context, storage certmagic.Storage) error {
-			return storage.Store(ctx, a.layout.key(w.key), value)
-		})
-	}
-	if err != nil {
-		failuresTotal.Inc()
-		a.setFailing(b, fmt.Errorf("storing %s: %w", a.layout.key(w.key), err))
-		a.postpone(w)
-		return false
-	}
-	writesTotal.Inc()
-	if a.finish(b, w) {
-		a.setFailing(b, nil)
-	}
-	return true
-}
-
-func (a *Archive) postpone(w *write) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.queue.postpone(w.key)
-}
-
-// finish removes a write that is done and reports whether the queue is empty.
-func (a *Archive) finish(b *Backend, w *write) bool {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if a.queue.get(w.key) == w {
-		a.queue.remove(w.key)
-		a.notifyDequeued()
-	}
-	if a.queue.len() > 0 {
-		return false
-	}
-	if a.refused > 0 {
-		b.Logger.Warn("the queue to the storage is empty again", zap.Int("refused", a.refused))
-		a.refused = 0
-	}
-	return true
-}
-
-// notifyDequeued wakes those who wait for a value to leave the queue. The caller holds the mutex.
-func (a *Archive) notifyDequeued() {
-	close(a.dequeued)
-	a.dequeued = make(chan struct{})
+	return fmt.Errorf("%d reports could not be stored in time", queued)
 }

@@ -45,14 +45,14 @@ func ReadReport(document io.Reader, grow func(held int64) error) (*Report, error
 	}
 	e := newEncoder(grow)
 	defer e.release()
-	finished, err := judge(&shortener{src: io.TeeReader(io.MultiReader(bytes.NewReader(buf[:]), document), e)})
+	j, err := judge(&shortener{src: io.TeeReader(io.MultiReader(bytes.NewReader(buf[:]), document), e)})
 	if e.err != nil { // the parser has wrapped it
 		return nil, e.err
 	}
 	if err != nil {
 		return nil, err
 	}
-	return e.report(finished)
+	return e.report(j)
 }
 
 // smallBuffers reuses the buffers of small documents.
@@ -60,7 +60,7 @@ var smallBuffers = sync.Pool{New: func() any { return new([SmallDocument]byte) }
 
 // readSmall reads a document that is in memory. The compressor is needed for a moment only.
 func readSmall(text []byte) (*Report, error) {
-	finished, err := judge(bytes.NewReader(text))
+	j, err := judge(bytes.NewReader(text))
 	if err != nil {
 		return nil, err
 	}
@@ -69,7 +69,7 @@ func readSmall(text []byte) (*Report, error) {
 	if _, err := e.Write(text); err != nil {
 		return nil, err
 	}
-	return e.report(finished)
+	return e.report(j)
 }
 
 // encoder hashes and compresses the document that is written to it.
@@ -104,8 +104,8 @@ func (e *encoder) Write(b []byte) (int, error) {
 	return e.zw.Write(b)
 }
 
-// report returns the report of the document that was written.
-func (e *encoder) report(finished bool) (*Report, error) {
+// report returns the report of the document that was written, which says j.
+func (e *encoder) report(j judgement) (*Report, error) {
 	if err := e.zw.Close(); err != nil {
 		return nil, fmt.Errorf("compressing it: %w", err)
 	}
@@ -114,10 +114,10 @@ func (e *encoder) report(finished bool) (*Report, error) {
 		return nil, err
 	}
 	d := Document{
-		At: time.Now(), Hash: hex.EncodeToString(e.sum.Sum(nil)[:16]), Length: e.size,
+		At: time.Now(), Hash: hex.EncodeToString(e.sum.Sum(nil)[:16]), File: j.file, Length: e.size,
 		Body: slices.Concat(e.gzipped.chunks...), Gzipped: true,
 	}
-	r := newReport(d, finished)
+	r := newReport(d, j.finished)
 	if len(d.Body) < d.Length {
 		return r, nil
 	}
@@ -126,7 +126,7 @@ func (e *encoder) report(finished bool) (*Report, error) {
 		return nil, err
 	}
 	d.Body, d.Gzipped = inflated.Body, false
-	return newReport(d, finished), nil
+	return newReport(d, j.finished), nil
 }
 
 // chunks collects what is written in chunks that never move. A bytes.Buffer moves into one of twice the size whenever it

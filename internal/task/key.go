@@ -17,7 +17,7 @@ func ValidID(id string) bool {
 	return id != "" && len(id) <= MaxIDLength && utf8.ValidString(id) && !strings.ContainsFunc(id, unicode.IsControl)
 }
 
-// Key identifies a report. It is a hash, so every key has the same size however long the IDs in it are.
+// Key identifies a report: its source, followed by a hash. So every key has the same size however long the IDs in it are.
 type Key [sha256.Size]byte
 
 // NewKey returns the key of a list of parts. Different lists have different keys.
@@ -30,13 +30,50 @@ func NewKey(parts ...string) Key {
 	return sha256.Sum256(buf)
 }
 
-// ReportKey returns the key of a report by its node and task. The high-level report and the complete report of a task are
-// two reports. The node's address does not matter: a node that moves keeps its reports.
-func ReportKey(namespace, appServerID, taskID string, all bool) Key {
-	return NewKey("task", namespace, appServerID, taskID, strconv.FormatBool(all))
+// Source is whose values a key belongs to. It begins the key, so that the values of a node can be found together.
+type Source [8]byte
+
+func newSource(parts ...string) Source {
+	k := NewKey(parts...)
+	return Source(k[:len(Source{})])
 }
 
-// SubmissionKey returns the key of a report by its submission.
-func SubmissionKey(namespace, submitID string, all bool) Key {
-	return NewKey("submission", namespace, submitID, strconv.FormatBool(all))
+// NodeSource returns the source of a node's reports. The node's address does not matter: a node that moves keeps its
+// reports.
+func NodeSource(namespace, appServerID string) Source {
+	return newSource("node", namespace, appServerID)
 }
+
+// SubmissionSource returns the source of reports by their submissions.
+func SubmissionSource(namespace string) Source { return newSource("submission", namespace) }
+
+// FileSource returns the source of references to the high-level or the complete reports of a file, given the SHA-256 sum of
+// the file.
+func FileSource(namespace string, sum [sha256.Size]byte, all bool) Source {
+	return newSource("file", namespace, string(sum[:]), strconv.FormatBool(all))
+}
+
+// Source returns the source of the key.
+func (k Key) Source() Source { return Source(k[:len(Source{})]) }
+
+// in returns the key with another source.
+func (k Key) in(s Source) Key {
+	copy(k[:], s[:])
+	return k
+}
+
+// ReportKey returns the key of a report by its node and task. The high-level report and the complete report of a task are
+// two reports.
+func ReportKey(node Source, taskID string, all bool) Key { return named(node, taskID, all) }
+
+// SubmissionKey returns the key of a report by its submission.
+func SubmissionKey(submissions Source, submitID string, all bool) Key {
+	return named(submissions, submitID, all)
+}
+
+func named(s Source, name string, all bool) Key {
+	return NewKey(string(s[:]), name, strconv.FormatBool(all)).in(s)
+}
+
+// FileKey returns the key of the reference from a file to the report under target.
+func FileKey(file Source, target Key) Key { return target.in(file) }

@@ -6,26 +6,43 @@ import (
 )
 
 func TestKeysDiffer(t *testing.T) {
+	node, other, elsewhere, submissions := NodeSource("a", "b"), NodeSource("a", "bc"), NodeSource("b", "b"), SubmissionSource("a")
+	file := FileSource("a", [32]byte{1}, false)
 	seen := make(map[Key]string)
 	for name, k := range map[string]Key{
-		"nothing":            NewKey(),
-		"one empty part":     NewKey(""),
-		"two empty parts":    NewKey("", ""),
-		"ab":                 NewKey("ab"),
-		"a, b":               NewKey("a", "b"),
-		"a, b, empty":        NewKey("a", "b", ""),
-		"high-level report":  ReportKey("a", "b", "c", false),
-		"complete report":    ReportKey("a", "b", "c", true),
-		"in another scope":   ReportKey("b", "b", "c", false),
-		"of another node":    ReportKey("a", "bc", "", false),
-		"submission":         SubmissionKey("a", "b", false),
-		"complete":           SubmissionKey("a", "b", true),
-		"another submission": SubmissionKey("ab", "", false),
+		"nothing":              NewKey(),
+		"one empty part":       NewKey(""),
+		"two empty parts":      NewKey("", ""),
+		"ab":                   NewKey("ab"),
+		"a, b":                 NewKey("a", "b"),
+		"a, b, empty":          NewKey("a", "b", ""),
+		"high-level report":    ReportKey(node, "c", false),
+		"complete report":      ReportKey(node, "c", true),
+		"in another namespace": ReportKey(elsewhere, "c", false),
+		"of another node":      ReportKey(other, "c", false),
+		"submission":           SubmissionKey(submissions, "c", false),
+		"complete":             SubmissionKey(submissions, "c", true),
+		"another submission":   SubmissionKey(submissions, "b", false),
+		"a file":               FileKey(file, ReportKey(node, "c", false)),
+		"complete, of a file":  FileKey(file, ReportKey(node, "c", true)),
+		"another file":         FileKey(FileSource("a", [32]byte{2}, false), ReportKey(node, "c", false)),
+		"all of a file":        FileKey(FileSource("a", [32]byte{1}, true), ReportKey(node, "c", false)),
 	} {
 		if other, ok := seen[k]; ok {
 			t.Errorf("%s and %s have the same key", name, other)
 		}
 		seen[k] = name
+	}
+}
+
+func TestKeyBeginsWithItsSource(t *testing.T) {
+	node, file := NodeSource("a", "b"), FileSource("a", [32]byte{1}, true)
+	report := ReportKey(node, "c", true)
+	if report.Source() != node {
+		t.Error("the key of a report does not begin with its node")
+	}
+	if k := FileKey(file, report); k.Source() != file || k.in(node) != report {
+		t.Error("the key of a file's report is not the file and the report's key")
 	}
 }
 

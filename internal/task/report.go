@@ -3,6 +3,7 @@ package task
 import (
 	"bytes"
 	"cmp"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"io"
@@ -23,6 +24,7 @@ type Report struct {
 	gzipped  bool
 	length   int    // of the document, in bytes
 	hash     string // of the document, hexadecimal; empty if there is nothing to report yet
+	file     [sha256.Size]byte
 	rep      Representation
 }
 
@@ -47,8 +49,9 @@ func NothingYet(at time.Time) *Report {
 // Document is a finished report in the form that a storage keeps.
 type Document struct {
 	At      time.Time
-	Hash    string // hexadecimal, 16 bytes
-	Length  int    // of the inflated document, in bytes
+	Hash    string            // hexadecimal, 16 bytes
+	File    [sha256.Size]byte // the SHA-256 sum of the analysed file; zero if it is not known
+	Length  int               // of the inflated document, in bytes
 	Body    []byte
 	Gzipped bool // whether Body is compressed
 }
@@ -57,7 +60,7 @@ type Document struct {
 func NewReport(d Document) *Report { return newReport(d, true) }
 
 func newReport(d Document, finished bool) *Report {
-	r := &Report{finished: finished, gzipped: d.Gzipped, length: d.Length, hash: d.Hash}
+	r := &Report{finished: finished, gzipped: d.Gzipped, length: d.Length, hash: d.Hash, file: d.File}
 	r.at.Store(d.At.UnixNano())
 	r.rep = newRepresentation(d.Body, r.etag(d.Gzipped))
 	return r
@@ -65,15 +68,20 @@ func newReport(d Document, finished bool) *Report {
 
 // Document returns the report in the form that a storage keeps.
 func (r *Report) Document() Document {
-	return Document{At: r.At(), Hash: r.hash, Length: r.length, Body: r.rep.Body, Gzipped: r.gzipped}
+	return Document{At: r.At(), Hash: r.hash, File: r.file, Length: r.length, Body: r.rep.Body, Gzipped: r.gzipped}
 }
 
 // At returns when the upstream answered, last of all if it has answered with the same document several times.
 func (r *Report) At() time.Time { return time.Unix(0, r.at.Load()) }
 
+// Same reports whether the upstream answered with the same document.
+func (r *Report) Same(other *Report) bool {
+	return r.hash == other.hash && r.finished == other.finished
+}
+
 // Renew reports whether the upstream answered with the same document again, in which case the time of that answer counts.
 func (r *Report) Renew(again *Report) bool {
-	if r.hash != again.hash || r.finished != again.finished || r.IsEmpty() {
+	if !r.Same(again) || r.IsEmpty() {
 		return false
 	}
 	r.at.Store(again.at.Load())
@@ -82,6 +90,9 @@ func (r *Report) Renew(again *Report) bool {
 
 // Finished reports whether the report is final.
 func (r *Report) Finished() bool { return r.finished }
+
+// File returns the SHA-256 sum of the analysed file. It is zero if the document does not say it.
+func (r *Report) File() [sha256.Size]byte { return r.file }
 
 // IsEmpty reports whether there is nothing to report yet.
 func (r *Report) IsEmpty() bool { return r.hash == "" }

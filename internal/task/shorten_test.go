@@ -63,16 +63,17 @@ func TestShortener(t *testing.T) {
 func FuzzShortener(f *testing.F) {
 	f.Add(`{"result":{"taskReference":{"state":"SUCCESS"}}}`)
 	f.Add(`{"result":{"taskReference":{"state":"` + strings.Repeat("A", maxToken+1) + `"}}}`)
+	f.Add(`{"result":{"taskReference":{"additionalInfo":{"digests":{"SHA-256":"` + strings.Repeat("0a", 32) + `"}}}}}`)
 	f.Add(`[0.` + strings.Repeat("7", 2*maxToken) + `E+1, "\ud800"]`)
 	f.Fuzz(func(t *testing.T, text string) {
 		short := shortened(t, text, false)
 		if json.Valid([]byte(text)) != json.Valid([]byte(short)) {
 			t.Errorf("%q became %q", text, short)
 		}
-		finished, err := judge(strings.NewReader(text))
-		finishedToo, errToo := judge(&shortener{src: strings.NewReader(text)})
-		if finished != finishedToo || (err == nil) != (errToo == nil) {
-			t.Errorf("%q: %v, %v; shortened %v, %v", text, finished, err, finishedToo, errToo)
+		j, err := judge(strings.NewReader(text))
+		jToo, errToo := judge(&shortener{src: strings.NewReader(text)})
+		if j != jToo || (err == nil) != (errToo == nil) {
+			t.Errorf("%q: %+v, %v; shortened %+v, %v", text, j, err, jToo, errToo)
 		}
 	})
 }

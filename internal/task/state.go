@@ -1,6 +1,8 @@
 package task
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -30,13 +32,19 @@ func (s state) normal() string {
 
 var separators = strings.NewReplacer(" ", "_", "-", "_")
 
-// judge reports whether a document is a finished report. Only the states of the task and its subtasks count: reports
-// hold stale states of other tasks further down. The document is read once, to its end, and nothing of it is kept. The
-// error says why it is not a report and shows nothing of it.
-func judge(document io.Reader) (finished bool, err error) {
+// judgement is what a document says about its task.
+type judgement struct {
+	finished bool
+	file     [sha256.Size]byte // the SHA-256 sum of the analysed file; zero if it is not known
+}
+
+// judge reads a document once, to its end, and keeps nothing else of it. Only the states of the task and its subtasks
+// count: reports hold stale states of other tasks further down. The error says why the document is not a report and shows
+// nothing of it.
+func judge(document io.Reader) (judgement, error) {
 	var v verdict
 	p := parser{jsontext.NewDecoder(document, jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true))}
-	err = p.object("", func(name string) error {
+	err := p.object("", func(name string) error {
 		if name != "result" || p.PeekKind() == jsontext.KindNull {
 			return p.SkipValue()
 		}
@@ -49,23 +57,26 @@ func judge(document io.Reader) (finished bool, err error) {
 	syntax, malformed := errors.AsType[*jsontext.SyntacticError](err)
 	switch {
 	case malformed && isShortened(document):
-		return false, errors.New("it is not JSON, or it is incomplete")
+		return judgement{}, errors.New("it is not JSON, or it is incomplete")
 	case malformed:
-		return false, fmt.Errorf("it is not JSON, or it is incomplete (byte %d)", syntax.ByteOffset)
+		return judgement{}, fmt.Errorf("it is not JSON, or it is incomplete (byte %d)", syntax.ByteOffset)
 	case errors.Is(err, io.EOF):
-		return false, errors.New("it is empty")
+		return judgement{}, errors.New("it is empty")
 	case err != nil:
-		return false, err
+		return judgement{}, err
 	case !v.hasResult:
-		return false, errors.New("it has no result")
+		return judgement{}, errors.New("it has no result")
 	}
-	return !v.hasTask || !v.unfinished, nil
+	return judgement{finished: !v.hasTask || !v.unfinished, file: v.file}, nil
 }
 
-// verdict is what a document says about its task. If it says so more than once, every state must be finished.
+// verdict is what has been read of a document. If it names a state more than once, every one must be finished. If it names
+// the file more than once, all names must be the same.
 type verdict struct {
 	hasResult, hasTask bool
 	unfinished         bool // the task or one of its subtasks is unfinished
+	hasFile            bool
+	file               [sha256.Size]byte // zero if it is not known
 }
 
 // readMember reads a member of the result.
@@ -77,34 +88,67 @@ func (v *verdict) readMember(p parser, name string) error {
 	switch name {
 	case "taskReference":
 		v.hasTask = true
-		return v.readTask(p, path)
+		return v.readTask(p, path, v.readInfo)
 	case "subtaskReferences":
 		return p.array(path, func() error {
 			if p.PeekKind() == jsontext.KindNull { // it says nothing
 				return p.SkipValue()
 			}
-			return v.readTask(p, path)
+			return v.readTask(p, path, parser.SkipValue)
 		})
 	}
 	return p.SkipValue()
 }
 
-// readTask reads the reference of the task or of a subtask.
-func (v *verdict) readTask(p parser, path string) error {
+// readTask reads the reference of the task or of a subtask. It calls info to read the additional information.
+func (v *verdict) readTask(p parser, path string, info func(parser) error) error {
 	var s state
 	err := p.object(path, func(name string) error {
-		if name != "state" || p.PeekKind() != jsontext.KindString {
-			return p.SkipValue()
+		switch name {
+		case "state":
+			if p.PeekKind() == jsontext.KindString {
+				token, err := p.ReadToken()
+				if err != nil {
+					return err
+				}
+				s = state(token.String())
+				return nil
+			}
+		case "additionalInfo":
+			return info(p)
 		}
+		return p.SkipValue()
+	})
+	v.unfinished = v.unfinished || !s.finished()
+	return err
+}
+
+// readInfo reads the additional information about the task, which may be anything.
+func (v *verdict) readInfo(p parser) error {
+	return p.member("digests", func() error { return p.member("SHA-256", func() error { return v.readSum(p) }) })
+}
+
+// readSum reads the SHA-256 sum of the file. What is no sum is a name of the file that is not known.
+func (v *verdict) readSum(p parser) error {
+	var sum [sha256.Size]byte
+	if p.PeekKind() == jsontext.KindString {
 		token, err := p.ReadToken()
 		if err != nil {
 			return err
 		}
-		s = state(token.String())
-		return nil
-	})
-	v.unfinished = v.unfinished || !s.finished()
-	return err
+		if text := token.String(); len(text) == hex.EncodedLen(len(sum)) {
+			if decoded, err := hex.DecodeString(text); err == nil {
+				copy(sum[:], decoded)
+			}
+		}
+	} else if err := p.SkipValue(); err != nil {
+		return err
+	}
+	if v.hasFile && sum != v.file {
+		sum = [sha256.Size]byte{}
+	}
+	v.hasFile, v.file = true, sum
+	return nil
 }
 
 // parser reads the wanted parts of a JSON document and skips the rest.
@@ -118,6 +162,19 @@ func (p parser) object(path string, member func(name string) error) error {
 			return err
 		}
 		return member(name.String())
+	})
+}
+
+// member reads a value that may be an object. It calls read to read the members of that name and skips the rest.
+func (p parser) member(name string, read func() error) error {
+	if p.PeekKind() != jsontext.KindBeginObject {
+		return p.SkipValue()
+	}
+	return p.object(name, func(other string) error {
+		if other != name {
+			return p.SkipValue()
+		}
+		return read()
 	})
 }
 

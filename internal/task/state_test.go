@@ -2,8 +2,11 @@ package task
 
 import (
 	"bytes"
+	"crypto/sha256"
+	"encoding/hex"
 	"encoding/json"
 	"flag"
+	"io"
 	"os"
 	"path/filepath"
 	"strconv"
@@ -61,9 +64,9 @@ func TestJudge(t *testing.T) {
 		"subtasks that are no objects": {`{"result":{"taskReference":{"state":"SUCCESS"},"subtaskReferences":["hush"]}}`, false, "its result.subtaskReferences has an unexpected JSON type"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			finished, err := judge(strings.NewReader(test.document))
-			if finished != test.finished {
-				t.Errorf("finished: %v, want %v", finished, test.finished)
+			j, err := judge(strings.NewReader(test.document))
+			if j.finished != test.finished {
+				t.Errorf("finished: %v, want %v", j.finished, test.finished)
 			}
 			if (err == nil) != (test.err == "") || (err != nil && err.Error() != test.err) {
 				t.Errorf("error %v, want %q", err, test.err)
@@ -90,11 +93,11 @@ func TestJudgeRealReports(t *testing.T) {
 		if !bytes.Contains(document, []byte(`"IN_PROGRESS"`)) {
 			t.Errorf("%s holds no stale state, so it does not test what it should", name)
 		}
-		if finished, err := judge(bytes.NewReader(document)); !finished || err != nil {
-			t.Errorf("%s: finished: %v, error %v", name, finished, err)
+		if j, err := judge(bytes.NewReader(document)); !j.finished || j.file == ([sha256.Size]byte{}) || err != nil {
+			t.Errorf("%s: %+v, error %v", name, j, err)
 		}
-		if finished, err := judge(bytes.NewReader(withSubtaskInProgress(t, document))); finished || err != nil {
-			t.Errorf("%s with a subtask in progress: finished: %v, error %v", name, finished, err)
+		if j, err := judge(bytes.NewReader(withSubtaskInProgress(t, document))); j.finished || err != nil {
+			t.Errorf("%s with a subtask in progress: %+v, error %v", name, j, err)
 		}
 	}
 }
@@ -114,6 +117,65 @@ func withSubtaskInProgress(t *testing.T, document []byte) []byte {
 	return changed
 }
 
+// The file is known if the task's own reference has its sum, and nothing contradicts it.
+func TestJudgeFile(t *testing.T) {
+	const sum, other = "02595a43f63a1ed021c2d6ea1fd7086565caa1088ca06f46df3bc2f56308f999", "b280719e9f2dd010260e6a023e0d69c64fbee8b6cbb8669c722a1da8142d3325"
+	info := func(text string) string {
+		return `{"result":{"taskReference":{"additionalInfo":` + text + `,"state":"SUCCESS"}}}`
+	}
+	digests := func(text string) string { return info(`{"digests":` + text + `}`) }
+	escaped := strings.ReplaceAll(sum, "0", `\u0030`)
+	for name, test := range map[string]struct {
+		document string
+		known    bool
+	}{
+		"as in reports":         {info(`{"submitName":"a.png","submitTime":1,"digests":{"SHA-256":"` + sum + `"}}`), true},
+		"upper case":            {digests(`{"SHA-256":"` + strings.ToUpper(sum) + `"}`), true},
+		"beside other digests":  {digests(`{"MD5":"00","SHA-256":"` + sum + `","SHA-512":{"a":[1]}}`), true},
+		"escaped":               {digests(`{"\u0053HA-256":"` + escaped + `"}`), true},
+		"twice the same":        {digests(`{"SHA-256":"` + sum + `","SHA-256":"` + strings.ToUpper(sum) + `"}`), true},
+		"twice":                 {digests(`{"SHA-256":"` + sum + `","SHA-256":"` + other + `"}`), false},
+		"one of two is no sum":  {digests(`{"SHA-256":"` + sum + `","SHA-256":null}`), false},
+		"no sum, then a sum":    {digests(`{"SHA-256":"","SHA-256":"` + sum + `"}`), false},
+		"three, two of them":    {digests(`{"SHA-256":"` + sum + `","SHA-256":"` + other + `","SHA-256":"` + other + `"}`), false},
+		"two digests":           {info(`{"digests":{"SHA-256":"` + sum + `"},"digests":{"SHA-256":"` + other + `"}}`), false},
+		"two references":        {`{"result":{"taskReference":{"additionalInfo":{"digests":{"SHA-256":"` + sum + `"}}},"taskReference":{"additionalInfo":{"digests":{"SHA-256":"` + other + `"}}}}}`, false},
+		"two results, one sum":  {`{"result":{"taskReference":{"additionalInfo":{"digests":{"SHA-256":"` + sum + `"}}}},"result":{}}`, true},
+		"short":                 {digests(`{"SHA-256":"` + sum[1:] + `"}`), false},
+		"long":                  {digests(`{"SHA-256":"` + sum + `00"}`), false},
+		"very long":             {digests(`{"SHA-256":"` + strings.Repeat(sum, 100) + `"}`), false},
+		"no digits":             {digests(`{"SHA-256":"` + strings.Repeat("x", 64) + `"}`), false},
+		"a number":              {digests(`{"SHA-256":1}`), false},
+		"an object":             {digests(`{"SHA-256":{"SHA-256":"` + sum + `"}}`), false},
+		"another name":          {digests(`{"sha256":"` + sum + `"}`), false},
+		"digests are a list":    {digests(`["` + sum + `"]`), false},
+		"information is a text": {info(`"FILE_HASH_SHA256"`), false},
+		"information is null":   {info(`null`), false},
+		"of a subtask":          {`{"result":{"taskReference":{"state":"SUCCESS"},"subtaskReferences":[{"state":"SUCCESS","additionalInfo":{"digests":{"SHA-256":"` + sum + `"}}}]}}`, false},
+		"elsewhere":             {`{"digests":{"SHA-256":"` + sum + `"},"result":{"taskReference":{"state":"SUCCESS","digests":{"SHA-256":"` + sum + `"}}}}`, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			want := [sha256.Size]byte{}
+			if test.known {
+				_, _ = hex.Decode(want[:], []byte(sum))
+			}
+			for _, document := range []io.Reader{strings.NewReader(test.document), &shortener{src: strings.NewReader(test.document)}} {
+				if j, err := judge(document); err != nil || j.file != want {
+					t.Errorf("%x, error %v, want %x", j.file, err, want)
+				}
+			}
+			r, err := ReadReport(strings.NewReader(test.document), unbounded)
+			if err != nil || r.File() != want || NewReport(r.Document()).File() != want {
+				t.Errorf("the report has another file, error %v", err)
+			}
+			large := strings.TrimSuffix(test.document, "}") + `,"text":"` + strings.Repeat("long ", SmallDocument) + `"}`
+			if r, err = ReadReport(strings.NewReader(large), unbounded); err != nil || r.File() != want {
+				t.Errorf("a large report has another file, error %v", err)
+			}
+		})
+	}
+}
+
 func BenchmarkJudge(b *testing.B) {
 	for _, size := range []int{15 << 10, 2 << 20} {
 		var text strings.Builder
@@ -127,8 +189,8 @@ func BenchmarkJudge(b *testing.B) {
 			b.SetBytes(int64(len(document)))
 			b.ReportAllocs()
 			for b.Loop() {
-				if finished, err := judge(strings.NewReader(document)); !finished || err != nil {
-					b.Fatal(finished, err)
+				if j, err := judge(strings.NewReader(document)); !j.finished || err != nil {
+					b.Fatal(j, err)
 				}
 			}
 		})

@@ -1,0 +1,91 @@
+package archive
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	"github.com/caddyserver/certmagic"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
+)
+
+// listBelow returns the names of all values below a folder. Storage modules differ in what they list: what is in the folder, or
+// all that is below it, or even all that there is; with or without folders, with or without a slash at the end, and with a
+// prefix of their own. So listBelow asks for everything, keeps what is below the folder, and looks into those folders of which
+// nothing else was listed.
+func listBelow(ctx context.Context, storage certmagic.Storage, folder string, isValue func(name string) bool) ([]string, error) {
+	values := make(map[string]struct{})
+	asked := make(map[string]bool)
+	for pending := []string{folder}; len(pending) > 0; {
+		next := pending[0]
+		pending = pending[1:]
+		if asked[next] {
+			continue
+		}
+		asked[next] = true
+		found, err := storage.List(ctx, next, true)
+		if err := ignoreNotExist(err); err != nil {
+			return nil, fmt.Errorf("listing %s: %w", next, err)
+		}
+		if len(found) == 0 && next == folder && err == nil {
+			pending = append(pending, folder+"/")
+		}
+		pending = append(pending, sortOut(found, folder, isValue, values)...)
+	}
+	return slices.Sorted(maps.Keys(values)), nil
+}
+
+// sortOut adds the values among the names that a storage has listed, and returns the folders that it has not looked into.
+func sortOut(found []string, folder string, isValue func(name string) bool, values map[string]struct{}) (folders []string) {
+	filled := make(map[string]bool) // the folders of the values
+	for _, name := range found {
+		i := strings.Index(name, folder+"/")
+		if i < 0 || i > 0 && name[i-1] != '/' {
+			continue
+		}
+		name = name[i:]
+		if !isValue(name) {
+			folders = append(folders, name)
+			continue
+		}
+		values[name] = struct{}{}
+		for end := len(name); end > len(folder); {
+			end = strings.LastIndexByte(name[:end], '/')
+			filled[name[:end]] = true
+		}
+	}
+	return slices.DeleteFunc(folders, func(name string) bool { return filled[strings.TrimSuffix(name, "/")] })
+}
+
+// listFile returns where there are references to the reports of a file, the newest first.
+func (a *Archive) listFile(ctx context.Context, b *Backend, source task.Source) ([]place, error) {
+	places, err := a.listPlaces(ctx, b, a.layout.fileFolder(source))
+	if err != nil {
+		return nil, err
+	}
+	places = slices.DeleteFunc(places, func(p place) bool { return p.key.Source() != source })
+	slices.SortFunc(places, func(p, q place) int { return cmp.Compare(q.at, p.at) })
+	return places, nil
+}
+
+// listPlaces returns where there are values below a folder.
+func (a *Archive) listPlaces(ctx context.Context, b *Backend, folder string) ([]place, error) {
+	names, err := listBelow(ctx, b.Storage, folder, func(name string) bool {
+		_, ok := a.layout.parse(name)
+		return ok
+	})
+	if err != nil {
+		return nil, err
+	}
+	places := make([]place, 0, len(names))
+	for _, name := range names {
+		if p, ok := a.layout.parse(name); ok {
+			places = append(places, p)
+		}
+	}
+	return places, nil
+}

@@ -1,0 +1,148 @@
+package archive
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"maps"
+	"path"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"go.uber.org/zap"
+)
+
+// missedBeats is the number of renewals of its record that an instance may miss before it counts as ended.
+const missedBeats = 4
+
+// peers is what an instance knows of the others that use the same storage and namespace. Each keeps a record in the
+// storage. The longest retention of all that live decides when values are deleted.
+type peers struct {
+	mu      sync.Mutex // guards longest
+	longest time.Duration
+
+	seen map[string]*peer // by the name of the record; used by one pass at a time, as is beat
+	beat int
+}
+
+// peer is another instance.
+type peer struct {
+	text    string // its record
+	record  record
+	changed time.Time // when its record was last seen to have changed, by the monotonic clock
+	warned  bool
+}
+
+// record is what an instance says about itself.
+type record struct {
+	Retention time.Duration `json:"retention_ns"`
+	Interval  time.Duration `json:"interval_ns"` // at which the record is renewed
+	Beat      int           `json:"beat"`        // grows with each renewal
+}
+
+// retention returns how long values are kept: the longest retention of all instances.
+func (a *Archive) retention(b *Backend) time.Duration {
+	a.peers.mu.Lock()
+	defer a.peers.mu.Unlock()
+	return max(b.Retention, a.peers.longest)
+}
+
+// meetPeers renews the record of this instance, and reads those of the others. An instance whose record has not changed for
+// a while has ended, and its record is deleted. One that was seen lately counts even if its record is missing, since a
+// storage that cannot be reached may say that there is nothing.
+func (a *Archive) meetPeers(ctx context.Context, b *Backend) error {
+	if err := a.renewRecord(ctx, b); err != nil {
+		return err
+	}
+	if err := a.readRecords(ctx, b); err != nil {
+		return err
+	}
+	longest := time.Duration(0)
+	for _, name := range slices.Sorted(maps.Keys(a.peers.seen)) {
+		p := a.peers.seen[name]
+		if time.Since(p.changed) > missedBeats*max(p.record.Interval, sweepInterval(b.Retention)) {
+			if err := ignoreNotExist(b.Storage.Delete(ctx, name)); err != nil {
+				return err
+			}
+			delete(a.peers.seen, name)
+			continue
+		}
+		longest = max(longest, p.record.Retention)
+		if p.record.Retention != b.Retention && p.record.Retention > 0 && !p.warned {
+			p.warned = true
+			b.Logger.Warn("another instance uses this namespace of the storage with another retention: the longer one counts while both run",
+				zap.Duration("retention", b.Retention), zap.Duration("other", p.record.Retention), zap.String("instance", name))
+		}
+	}
+	a.peers.mu.Lock()
+	defer a.peers.mu.Unlock()
+	a.peers.longest = longest
+	return nil
+}
+
+// renewRecord stores the record of this instance.
+func (a *Archive) renewRecord(ctx context.Context, b *Backend) error {
+	a.peers.beat++
+	text, err := json.Marshal(record{Retention: b.Retention, Interval: sweepInterval(b.Retention), Beat: a.peers.beat})
+	if err != nil {
+		return err
+	}
+	name := a.layout.recordName(a.writer)
+	if err := b.Storage.Store(ctx, name, text); err != nil {
+		return fmt.Errorf("storing %s: %w", name, err)
+	}
+	return nil
+}
+
+// readRecords reads the records of the other instances. They are complete only if that of this instance is among them.
+func (a *Archive) readRecords(ctx context.Context, b *Backend) error {
+	own := a.layout.recordName(a.writer)
+	folder := path.Dir(own)
+	names, err := listBelow(ctx, b.Storage, folder, func(name string) bool {
+		base := strings.TrimPrefix(name, folder+"/")
+		return base != "" && !strings.Contains(base, "/")
+	})
+	if err != nil {
+		return err
+	}
+	if !slices.Contains(names, own) {
+		return fmt.Errorf("%s was stored and is not listed", own)
+	}
+	if a.peers.seen == nil {
+		a.peers.seen = make(map[string]*peer)
+	}
+	for _, name := range names {
+		if name == own {
+			continue
+		}
+		text, err := b.Storage.Load(ctx, name)
+		if errors.Is(err, fs.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return fmt.Errorf("loading %s: %w", name, err)
+		}
+		a.peers.meet(name, string(text))
+	}
+	return nil
+}
+
+// meet notes the record of another instance.
+func (ps *peers) meet(name, text string) {
+	p := ps.seen[name]
+	if p == nil {
+		p = new(peer)
+		ps.seen[name] = p
+	}
+	if p.text == text {
+		return
+	}
+	p.text, p.changed = text, time.Now()
+	if err := json.Unmarshal([]byte(text), &p.record); err != nil {
+		p.record = record{} // of another version
+	}
+}

@@ -1,0 +1,128 @@
+package archive
+
+import (
+	"errors"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
+)
+
+// filled returns an archive with the reports of two nodes.
+func filled(t *testing.T) (f *fixture, node, other task.Source) {
+	t.Helper()
+	f = newFixture()
+	node, other = task.NodeSource("tested", "node-1"), task.NodeSource("tested", "node-2")
+	for i := range 20 {
+		name := string(rune('a' + i))
+		f.Save(Item{Key: task.ReportKey(node, name, false), Report: reportOf(100, [32]byte{1, byte(i % 2)})})
+		f.Save(Item{Key: task.ReportKey(node, name, true), Report: reportOf(1<<20, [32]byte{1, byte(i % 2)})})
+		f.Save(Item{Key: task.ReportKey(other, name, false), Report: reportOf(100, [32]byte{2})})
+	}
+	time.Sleep(time.Minute)
+	return f, node, other
+}
+
+func (f *fixture) reports() (n int) {
+	for _, p := range f.storage.stored() {
+		if p.kind == inPartition {
+			n++
+		}
+	}
+	return n
+}
+
+func TestPurge(t *testing.T) {
+	node, other := task.NodeSource("tested", "node-1"), task.NodeSource("tested", "node-2")
+	for name, test := range map[string]struct {
+		selection Selection
+		deleted   int
+	}{
+		"everything":  {Selection{}, 60},
+		"a task":      {Selection{Keys: []task.Key{task.ReportKey(node, "a", false), task.ReportKey(node, "a", true)}}, 2},
+		"unknown":     {Selection{Keys: []task.Key{numbered(0)}}, 0},
+		"a node":      {Selection{Source: &node}, 40},
+		"the other":   {Selection{Source: &other}, 20},
+		"a file":      {Selection{File: &[32]byte{1, 1}}, 20},
+		"no file":     {Selection{File: &[32]byte{3}}, 0},
+		"older":       {Selection{Before: time.Date(2100, 1, 1, 0, 0, 0, 0, time.UTC)}, 60},
+		"none is old": {Selection{Before: time.Date(1999, 1, 1, 0, 0, 0, 0, time.UTC)}, 0},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f, _, _ := filled(t)
+				defer f.Close()
+				got, err := f.Purge(t.Context(), test.selection, 0)
+				if err != nil || got.Stored != test.deleted || got.Next != Partitions {
+					t.Errorf("got %+v, error %v, want %d", got, err, test.deleted)
+				}
+				if n := f.reports(); n != 60-test.deleted {
+					t.Errorf("%d reports are left", n)
+				}
+			})
+		})
+	}
+}
+
+// A purge ends in time, and goes on from where it was.
+func TestPurgeInSteps(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, _, _ := filled(t)
+		defer f.Close()
+		f.storage.slow(time.Second)
+		steps, deleted, next := 0, 0, 0
+		for next < Partitions {
+			begin := time.Now()
+			got, err := f.Purge(t.Context(), Selection{}, next)
+			if err != nil || time.Since(begin) > purgeTimeout+5*time.Second || got.Next <= next {
+				t.Fatalf("got %+v after %s, error %v", got, time.Since(begin), err)
+			}
+			next = got.Next
+			deleted += got.Stored
+			steps++
+		}
+		if deleted != 60 || len(f.storage.stored()) != 0 || steps < 2 {
+			t.Errorf("%d reports are deleted in %d steps, %d values are left", deleted, steps, len(f.storage.stored()))
+		}
+	})
+}
+
+// What is queued is purged, and a write under way does not bring it back.
+func TestPurgeQueued(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		f.storage.slow(time.Second)
+		f.Save(item(0, 100))
+		time.Sleep(time.Millisecond)
+		got, err := f.Purge(t.Context(), Selection{Keys: []task.Key{numbered(0)}}, 0)
+		if err != nil || got.Queued != 1 || f.Stats().Queued != 0 {
+			t.Errorf("got %+v, error %v", got, err)
+		}
+		time.Sleep(time.Minute)
+		if n := len(f.storage.stored()); n != 0 {
+			t.Error("a purged report is stored")
+		}
+	})
+}
+
+// A purge while the storage is away is an error, whatever the storage says of what it does not have.
+func TestPurgeDuringAnOutage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, node, _ := filled(t)
+		defer f.Close()
+		f.storage.fail(errAway)
+		for name, s := range map[string]Selection{
+			"everything": {},
+			"a task":     {Keys: []task.Key{numbered(0)}},
+			"a node":     {Source: &node},
+			"a file":     {File: &[32]byte{1}},
+			"older":      {Before: time.Now()},
+		} {
+			if got, err := f.Purge(t.Context(), s, 0); !errors.Is(err, errAway) || got.Stored != 0 {
+				t.Errorf("%s: got %+v, error %v", name, got, err)
+			}
+		}
+	})
+}

@@ -1,0 +1,262 @@
+package archive
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
+)
+
+const (
+	// maxReads is the number of reads at once. Further reads wait.
+	maxReads = 128
+
+	// slowRead is how long a read may take before it counts as a failure. It is still waited for, since a single slow value
+	// says nothing about the storage.
+	slowRead = 2 * time.Second
+
+	readTimeout = 10 * time.Second
+
+	// complainEvery is how often a failed read is logged while the storage works on the whole.
+	complainEvery = time.Minute
+)
+
+// Found is what Load finds. The zero value means that there is nothing.
+type Found struct {
+	Report *task.Report
+	Target *task.Key     // the key under which the report is stored, if it was found through a reference
+	TTL    time.Duration // how long the report may still be kept
+}
+
+// Load returns the report that is stored or queued under k. It calls grow with the memory that it needs, in bytes, and an
+// error of grow ends it. While the storage fails, Load returns ErrUnreadable at once, so that callers do not wait for it.
+func (a *Archive) Load(ctx context.Context, k task.Key, grow func(held int64) error) (Found, error) {
+	b := a.backend()
+	if b == nil {
+		return Found{}, ErrUnreadable
+	}
+	if i := a.queued(k); i != nil {
+		return Found{Report: i.Report, Target: i.Target, TTL: a.retention(b)}, nil
+	}
+	return a.loadFrom(ctx, b, place{kind: inPartition, key: k}, grow)
+}
+
+// loadFrom returns the report that is stored at a place, or to which the value there refers.
+func (a *Archive) loadFrom(ctx context.Context, b *Backend, p place, grow func(held int64) error) (Found, error) {
+	v, err := a.read(ctx, b, p, func(stored int) error { return grow(int64(stored)) })
+	var target *task.Key
+	// A reference to a report that has grown since refers to the reference to the large document.
+	for hops := 0; err == nil && v.kind == kindReference && hops < 2; hops++ {
+		if k := v.target.key; k != p.key {
+			target = &k
+		}
+		v, err = a.follow(ctx, b, v, grow)
+	}
+	if err != nil || v.report == nil {
+		return Found{}, err
+	}
+	retention := a.retention(b)
+	ttl := retention - a.Now().Sub(v.report.At())
+	if ttl <= 0 {
+		return Found{}, nil
+	}
+	return Found{Report: v.report, Target: target, TTL: min(ttl, retention)}, nil
+}
+
+// follow returns the value that a reference refers to.
+func (a *Archive) follow(ctx context.Context, b *Backend, ref value, grow func(held int64) error) (value, error) {
+	if i := a.queued(ref.target.key); i != nil {
+		return value{kind: kindDocument, report: i.Report}, nil
+	}
+	if err := grow(ref.size); err != nil {
+		return value{}, err
+	}
+	return a.read(ctx, b, ref.target, func(stored int) error { return grow(max(ref.size, int64(stored))) })
+}
+
+// Newest returns the newest report of a file that is stored, high-level or complete, given the SHA-256 sum of the file. Of
+// those that are queued it knows nothing. See Load for the rest.
+func (a *Archive) Newest(ctx context.Context, sum [32]byte, all bool, grow func(held int64) error) (Found, error) {
+	b := a.backend()
+	if b == nil {
+		return Found{}, ErrUnreadable
+	}
+	source := task.FileSource(a.Namespace, sum, all)
+	refs, err := readThrough(ctx, a, b, task.FileKey(source, task.Key{}), func(ctx context.Context) ([]place, error) {
+		return a.listFile(ctx, b, source)
+	})
+	if err != nil {
+		return Found{}, err
+	}
+	for _, p := range refs {
+		if found, err := a.loadFrom(ctx, b, p, grow); err != nil || found.Report != nil {
+			return found, err
+		}
+	}
+	return Found{}, nil
+}
+
+// read returns the value at a place. It returns the zero value if there is none that can be used.
+func (a *Archive) read(ctx context.Context, b *Backend, p place, grow func(stored int) error) (value, error) {
+	name := a.layout.name(p)
+	stored, err := a.load(ctx, b, p.key, name)
+	if stored == nil || err != nil {
+		return value{}, err
+	}
+	if err := grow(len(stored)); err != nil {
+		return value{}, err
+	}
+	v, err := decode(stored, name, p.key, b.Keyring)
+	switch {
+	case err == nil:
+		return v, nil
+	case errors.Is(err, errUnknownVersion), errors.Is(err, errLostKey):
+		if a.leaveAlone(p.key) {
+			b.Logger.Warn("a stored value cannot be read and is left alone", zap.String("key", name), zap.Error(err))
+		}
+		return value{}, nil
+	}
+	b.Logger.Warn("a stored value is damaged and is set aside", zap.String("key", name), zap.Error(err))
+	if err := a.setAside(b, p, stored); err != nil {
+		b.Logger.Warn("a damaged value could not be set aside", zap.String("key", name), zap.Error(err))
+	}
+	return value{}, nil
+}
+
+// load loads a stored value. It returns nil if there is none.
+func (a *Archive) load(ctx context.Context, b *Backend, k task.Key, name string) ([]byte, error) {
+	return readThrough(ctx, a, b, k, func(ctx context.Context) ([]byte, error) {
+		stored, err := b.Storage.Load(ctx, name)
+		if err == nil && stored == nil {
+			stored = []byte{}
+		}
+		return stored, ignoreNotExist(err)
+	})
+}
+
+// readThrough reads about a key from the storage, unless the storage fails. It returns when op has returned or ctx has
+// ended, even if the storage ignores ctx.
+func readThrough[T any](ctx context.Context, a *Archive, b *Backend, k task.Key, op func(context.Context) (T, error)) (got T, err error) {
+	if !a.reads.allow(time.Now()) {
+		return got, ErrUnreadable
+	}
+	if err := a.takeSlot(ctx); err != nil {
+		a.reads.abandon()
+		return got, err
+	}
+	ctx, cancel := context.WithTimeout(ctx, readTimeout)
+	defer cancel()
+	done := make(chan struct{})
+	var read T
+	var failed error
+	go func() {
+		read, failed = op(ctx)
+		<-a.slots // a read that hangs holds its slot
+		close(done)
+	}()
+	slow, cancel := context.WithTimeout(ctx, slowRead)
+	defer cancel()
+	select {
+	case <-done:
+		return read, a.noteRead(ctx, b, k, failed)
+	case <-slow.Done():
+	}
+	if ctx.Err() != nil {
+		return got, a.noteRead(ctx, b, k, ctx.Err())
+	}
+	a.noteFailedRead(b, k, errTimeout)
+	select {
+	case <-done:
+		return read, a.noteRead(ctx, b, k, failed)
+	case <-ctx.Done():
+	case <-a.reads.done():
+	}
+	if errors.Is(ctx.Err(), context.Canceled) {
+		return got, ctx.Err()
+	}
+	return got, fmt.Errorf("%w: %w", ErrUnreadable, errTimeout)
+}
+
+// takeSlot waits for a slot for a read, unless the storage begins to fail.
+func (a *Archive) takeSlot(ctx context.Context) error {
+	select {
+	case a.slots <- struct{}{}:
+		return nil
+	default:
+	}
+	select {
+	case a.slots <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	case <-a.reads.done():
+		return ErrUnreadable
+	}
+}
+
+// noteRead tells the breaker how a read has ended, and returns the error for the caller.
+func (a *Archive) noteRead(ctx context.Context, b *Backend, k task.Key, err error) error {
+	switch {
+	case err == nil:
+		if a.reads.succeed() {
+			a.tellClosed(b, "read")
+		}
+		return nil
+	case errors.Is(ctx.Err(), context.Canceled): // all callers have left
+		a.reads.abandon()
+		return ctx.Err()
+	case ctx.Err() != nil:
+		err = errTimeout
+	}
+	a.noteFailedRead(b, k, err)
+	return fmt.Errorf("%w: %w", ErrUnreadable, err)
+}
+
+// noteFailedRead tells the breaker that a read has failed or is slow.
+func (a *Archive) noteFailedRead(b *Backend, k task.Key, err error) {
+	now := time.Now()
+	if a.reads.fail(k, now) {
+		a.tellOpened(b, "read", err)
+		return
+	}
+	a.mu.Lock()
+	complain := now.After(a.complain) && !a.reads.open()
+	if complain {
+		a.complain = now.Add(complainEvery)
+	}
+	a.mu.Unlock()
+	if complain {
+		b.Logger.Warn("a stored value could not be read", zap.String("key", a.layout.name(place{kind: inPartition, key: k})), zap.Error(err))
+	}
+}
+
+// setAside moves a damaged value to a place where it can be examined until its retention is over. It leaves a value alone
+// that has been stored meanwhile.
+func (a *Archive) setAside(b *Backend, p place, stored []byte) error {
+	ctx, cancel := context.WithTimeout(a.ctx, readTimeout)
+	defer cancel()
+	aside := place{kind: damaged, key: p.key}
+	if err := a.storeValue(ctx, b, aside, value{kind: kindDamaged, at: a.Now(), key: p.key, raw: stored}); err != nil {
+		return err
+	}
+	name := a.layout.name(p)
+	again, err := b.Storage.Load(ctx, name)
+	if err != nil || !bytes.Equal(again, stored) || a.queued(p.key) != nil {
+		return ignoreNotExist(err)
+	}
+	return ignoreNotExist(b.Storage.Delete(ctx, name))
+}
+
+// ignoreNotExist returns err unless it means that there is no such value.
+func ignoreNotExist(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}

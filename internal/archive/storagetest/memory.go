@@ -1,0 +1,290 @@
+package storagetest
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/caddyserver/certmagic"
+)
+
+// Memory is a storage in memory that behaves like a kind of storage. Storage and Faulty give access to it as a
+// certmagic.Storage. The methods of Memory itself are for the test: they have no faults and no peculiarities.
+type Memory struct {
+	kind Kind
+
+	mu    sync.Mutex
+	root  node
+	locks map[string]lock
+}
+
+// lock is a lock that is held.
+type lock struct {
+	owner any
+	until time.Time // when it ends by itself; zero means never
+}
+
+// New returns an empty storage.
+func New(kind Kind) *Memory {
+	return &Memory{kind: kind, locks: make(map[string]lock)}
+}
+
+// Kind returns the kind.
+func (m *Memory) Kind() Kind { return m.kind }
+
+// Storage returns the storage without faults.
+func (m *Memory) Storage() certmagic.Storage { return NewFaulty(m).Storage() }
+
+// Get returns the value under a name, or nil if there is none.
+func (m *Memory) Get(name string) []byte {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if n := m.root.find(name); n != nil {
+		return n.value
+	}
+	return nil
+}
+
+// Put stores a value of any size. The value must not change afterwards.
+func (m *Memory) Put(name string, value []byte) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	n := m.root.make(name)
+	n.value, n.hidden, n.ghost, n.modified = value, false, false, time.Now()
+}
+
+// Remove deletes one value.
+func (m *Memory) Remove(name string) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.root.remove(name, false)
+}
+
+// Names returns the names of all values that begin with a prefix, in order.
+func (m *Memory) Names(prefix string) []string {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	var names []string
+	m.root.walk("", prefix, func(name string, n *node) {
+		if n.value != nil {
+			names = append(names, name)
+		}
+	})
+	return names
+}
+
+// Holder returns who holds a lock: a *Faulty, or nil if nobody does.
+func (m *Memory) Holder(name string) any {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if l, ok := m.locks[name]; ok && !l.ended() {
+		return l.owner
+	}
+	return nil
+}
+
+func (l lock) ended() bool { return !l.until.IsZero() && !time.Now().Before(l.until) }
+
+// tryLock takes a lock if it is free.
+func (m *Memory) tryLock(name string, owner any) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.kind == S3Delimiter {
+		return true
+	}
+	if l, ok := m.locks[name]; ok && !l.ended() {
+		return false
+	}
+	l := lock{owner: owner}
+	if ttl := m.kind.lockTTL(); ttl > 0 {
+		l.until = time.Now().Add(ttl)
+	}
+	m.locks[name] = l
+	return true
+}
+
+// lock waits for a lock, as modules do: by asking again and again.
+func (m *Memory) lock(ctx context.Context, name string, owner any) error {
+	for !m.tryLock(name, owner) {
+		select {
+		case <-time.After(defaultPoll):
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	}
+	return nil
+}
+
+func (m *Memory) unlock(name string, owner any) error {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.kind == S3Delimiter {
+		return nil
+	}
+	if l, ok := m.locks[name]; !ok || l.owner != owner {
+		return errors.New("the lock is not held")
+	}
+	delete(m.locks, name)
+	return nil
+}
+
+// leak lets a lock that nobody knows of end after a while.
+func (m *Memory) leak(name string, owner any, after time.Duration) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if l, ok := m.locks[name]; ok && l.owner == owner && l.until.IsZero() {
+		l.until = time.Now().Add(after)
+		m.locks[name] = l
+	}
+}
+
+// release ends all locks of an owner that has crashed.
+func (m *Memory) release(owner any) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	maps.DeleteFunc(m.locks, func(_ string, l lock) bool { return l.owner == owner })
+}
+
+// node is a folder, a value, or both.
+type node struct {
+	children map[string]*node
+	value    []byte // nil if there is none
+	modified time.Time
+	hidden   bool // there is a value, but no list shows it
+	ghost    bool // lists show it, but there is no value
+}
+
+// find returns the node of a name, or nil.
+func (n *node) find(name string) *node {
+	for part := range strings.SplitSeq(strings.Trim(name, "/"), "/") {
+		if part == "" {
+			continue
+		}
+		if n = n.children[part]; n == nil {
+			return nil
+		}
+	}
+	return n
+}
+
+// make returns the node of a name, which it creates if there is none.
+func (n *node) make(name string) *node {
+	for part := range strings.SplitSeq(strings.Trim(name, "/"), "/") {
+		next := n.children[part]
+		if next == nil {
+			if n.children == nil {
+				n.children = make(map[string]*node)
+			}
+			next = new(node)
+			n.children[part] = next
+		}
+		n = next
+	}
+	return n
+}
+
+// remove removes a value, and all below it if asked to.
+func (n *node) remove(name string, below bool) {
+	parent := n.find(folder(name))
+	if parent == nil {
+		return
+	}
+	base := name[strings.LastIndexByte(name, '/')+1:]
+	child := parent.children[base]
+	if child == nil {
+		return
+	}
+	if below || len(child.children) == 0 {
+		delete(parent.children, base)
+		return
+	}
+	child.value, child.ghost, child.hidden = nil, false, false
+}
+
+// prune removes the folders of a name that are empty.
+func (n *node) prune(name string) {
+	for dir := folder(name); dir != ""; dir = folder(dir) {
+		if f := n.find(dir); f == nil || len(f.children) > 0 || f.value != nil {
+			return
+		}
+		n.remove(dir, false)
+	}
+}
+
+func folder(name string) string {
+	return name[:max(0, strings.LastIndexByte(name, '/'))]
+}
+
+func (n *node) sorted() []string { return slices.Sorted(maps.Keys(n.children)) }
+
+// listed reports whether lists show the value of the node.
+func (n *node) listed() bool { return n.value != nil && !n.hidden || n.ghost }
+
+// names returns the names in a folder, as a storage with folders does. n may be nil.
+func (n *node) names(prefix string, recursive, folders bool) []string {
+	if n == nil {
+		return nil
+	}
+	var names []string
+	for _, base := range n.sorted() {
+		child, name := n.children[base], strings.Trim(prefix, "/")+"/"+base
+		folder := child.children != nil || !child.listed() && !child.hidden
+		if child.listed() || folder && (!recursive || folders) {
+			names = append(names, name)
+		}
+		if recursive {
+			names = append(names, child.names(name, true, folders)...)
+		}
+	}
+	return names
+}
+
+// walk calls f for each node whose name begins with a prefix, in order.
+func (n *node) walk(name, prefix string, f func(name string, n *node)) {
+	if strings.HasPrefix(name, prefix) && name != "" {
+		f(name, n)
+	} else if !strings.HasPrefix(prefix, name) {
+		return
+	}
+	if name != "" {
+		name += "/"
+	}
+	if rest, ok := strings.CutPrefix(prefix, name); ok {
+		if base, _, more := strings.Cut(rest, "/"); more { // there is one way only
+			if child := n.children[base]; child != nil {
+				child.walk(name+base, prefix, f)
+			}
+			return
+		}
+	}
+	for _, base := range n.sorted() {
+		n.children[base].walk(name+base, prefix, f)
+	}
+}
+
+// withPrefix returns the names of all values that begin with a prefix.
+func (n *node) withPrefix(prefix string) []string {
+	var names []string
+	n.walk("", prefix, func(name string, n *node) {
+		if n.listed() {
+			names = append(names, name)
+		}
+	})
+	return names
+}
+
+// upToSlash returns the names that begin with a prefix, each up to the next slash unless recursive, with a slash before them.
+func (n *node) upToSlash(prefix string, recursive bool) []string {
+	names := n.withPrefix(prefix)
+	for i, name := range names {
+		if end := strings.IndexByte(name[len(prefix):], '/'); end >= 0 && !recursive {
+			name = name[:len(prefix)+end+1]
+		}
+		names[i] = "/" + name
+	}
+	return slices.Compact(names)
+}

@@ -1,0 +1,292 @@
+package fsbroker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
+)
+
+// savingMemory is a memory of a limit.
+func savingMemory(t *testing.T, limit int64) *memory {
+	m := newMemory(limit)
+	t.Cleanup(m.close)
+	return m
+}
+
+// openFaulty opens an archive for a memory, in a storage of its own.
+func openFaulty(t *testing.T, m *memory, name string) (*archive.Archive, *storagetest.Faulty) {
+	t.Helper()
+	f := storagetest.NewFaulty(storagetest.New(storagetest.FileSystem))
+	b := &archive.Backend{Storage: f.Storage(), Logger: zap.NewNop(), Retention: 24 * time.Hour}
+	id := fmt.Sprint(t.Name(), " ", name)
+	a, err := openArchive("default", id, m, b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		f.Mend()
+		_ = closeArchive(id, a, b)
+	})
+	return a, f
+}
+
+// keepFinished keeps a finished report, and saves it.
+func keepFinished(m *memory, i, size int) *entry {
+	d := inflatedReport(size).Document()
+	d.At = time.Now()
+	e := m.put(numbered(i), task.NewReport(d), time.Hour)
+	m.save(e, archive.Item{}, nil)
+	return e
+}
+
+// isStored reports whether an archive has a report.
+func isStored(t *testing.T, a *archive.Archive, k task.Key) bool {
+	t.Helper()
+	found, err := a.Load(t.Context(), k, func(int64) error { return nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	return found.Report != nil
+}
+
+var errStorageAway = errors.New("the storage is away")
+
+// What the queue has no room for is queued by itself when there is room.
+func TestUnsavedIsQueuedWhenThereIsRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := savingMemory(t, 1<<30)
+		a, f := openFaulty(t, m, "one")
+		f.Set(storagetest.Failing(errStorageAway))
+		const reports = 12_000
+		for i := range reports {
+			keepFinished(m, i, 100)
+		}
+		if queued := a.Stats().Queued; queued != 10_000 || len(m.unsaved[a]) != reports-queued {
+			t.Fatalf("%d are queued, %d are not", queued, len(m.unsaved[a]))
+		}
+		f.Set(storagetest.Delayed(20 * time.Millisecond))
+		time.Sleep(30 * time.Second)
+		if queued := a.Stats().Queued; queued != 0 || len(m.unsaved[a]) != 0 {
+			t.Errorf("%d are still queued, %d are not", queued, len(m.unsaved[a]))
+		}
+		for i := range reports {
+			if !isStored(t, a, numbered(i)) {
+				t.Fatalf("%d is not stored", i)
+			}
+		}
+	})
+}
+
+// A stop stores what the queue has no room for as well.
+func TestUnsavedIsStoredAtAStop(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := savingMemory(t, 1<<30)
+		f := storagetest.NewFaulty(storagetest.New(storagetest.FileSystem))
+		b := &archive.Backend{Storage: f.Storage(), Logger: zap.NewNop(), Retention: 24 * time.Hour}
+		a, err := openArchive("default", t.Name(), m, b)
+		if err != nil {
+			t.Fatal(err)
+		}
+		f.Set(storagetest.Delayed(20 * time.Millisecond))
+		const reports = 12_000
+		for i := range reports {
+			keepFinished(m, i, 100)
+		}
+		if err := a.Drain(b); err != nil {
+			t.Error(err)
+		}
+		_ = closeArchive(t.Name(), a, b)
+		other, _ := openArchive("default", t.Name()+" again", savingMemory(t, 1<<20), b)
+		defer func() { _ = closeArchive(t.Name()+" again", other, b) }()
+		for i := range reports {
+			if !isStored(t, other, numbered(i)) {
+				t.Fatalf("%d is not stored", i)
+			}
+		}
+	})
+}
+
+// What the queue has no room for is queued before it leaves memory, if there is room by then.
+func TestUnsavedIsQueuedBeforeItIsEvicted(t *testing.T) {
+	for what, leave := range map[string]func(m *memory){
+		"evicted": func(m *memory) { m.setLimit(0) },
+		"expired": func(*memory) { time.Sleep(2 * time.Hour) },
+	} {
+		t.Run(what, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				m := savingMemory(t, 1<<30)
+				a, f := openFaulty(t, m, "one")
+				f.Set(storagetest.Failing(errStorageAway))
+				i := 0
+				for ; len(m.unsaved[a]) == 0; i++ {
+					keepFinished(m, i, 1<<20)
+				}
+				last := numbered(i - 1)
+				// A purge makes room for one, which is not worth telling.
+				_, _ = a.Purge(t.Context(), archive.Selection{Keys: []task.Key{numbered(0)}}, 0)
+				if !m.isUnsaved(a, last) {
+					t.Fatal("it is queued too early")
+				}
+				leave(m)
+				if n := len(m.unsaved[a]); n != 0 || m.stats().Entries != 0 {
+					t.Errorf("%d are not saved, %d are kept", n, m.stats().Entries)
+				}
+				f.Mend()
+				time.Sleep(time.Minute)
+				if !isStored(t, a, last) {
+					t.Error("it is not stored")
+				}
+			})
+		})
+	}
+}
+
+func (m *memory) isUnsaved(a *archive.Archive, k task.Key) bool {
+	e, ok := m.get(k)
+	if !ok {
+		return false
+	}
+	_, ok = m.unsaved[a][e]
+	return ok
+}
+
+// What is purged does not come back by being queued again.
+func TestPurgeOfWhatIsUnsaved(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := savingMemory(t, 1<<30)
+		a, f := openFaulty(t, m, "one")
+		f.Set(storagetest.Failing(errStorageAway))
+		i := 0
+		for ; len(m.unsaved[a]) == 0; i++ {
+			keepFinished(m, i, 1<<20)
+		}
+		last := numbered(i - 1)
+		if n := m.purge(archive.Selection{Keys: []task.Key{last}}.Matches); n != 1 || len(m.unsaved[a]) != 0 {
+			t.Errorf("%d are purged, %d are unsaved", n, len(m.unsaved[a]))
+		}
+		f.Mend()
+		time.Sleep(time.Minute)
+		if isStored(t, a, last) {
+			t.Error("it is stored")
+		}
+	})
+}
+
+// Another storage gets everything that is finished, and all that is kept from then on goes to both.
+func TestAnotherArchive(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := savingMemory(t, 1<<30)
+		one, f := openFaulty(t, m, "one")
+		f.Set(storagetest.Failing(errStorageAway))
+		const reports = 50
+		for i := range reports {
+			keepFinished(m, i, 100)
+		}
+		m.put(numbered(reports), task.NothingYet(time.Now()), time.Hour)
+		other, _ := openFaulty(t, m, "other")
+		keepFinished(m, reports+1, 100)
+		f.Mend()
+		time.Sleep(time.Minute)
+		for i := range reports + 2 {
+			for name, a := range map[string]*archive.Archive{"one": one, "other": other} {
+				if got, want := isStored(t, a, numbered(i)), i != reports; got != want {
+					t.Errorf("%d is stored in the %s: %t", i, name, got)
+				}
+			}
+		}
+	})
+}
+
+// Another storage also gets what has left memory, but is still queued for the one before.
+func TestAnotherArchiveGetsTheQueue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := savingMemory(t, 1<<20)
+		_, f := openFaulty(t, m, "one")
+		f.Set(storagetest.Failing(errStorageAway))
+		const reports = 50
+		for i := range reports {
+			keepFinished(m, i, 100<<10)
+		}
+		if n := m.stats().Entries; n > 10 {
+			t.Fatalf("%d reports are in memory", n)
+		}
+		other, _ := openFaulty(t, m, "other")
+		time.Sleep(time.Minute)
+		for i := range reports {
+			if !isStored(t, other, numbered(i)) {
+				t.Errorf("%d is not stored", i)
+			}
+		}
+	})
+}
+
+// A report that is loaded from an archive is not written to that one again.
+func TestLoadedIsNotSavedAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := savingMemory(t, 1<<30)
+		a, f := openFaulty(t, m, "one")
+		keepFinished(m, 1, 100)
+		time.Sleep(time.Second)
+		before := f.Calls(storagetest.Store)
+		m.purge(archive.Selection{}.Matches)
+		found, err := a.Load(context.Background(), numbered(1), func(int64) error { return nil })
+		if err != nil || found.Report == nil {
+			t.Fatal(found, err)
+		}
+		m.save(m.put(numbered(1), found.Report, time.Hour), archive.Item{}, a)
+		time.Sleep(time.Second)
+		if n := f.Calls(storagetest.Store) - before; n != 0 {
+			t.Errorf("it is written again, %d times", n)
+		}
+	})
+}
+
+// A submission is stored as a reference while the report of its task is kept, and as a document otherwise.
+func TestReferences(t *testing.T) {
+	m := savingMemory(t, 1<<30)
+	target := numbered(1)
+	of := keepFinished(m, 1, 100)
+	e := m.put(numbered(2), of.report, time.Hour)
+	m.save(e, archive.Item{All: true, Target: &target}, nil)
+	if i := m.item(e); i.Target != &target || !i.All || i.Key != numbered(2) || i.Report != of.report {
+		t.Errorf("the item is %+v", i)
+	}
+	other := keepFinished(m, 1, 100) // the task has another report
+	if i := m.item(e); i.Target != nil || other.report.Same(of.report) {
+		t.Errorf("the item of another report is %+v", i)
+	}
+	m.purge(archive.Selection{Keys: []task.Key{target}}.Matches)
+	if _, ok := m.get(numbered(2)); ok {
+		t.Error("the submission is kept although its task is purged")
+	}
+}
+
+func TestRecentKeys(t *testing.T) {
+	var r recentKeys
+	r.remove(numbered(0))
+	for i := range 10 * maxRecent {
+		if k := numbered(i); !r.has(k) {
+			r.add(k)
+		}
+		if !r.has(numbered(i)) || i >= maxRecent && !r.has(numbered(i-maxRecent+1)) {
+			t.Fatalf("%d is forgotten", i)
+		}
+	}
+	if n := len(r.young) + len(r.old); n > 2*maxRecent {
+		t.Errorf("%d keys are remembered", n)
+	}
+	for i := 10*maxRecent - maxRecent; i < 10*maxRecent; i++ {
+		if r.remove(numbered(i)); r.has(numbered(i)) {
+			t.Fatalf("%d is not removed", i)
+		}
+	}
+}
