@@ -1,6 +1,6 @@
 // Package fsbroker is a plugin for the Caddy web server. Its HTTP handler, fsbroker_task, serves the fsBroker Task API
 // (GET /task): the report of a file-analysis task. The report is fetched from the processor node that holds it, and kept
-// in memory and, if configured, in a storage.
+// in memory and, if configured, in a storage. The rest of the broker's API can be passed through.
 //
 // The Task API is that of OPSWAT Filescan's fsBroker, documented at https://www.opswat.com/docs/filescan.
 package fsbroker
@@ -35,6 +35,9 @@ func init() {
 // A finished report is kept for the cache's TTL, whatever the node does with it meanwhile. An unfinished report is kept
 // for the poll interval, so any number of callers that poll or wait cost an upstream one request. Errors are never kept.
 // They are problem documents (RFC 9457) with a stable code.
+//
+// The broker's other endpoints, such as `/submit`, can be passed through, for the same secret of the caller. Bodies are
+// streamed in both directions.
 //
 // The placeholder `{http.fsbroker.client}` is the name of the client whose secret was presented. So is
 // `{http.auth.user.id}`, which Caddy's access log shows as `user_id`, unless another handler has set it before. When the
@@ -242,7 +245,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 func (h *Handler) admit(r *http.Request, q query, info *requestInfo, e *endpoint) *problem {
 	info.client = h.clients.authenticate(r.Header, q)
 	if info.client == nil {
-		return &problem{kind: problemUnauthorized, detail: "send a valid secret in a header, since a form is not searched for one: Authorization: Bearer <secret>"}
+		return &problem{kind: problemUnauthorized, detail: "send a valid secret in a header: Authorization: Bearer <secret> (a field of a form is not read)"}
 	}
 	if q.serect != "" || q.secret != "" {
 		info.client.warnOfQuery(h.logger)

@@ -285,7 +285,7 @@ func (u *upstream) cleanLocation(header http.Header) {
 	if strings.EqualFold(location.Host, u.base.Host) {
 		location.Scheme, location.Host, location.User = "", "", nil
 	}
-	if location.Host == "" {
+	if location.Host == "" && u.base.Path != "" {
 		if path, ok := strings.CutPrefix(location.Path, u.base.Path+"/"); ok {
 			location.Path, location.RawPath = "/"+path, ""
 		}
