@@ -88,7 +88,8 @@ func (p *proxy) serve(w caddyhttp.ResponseRecorder, r *http.Request, e *endpoint
 	out.RequestURI = out.URL.RequestURI() // reverse_proxy logs it
 	out.Header = withoutSecrets(r.Header)
 	if r.Body != nil && r.Body != http.NoBody {
-		out.Body = callerBody{r.Body}
+		call.body = &callerBody{ReadCloser: r.Body}
+		out.Body = call.body
 	}
 	err := p.reverse.ServeHTTP(w, out, caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error { return nil }))
 	if err == nil || w.Status() != 0 {
@@ -128,32 +129,48 @@ func dropFields(header http.Header, unwanted func(value string) bool) {
 }
 
 // callerBody is the body of a caller's request. Its errors are problems, so that they are not taken for the broker's.
-type callerBody struct{ io.ReadCloser }
+type callerBody struct {
+	io.ReadCloser
+
+	mu      sync.Mutex // held while it is read
+	problem *problem   // why it could not be read
+}
 
 // Read implements io.Reader.
-func (b callerBody) Read(p []byte) (int, error) {
+func (b *callerBody) Read(p []byte) (int, error) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
 	n, err := b.ReadCloser.Read(p)
 	if err == nil || errors.Is(err, io.EOF) {
 		return n, err
 	}
 	if limit, ok := errors.AsType[*http.MaxBytesError](err); ok {
-		return n, &problem{kind: problemRequestTooLarge, detail: "the request has more than " + strconv.FormatInt(limit.Limit, 10) + " bytes: send less"}
+		b.problem = &problem{kind: problemRequestTooLarge, detail: "the request has more than " + strconv.FormatInt(limit.Limit, 10) + " bytes: send less"}
+	} else if isTimeout(err) {
+		b.problem = &problem{kind: problemRequestTimeout, detail: "the request did not arrive in time: send it again, faster"}
+	} else {
+		b.problem = &problem{kind: problemIncompleteRequest, detail: "the request is malformed, or ended early: send it again"}
 	}
-	if isTimeout(err) {
-		return n, &problem{kind: problemRequestTimeout, detail: "the request did not arrive in time: send it again, faster"}
-	}
-	return n, &problem{kind: problemIncompleteRequest, detail: "the request is malformed, or ended early: send it again"}
+	return n, b.problem
 }
 
-// isLate reports whether err says that a request did not arrive in time. The server ends its context then, although its
-// caller has not left.
-func isLate(err error) bool {
-	p, ok := errors.AsType[*problem](err)
-	return ok && p.kind == problemRequestTimeout
+// late returns the problem of a body that did not arrive in time, or nil. The server ends the context of such a request
+// while the body is read, although the caller has not left.
+func (b *callerBody) late() *problem {
+	if b == nil {
+		return nil
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.problem == nil || b.problem.kind != problemRequestTimeout {
+		return nil
+	}
+	return b.problem
 }
 
 // proxiedCall is a request that is passed to the broker.
 type proxiedCall struct {
+	body     *callerBody // nil if there is none
 	returned bool        // a response was written, instead of aborted
 	broken   atomic.Bool // the broker did not finish its response
 }
@@ -194,9 +211,13 @@ func (t *proxyTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 
 	var dial dialTrace
 	resp, err := u.transport.RoundTrip(u.proxiedRequest(httptrace.WithClientTrace(ctx, dial.trace()), req))
-	if err != nil && req.Context().Err() != nil && !isLate(err) {
-		a.end(context.Canceled)
-		return nil, context.Canceled
+	if err != nil && req.Context().Err() != nil {
+		late := call.body.late()
+		if late == nil {
+			a.end(context.Canceled)
+			return nil, context.Canceled
+		}
+		err = late
 	}
 	a.outcome = response{start: start, cause: err, dialFailed: dial.failed()}
 	if err == nil {
