@@ -53,7 +53,7 @@ func TestEncryption(t *testing.T) {
 		if r.status == http.StatusNotFound {
 			return false
 		}
-		if r.header.Get("Cache-Status") != "fsbroker; hit; detail=storage" || string(r.body) != reportOf(fmt.Sprintf("t%d", i), "SUCCESS") {
+		if !strings.HasPrefix(r.header.Get("Cache-Status"), "fsbroker; hit") || string(r.body) != reportOf(fmt.Sprintf("t%d", i), "SUCCESS") {
 			t.Errorf("%d: status %d, %v: %s", i, r.status, r.header, r.body)
 		}
 		return true
@@ -77,8 +77,10 @@ func TestEncryption(t *testing.T) {
 	}
 	store(2)
 	s.restart(options(node, encrypted(two)))
-	if has(1) || has(1) || !has(0) || !has(2) {
-		t.Error("without the old key, the wrong reports can be read")
+	for range 2 {
+		if has(1) || !has(0) || !has(2) {
+			t.Error("without the old key, the wrong reports can be read")
+		}
 	}
 	const lost = "a stored value cannot be read and is left alone"
 	if lines := s.logged(lost); len(lines) != 1 || !strings.Contains(fmt.Sprint(lines[0]["error"]), "key that is not configured") {

@@ -227,7 +227,11 @@ func (s *site) wantUnreadable(t *testing.T, node *backend, path string) {
 	t.Helper()
 	// The node does not know the task, but the storage may have the report.
 	node.setHandler(responds(http.StatusNotFound, ""))
-	s.get(path).wantProblem(t, http.StatusServiceUnavailable, "storage_unavailable")
+	unavailable := s.get(path)
+	unavailable.wantProblem(t, http.StatusServiceUnavailable, "storage_unavailable")
+	if strings.Contains(string(unavailable.body), "away") {
+		t.Errorf("the problem shows the storage's error: %s", unavailable.body)
+	}
 	// With both failing, the problem is the node's and mentions the storage.
 	node.setHandler(responds(http.StatusInternalServerError, ""))
 	r := s.get(path)

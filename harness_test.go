@@ -2,6 +2,7 @@ package fsbroker_test
 
 import (
 	"bytes"
+	"cmp"
 	"compress/gzip"
 	"context"
 	"encoding/json"
@@ -67,6 +68,7 @@ type site struct {
 	client *http.Client
 	port   int
 	dir    string // has its storage and its log
+	grace  string // the grace period; by default 5s
 }
 
 // in returns the site for a subtest, so that the subtest reports what fails.
@@ -125,7 +127,7 @@ func (s *site) caddyfile(directives string) string {
 	skip_install_trust
 	auto_https disable_redirects
 	storage file_system %[1]s
-	grace_period 5s
+	grace_period %[7]s
 	log {
 		output file %[2]s {
 			roll_disabled
@@ -140,7 +142,7 @@ https://localhost:%[3]d {
 	log
 	%[4]s
 }`, filepath.ToSlash(s.dir), filepath.ToSlash(s.logFile()), s.port, directives,
-		s.write("cert.pem", testsite.Localhost().PEM), s.write("key.pem", testsite.Localhost().Key))
+		s.write("cert.pem", testsite.Localhost().PEM), s.write("key.pem", testsite.Localhost().Key), cmp.Or(s.grace, "5s"))
 }
 
 // write writes a file into the site's folder, and returns its path.
@@ -401,7 +403,13 @@ type process struct {
 // startProcess runs a site in another process. In directives, SHARED stands for a storage folder that processes share.
 func startProcess(t *testing.T, shared, directives string) *process {
 	t.Helper()
-	s := &site{t: t, port: testsite.FreePort(t), dir: t.TempDir()}
+	return startProcessWithGrace(t, shared, directives, "")
+}
+
+// startProcessWithGrace is like startProcess, with a grace period.
+func startProcessWithGrace(t *testing.T, shared, directives, grace string) *process {
+	t.Helper()
+	s := &site{t: t, port: testsite.FreePort(t), dir: t.TempDir(), grace: grace}
 	s.base = fmt.Sprintf("https://localhost:%d", s.port)
 	config := filepath.Join(s.dir, "Caddyfile")
 	text := s.caddyfile(strings.ReplaceAll(directives, "SHARED", filepath.ToSlash(shared)))

@@ -43,7 +43,7 @@ func openFaulty(t *testing.T, m *memory, name string) (*archive.Archive, *storag
 func keepFinished(m *memory, i, size int) *entry {
 	d := inflatedReport(size).Document()
 	d.At = time.Now()
-	e := m.put(numbered(i), task.NewReport(d), time.Hour)
+	e := m.put(numbered(i), task.NewReport(d), 10*time.Minute)
 	m.save(e, archive.Item{}, nil)
 	return e
 }
@@ -119,7 +119,7 @@ func TestUnsavedIsStoredAtAStop(t *testing.T) {
 func TestUnsavedIsQueuedBeforeItIsEvicted(t *testing.T) {
 	for what, leave := range map[string]func(m *memory){
 		"evicted": func(m *memory) { m.setLimit(0) },
-		"expired": func(*memory) { time.Sleep(2 * time.Hour) },
+		"expired": func(*memory) { time.Sleep(11 * time.Minute) },
 	} {
 		t.Run(what, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {

@@ -125,7 +125,7 @@ func (ps *pollers) poll(ctx context.Context, q query, p *poller, res result) {
 func (ps *pollers) pause(res result) time.Duration {
 	pause := ps.interval
 	if res.hit {
-		pause = max(pause-time.Since(res.at()), 0)
+		pause -= min(max(time.Since(res.at()), 0), pause) // the clock may have stepped back
 	}
 	return pause + rand.N(ps.interval/10+1) //nolint:gosec // it need not be unpredictable
 }

@@ -51,6 +51,7 @@ type Archive struct {
 	ctx    context.Context
 	stop   context.CancelFunc
 	reads  *breaker
+	lists  *breaker // of lists that callers wait for: a storage may be unable to list, and yet be read
 	writes *breaker
 	slots  chan struct{} // one for each read
 	peers  peers
@@ -60,8 +61,11 @@ type Archive struct {
 	queue     queue
 	jitter    *rand.Rand // of retries
 	writing   int        // writes under way
+	hanging   int        // those of them whose time is over
 	wake      *time.Timer
 	refused   int           // reports refused since Room was called
+	tellFull  time.Time     // when it may be logged again that the queue is full
+	toldFull  bool          // that the queue is full
 	changed   chan struct{} // closed and replaced when the queue or the index batches change
 	stored    uint64        // writes that have succeeded
 	storedAt  time.Time     // the last one
@@ -107,7 +111,7 @@ func New(c Config) *Archive {
 	}
 	a.writer = fmt.Sprintf("%016x", a.random("writer").Uint64())
 	a.jitter = a.random("retries")
-	a.reads, a.writes = newBreaker(a.random("reads")), newBreaker(a.random("writes"))
+	a.reads, a.lists, a.writes = newBreaker("read", a.random("reads")), newBreaker("list", a.random("lists")), newBreaker("write", a.random("writes"))
 	a.ctx, a.stop = context.WithCancel(context.Background())
 	a.wake = time.AfterFunc(time.Hour, a.pump)
 	a.wake.Stop()
@@ -134,7 +138,10 @@ func (a *Archive) Attach(b *Backend) {
 	a.mu.Lock()
 	a.backends = append(a.backends, b)
 	a.mu.Unlock()
-	a.sweepOnce.Do(func() { go a.sweepAll() })
+	a.sweepOnce.Do(func() {
+		go a.sweepAll()
+		go a.renewAll()
+	})
 	a.pump()
 }
 
@@ -181,10 +188,12 @@ func (a *Archive) Save(i Item) bool {
 	}
 	if !a.queue.push(i) {
 		a.Metrics.refused.Inc()
-		if a.refused++; a.refused == 1 {
+		if now := time.Now(); a.refused == 0 && now.After(a.tellFull) {
+			a.tellFull, a.toldFull = now.Add(complainEvery), true
 			a.current().Logger.Warn("the queue to the storage is full: memory keeps reports until there is room again",
 				zap.Int("queued", a.queue.len()))
 		}
+		a.refused++
 		return false
 	}
 	a.startWrites()

@@ -32,6 +32,8 @@ const (
 // open, it lets one operation through at a time, as a probe, with a growing pause after each. The first success closes it.
 // Its times are monotonic.
 type breaker struct {
+	operation string
+
 	mu      sync.Mutex
 	jitter  *rand.Rand
 	failed  []task.Key    // different keys that have failed in a row, up to tripAfter
@@ -42,8 +44,8 @@ type breaker struct {
 	pause   backoff
 }
 
-func newBreaker(jitter *rand.Rand) *breaker {
-	return &breaker{jitter: jitter, opened: make(chan struct{})}
+func newBreaker(operation string, jitter *rand.Rand) *breaker {
+	return &breaker{operation: operation, jitter: jitter, opened: make(chan struct{})}
 }
 
 // allow reports whether an operation may begin. It must end with succeed, fail or abandon.

@@ -5,7 +5,7 @@ import (
 	"testing"
 )
 
-func newTestBreaker() *breaker { return newBreaker(rand.New(rand.NewPCG(1, 2))) }
+func newTestBreaker() *breaker { return newBreaker("read", rand.New(rand.NewPCG(1, 2))) }
 
 // The breaker opens only when different keys fail in a row.
 func TestBreakerOpens(t *testing.T) {

@@ -22,11 +22,12 @@ const missedBeats = 4
 // peers is what an instance knows of the others that use the same storage and namespace. Each keeps a record in the
 // storage. The longest retention of all that live decides when values are deleted.
 type peers struct {
-	mu      sync.Mutex // guards longest
+	mu      sync.Mutex // guards the fields below
 	longest time.Duration
+	beat    int
+	renewed time.Time // when the record of this instance was last stored
 
-	seen map[string]*peer // by the name of the record; used by one pass at a time, as is beat
-	beat int
+	seen map[string]*peer // by the name of the record; used by one pass at a time
 }
 
 // peer is another instance.
@@ -84,10 +85,44 @@ func (a *Archive) meetPeers(ctx context.Context, b *Backend) error {
 	return nil
 }
 
+// renewAll renews the record of this instance until the archive is closed if no pass of the sweep does: while one hangs,
+// the others must not take the instance for one that has ended.
+func (a *Archive) renewAll() {
+	jitter := a.random("records")
+	for {
+		interval := sweepInterval(time.Hour)
+		if b := a.backend(); b != nil {
+			interval = sweepInterval(b.Retention)
+		}
+		if !a.sleep(interval + time.Duration(jitter.Int64N(int64(interval/10)))) {
+			return
+		}
+		b := a.backend()
+		if b == nil || a.peers.renewedWithin(interval+interval/5) {
+			continue
+		}
+		ctx, cancel := context.WithTimeout(a.ctx, writeTimeout)
+		if err := a.renewRecord(ctx, b); err != nil && a.ctx.Err() == nil {
+			b.Logger.Debug("renewing the record of this instance in the storage", zap.Error(err))
+		}
+		cancel()
+	}
+}
+
+// renewedWithin reports whether the record of this instance was stored at most d ago.
+func (ps *peers) renewedWithin(d time.Duration) bool {
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	return time.Since(ps.renewed) <= d
+}
+
 // renewRecord stores the record of this instance.
 func (a *Archive) renewRecord(ctx context.Context, b *Backend) error {
+	a.peers.mu.Lock()
 	a.peers.beat++
-	text, err := json.Marshal(record{Retention: b.Retention, Interval: sweepInterval(b.Retention), Beat: a.peers.beat})
+	r := record{Retention: b.Retention, Interval: sweepInterval(b.Retention), Beat: a.peers.beat}
+	a.peers.mu.Unlock()
+	text, err := json.Marshal(r)
 	if err != nil {
 		return err
 	}
@@ -95,6 +130,9 @@ func (a *Archive) renewRecord(ctx context.Context, b *Backend) error {
 	if err := b.Storage.Store(ctx, name, text); err != nil {
 		return fmt.Errorf("storing %s: %w", name, err)
 	}
+	a.peers.mu.Lock()
+	defer a.peers.mu.Unlock()
+	a.peers.renewed = time.Now()
 	return nil
 }
 

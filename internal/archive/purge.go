@@ -239,6 +239,7 @@ func (a *Archive) purgeReference(ctx context.Context, b *Backend, p place) (int,
 
 // purgePartitions deletes what is selected, partition by partition, until ctx ends.
 func (a *Archive) purgePartitions(ctx context.Context, b *Backend, s Selection, done Purged) (Purged, error) {
+	from := done.Next
 	for done.Next < partitions && ctx.Err() == nil {
 		end := min(done.Next+maxPurges, partitions)
 		counts := make([]int, end-done.Next)
@@ -263,6 +264,9 @@ func (a *Archive) purgePartitions(ctx context.Context, b *Backend, s Selection, 
 		default:
 			done.Next = end
 		}
+	}
+	if done.Next == from && from < partitions { // going on from there would not end
+		return done, fmt.Errorf("the storage takes too long: %w", ctx.Err())
 	}
 	return done, nil
 }

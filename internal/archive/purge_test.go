@@ -6,6 +6,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -123,6 +124,19 @@ func TestPurgeDuringAnOutage(t *testing.T) {
 			if got, err := f.Purge(t.Context(), s, 0); !errors.Is(err, errAway) || got.Stored != 0 {
 				t.Errorf("%s: got %+v, error %v", name, got, err)
 			}
+		}
+	})
+}
+
+// A purge that does not get on is an error, so that nobody goes on with it for ever.
+func TestPurgeThatHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, _, _ := filled(t)
+		defer f.Close()
+		f.storage.Set(storagetest.On(storagetest.Hanging(false), storagetest.List))
+		begin := time.Now()
+		if got, err := f.Purge(t.Context(), Selection{}, 0); err == nil || got.Next != 0 || time.Since(begin) > purgeTimeout {
+			t.Errorf("got %+v after %s, error %v", got, time.Since(begin), err)
 		}
 	})
 }

@@ -35,11 +35,12 @@ type write struct {
 	underway bool
 	removed  bool // while the write was under way: it is not retried
 
-	tries       int       // that have failed
-	failedSince time.Time // when the first one failed
-	retryAt     time.Time
-	backoff     backoff
-	reported    bool // that the storage does not take it
+	tries     int           // that have failed
+	failedAt  time.Time     // the last one that counts, see giveUpAfter
+	failedFor time.Duration // how long they have failed while others were stored
+	retryAt   time.Time
+	backoff   backoff
+	reported  bool // that the storage does not take it
 
 	fresh *list.Element // in queue.fresh
 	index int           // in queue.failed
@@ -51,8 +52,8 @@ type queue struct {
 	byKey  map[task.Key]*write
 	fresh  list.List // of *write: those that have not failed, the next one in front
 	failed retries   // by the time of the next try
-	bytes  int
-	turn   uint // of next
+	bytes  int       // of all reports that are held, including those that are being replaced
+	turn   uint      // of next
 }
 
 // retries implements heap.Interface.
@@ -81,28 +82,46 @@ func (r *retries) Pop() any {
 func (q *queue) len() int { return len(q.byKey) }
 
 // push adds an item, or replaces the one under the same key. An item whose write is under way is replaced when that
-// returns. It reports whether there is room.
+// returns. It reports whether there is room: if not, nothing is replaced. An empty queue has room for any item.
 func (q *queue) push(i Item) bool {
-	if w := q.byKey[i.Key]; w != nil {
-		q.bytes += i.Report.Size() - w.latest().Report.Size()
-		if w.underway {
-			w.newer = &i
-		} else {
-			w.Item = i
-		}
-		return true
+	w := q.byKey[i.Key]
+	bytes := q.bytes + i.Report.Size()
+	if w != nil {
+		bytes -= w.replaceable()
 	}
-	if q.len() >= maxQueue || q.bytes+i.Report.Size() > maxQueueBytes {
+	if w == nil && q.len() >= maxQueue || bytes > maxQueueBytes && bytes > i.Report.Size() {
 		return false
 	}
+	q.bytes = bytes
+	switch {
+	case w == nil:
+		q.add(&write{Item: i})
+	case w.underway:
+		w.newer = &i
+	default:
+		w.Item = i
+	}
+	return true
+}
+
+func (q *queue) add(w *write) {
 	if q.byKey == nil {
 		q.byKey = make(map[task.Key]*write)
 	}
-	w := &write{Item: i}
+	q.byKey[w.Key] = w
 	w.fresh = q.fresh.PushBack(w)
-	q.byKey[i.Key] = w
-	q.bytes += i.Report.Size()
-	return true
+}
+
+// replaceable returns the size of the report that a newer one replaces. One that is being written is held until that
+// returns.
+func (w *write) replaceable() int {
+	switch {
+	case w.newer != nil:
+		return w.newer.Report.Size()
+	case w.underway:
+		return 0
+	}
+	return w.Report.Size()
 }
 
 // latest returns the newest item under the key of the write.
@@ -165,8 +184,8 @@ func (q *queue) retryAt() (time.Time, bool) {
 
 // finish removes a write that has returned, or goes on with the newer item.
 func (q *queue) finish(w *write) {
+	q.bytes -= w.Report.Size()
 	if w.newer == nil {
-		q.bytes -= w.Report.Size()
 		delete(q.byKey, w.Key)
 		return
 	}
@@ -177,6 +196,7 @@ func (q *queue) finish(w *write) {
 // retry schedules another try of a write that has failed.
 func (q *queue) retry(w *write, at time.Time) {
 	if w.newer != nil {
+		q.bytes -= w.Report.Size()
 		w.Item, w.newer = *w.newer, nil
 	}
 	w.underway, w.removed, w.retryAt = false, false, at
@@ -199,7 +219,7 @@ func (q *queue) remove(match func(Item) bool) (n int) {
 		n++
 		if w.underway {
 			if w.newer != nil {
-				q.bytes += w.Report.Size() - w.newer.Report.Size()
+				q.bytes -= w.newer.Report.Size()
 				w.newer = nil
 			}
 			w.removed = true

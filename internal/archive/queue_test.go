@@ -54,6 +54,26 @@ func TestQueueOrder(t *testing.T) {
 	}
 }
 
+// A newer item has no more room than a new one.
+func TestQueueReplacesWithinItsBounds(t *testing.T) {
+	var q queue
+	n := 0
+	for q.push(item(n, 1<<20)) {
+		n++
+	}
+	w := q.next(noon, true)
+	if n != maxQueueBytes>>20 || q.push(item(1, 2<<20)) || q.push(item(0, 1<<20)) || q.bytes > maxQueueBytes {
+		t.Errorf("%d items of %d bytes", n, q.bytes)
+	}
+	if !q.push(item(1, 1<<20)) || q.get(numbered(1)).Report.Size() != 1<<20 {
+		t.Error("an item of the same size does not replace another")
+	}
+	q.finish(w)
+	if !q.push(item(1, 2<<20)) || q.bytes != maxQueueBytes {
+		t.Errorf("there is no room when a write has ended: %d bytes", q.bytes)
+	}
+}
+
 // An item whose write is under way is not written a second time before that has returned: the older one could win.
 func TestQueueReplacesWhatIsUnderWay(t *testing.T) {
 	var q queue
@@ -61,7 +81,7 @@ func TestQueueReplacesWhatIsUnderWay(t *testing.T) {
 	w := q.next(noon, true)
 	newer := item(0, 300)
 	q.push(newer)
-	if q.len() != 1 || q.bytes != 300 || q.next(noon, true) != nil {
+	if q.len() != 1 || q.bytes != 400 || q.next(noon, true) != nil {
 		t.Errorf("%d items of %d bytes", q.len(), q.bytes)
 	}
 	q.finish(w)
@@ -126,6 +146,10 @@ func TestQueueIsBounded(t *testing.T) {
 	}
 	if n != maxQueue {
 		t.Errorf("%d small items have room", n)
+	}
+	var one queue
+	if large := item(0, maxQueueBytes+1); !one.push(large) || one.push(item(1, 1)) {
+		t.Error("the largest item has no room, or others beside it")
 	}
 }
 

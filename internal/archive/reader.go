@@ -88,7 +88,7 @@ func (a *Archive) Newest(ctx context.Context, sum [32]byte, all bool, grow func(
 		return Found{}, ErrUnreadable
 	}
 	source := task.FileSource(a.Namespace, sum, all)
-	refs, err := readThrough(ctx, a, b, task.FileKey(source, task.Key{}), func(ctx context.Context) ([]place, error) {
+	refs, err := readThrough(ctx, a, b, a.lists, task.FileKey(source, task.Key{}), func(ctx context.Context) ([]place, error) {
 		return a.listFile(ctx, b, source)
 	})
 	if err != nil {
@@ -131,7 +131,7 @@ func (a *Archive) read(ctx context.Context, b *Backend, p place, grow func(store
 
 // load loads a stored value. It returns nil if there is none.
 func (a *Archive) load(ctx context.Context, b *Backend, k task.Key, name string) ([]byte, error) {
-	return readThrough(ctx, a, b, k, func(ctx context.Context) ([]byte, error) {
+	return readThrough(ctx, a, b, a.reads, k, func(ctx context.Context) ([]byte, error) {
 		stored, err := b.Storage.Load(ctx, name)
 		if err == nil && stored == nil {
 			stored = []byte{}
@@ -140,14 +140,14 @@ func (a *Archive) load(ctx context.Context, b *Backend, k task.Key, name string)
 	})
 }
 
-// readThrough reads about a key from the storage, unless the storage fails. It returns when op has returned or ctx has
-// ended, even if the storage ignores ctx.
-func readThrough[T any](ctx context.Context, a *Archive, b *Backend, k task.Key, op func(context.Context) (T, error)) (got T, err error) {
-	if !a.reads.allow(time.Now()) {
+// readThrough reads about a key from the storage, unless the breaker says that the storage fails. It returns when op has
+// returned or ctx has ended, even if the storage ignores ctx.
+func readThrough[T any](ctx context.Context, a *Archive, b *Backend, through *breaker, k task.Key, op func(context.Context) (T, error)) (got T, err error) {
+	if !through.allow(time.Now()) {
 		return got, ErrUnreadable
 	}
-	if err := a.takeSlot(ctx); err != nil {
-		a.reads.abandon()
+	if err := a.takeSlot(ctx, through); err != nil {
+		through.abandon()
 		return got, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
@@ -164,18 +164,18 @@ func readThrough[T any](ctx context.Context, a *Archive, b *Backend, k task.Key,
 	defer cancel()
 	select {
 	case <-done:
-		return read, a.noteRead(ctx, b, k, failed)
+		return read, a.noteRead(ctx, b, through, k, failed)
 	case <-slow.Done():
 	}
 	if ctx.Err() != nil {
-		return got, a.noteRead(ctx, b, k, ctx.Err())
+		return got, a.noteRead(ctx, b, through, k, ctx.Err())
 	}
-	a.noteFailedRead(b, k, errTimeout)
+	a.noteFailedRead(b, through, k, errTimeout)
 	select {
 	case <-done:
-		return read, a.noteRead(ctx, b, k, failed)
+		return read, a.noteRead(ctx, b, through, k, failed)
 	case <-ctx.Done():
-	case <-a.reads.done():
+	case <-through.done():
 	}
 	if errors.Is(ctx.Err(), context.Canceled) {
 		return got, ctx.Err()
@@ -184,7 +184,7 @@ func readThrough[T any](ctx context.Context, a *Archive, b *Backend, k task.Key,
 }
 
 // takeSlot waits for a slot for a read, unless the storage begins to fail.
-func (a *Archive) takeSlot(ctx context.Context) error {
+func (a *Archive) takeSlot(ctx context.Context, through *breaker) error {
 	select {
 	case a.slots <- struct{}{}:
 		return nil
@@ -195,38 +195,38 @@ func (a *Archive) takeSlot(ctx context.Context) error {
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()
-	case <-a.reads.done():
+	case <-through.done():
 		return ErrUnreadable
 	}
 }
 
 // noteRead tells the breaker how a read has ended, and returns the error for the caller.
-func (a *Archive) noteRead(ctx context.Context, b *Backend, k task.Key, err error) error {
+func (a *Archive) noteRead(ctx context.Context, b *Backend, through *breaker, k task.Key, err error) error {
 	switch {
 	case err == nil:
-		if a.reads.succeed() {
-			a.tellClosed(b, "read")
+		if through.succeed() {
+			a.tellClosed(b, through.operation)
 		}
 		return nil
 	case errors.Is(ctx.Err(), context.Canceled): // all callers have left
-		a.reads.abandon()
+		through.abandon()
 		return ctx.Err()
 	case ctx.Err() != nil:
 		err = errTimeout
 	}
-	a.noteFailedRead(b, k, err)
+	a.noteFailedRead(b, through, k, err)
 	return fmt.Errorf("%w: %w", ErrUnreadable, err)
 }
 
 // noteFailedRead tells the breaker that a read has failed or is slow.
-func (a *Archive) noteFailedRead(b *Backend, k task.Key, err error) {
+func (a *Archive) noteFailedRead(b *Backend, through *breaker, k task.Key, err error) {
 	now := time.Now()
-	if a.reads.fail(k, now) {
-		a.tellOpened(b, "read", err)
+	if through.fail(k, now) {
+		a.tellOpened(b, through.operation, err)
 		return
 	}
 	a.mu.Lock()
-	complain := now.After(a.complain) && !a.reads.open()
+	complain := now.After(a.complain) && !through.open()
 	if complain {
 		a.complain = now.Add(complainEvery)
 	}

@@ -270,6 +270,25 @@ func TestReadsDuringAnOutage(t *testing.T) {
 	})
 }
 
+// A storage that cannot list can still be read.
+func TestListsThatFail(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		f.Save(item(0, 100))
+		time.Sleep(time.Minute)
+		f.storage.Set(storagetest.On(storagetest.Failing(errAway), storagetest.List))
+		for i := range 10 {
+			if _, err := f.Newest(t.Context(), [32]byte{byte(i + 1)}, false, func(int64) error { return nil }); !errors.Is(err, ErrUnreadable) {
+				t.Errorf("a list that fails: error %v", err)
+			}
+		}
+		if found, err := f.find(t, numbered(0)); err != nil || found.Report == nil {
+			t.Errorf("found %v, error %v", found.Report, err)
+		}
+	})
+}
+
 // When the storage hangs, those who wait are told after the time of a slow read, and others at once.
 func TestReadsThatHang(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

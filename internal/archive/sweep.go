@@ -46,10 +46,7 @@ func (a *Archive) sweepAll() {
 		wait = min(wait, sweepInterval(b.Retention)+time.Duration(jitter.Int64N(int64(time.Second))))
 	}
 	for {
-		waited, cancel := context.WithTimeout(a.ctx, wait)
-		<-waited.Done()
-		cancel()
-		if a.ctx.Err() != nil {
+		if !a.sleep(wait) {
 			return
 		}
 		wait = time.Minute
@@ -61,6 +58,14 @@ func (a *Archive) sweepAll() {
 			wait = interval - interval/10 + time.Duration(jitter.Int64N(int64(interval/5)))
 		}
 	}
+}
+
+// sleep reports whether a time has passed without the end of the archive.
+func (a *Archive) sleep(d time.Duration) bool {
+	ctx, cancel := context.WithTimeout(a.ctx, d)
+	defer cancel()
+	<-ctx.Done()
+	return a.ctx.Err() == nil
 }
 
 // pass makes one pass of the sweep, unless another instance makes one.

@@ -225,6 +225,26 @@ func TestInstancesDisagreeAboutTheRetention(t *testing.T) {
 	})
 }
 
+// An instance whose sweep hangs lives all the same: the others keep values for as long as it wants.
+func TestInstanceWhoseLockHangsLives(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		long := newFixtureWith(func(f *fixture, _ *Config) { f.backend.Retention = 90 * 24 * time.Hour })
+		defer long.Close()
+		short := newFixtureWith(func(f *fixture, c *Config) {
+			f.storage = testStorage{storagetest.NewFaulty(long.storage.Memory), long.storage.Memory}
+			f.backend.Storage, f.backend.Retention = f.storage.Storage(), 2*time.Hour
+			c.Seed = 2
+		})
+		defer short.Close()
+		long.storage.Set(storagetest.On(storagetest.Hanging(true), storagetest.TryLock))
+		long.Save(item(0, 100))
+		time.Sleep(24 * time.Hour)
+		if n := len(long.storage.stored()); n != 1 {
+			t.Error("a value was deleted that an instance wants to keep")
+		}
+	})
+}
+
 // A clock that is wrong for a while does not stop anything: only the age of values depends on it.
 func TestClockThatSteps(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {

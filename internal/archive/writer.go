@@ -22,8 +22,10 @@ const (
 	firstRetry = 250 * time.Millisecond
 	lastRetry  = 30 * time.Second
 
-	// giveUpAfter is how long a value is retried that fails while others are stored.
+	// giveUpAfter is how long a value is retried that fails while others are stored. Time counts if another value was stored
+	// in it, at most maxCounted at once, so that nothing is given up in an outage.
 	giveUpAfter = time.Hour
+	maxCounted  = 5 * time.Minute
 
 	// reportAfter is the number of failures after which a value is logged that fails while others are stored.
 	reportAfter = 3
@@ -51,7 +53,7 @@ func (a *Archive) startWrites() {
 	for {
 		limit, probe := maxWrites, time.Duration(0)
 		if a.writes.open() {
-			limit, probe = 1, a.writes.untilProbe(now)
+			limit, probe = min(a.hanging+1, maxWrites), a.writes.untilProbe(now)
 		}
 		if a.writing >= limit {
 			return // the end of a write starts the next
@@ -72,8 +74,18 @@ func (a *Archive) startWrites() {
 func (a *Archive) write(b *Backend, w *write, i Item) {
 	ctx, cancel := context.WithTimeout(a.ctx, writeTimeout)
 	defer cancel()
-	// A storage that ignores the context may hang for longer. Then the write still holds its place.
-	overdue := time.AfterFunc(writeTimeout, func() { a.noteFailedWrite(b, i.Key, errTimeout) })
+	// A storage that ignores the context may hang for longer. Then the write still holds its place, but is no probe.
+	var hangs, returned bool // guarded by a.mu
+	overdue := time.AfterFunc(writeTimeout+time.Second, func() {
+		a.noteFailedWrite(b, i.Key, errTimeout)
+		a.mu.Lock()
+		defer a.mu.Unlock()
+		if !returned {
+			hangs = true
+			a.hanging++
+			a.startWrites()
+		}
+	})
 	err := a.store(ctx, b, i)
 	overdue.Stop()
 	if a.ctx.Err() != nil {
@@ -86,7 +98,7 @@ func (a *Archive) write(b *Backend, w *write, i Item) {
 			a.Stored(i.Key, i.Report)
 		}
 		if a.writes.succeed() {
-			a.tellClosed(b, "write")
+			a.tellClosed(b, a.writes.operation)
 		}
 	} else {
 		a.Metrics.failed.Inc()
@@ -97,6 +109,9 @@ func (a *Archive) write(b *Backend, w *write, i Item) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.writing--
+	if returned = true; hangs {
+		a.hanging--
+	}
 	now := time.Now()
 	switch a.failing = err != nil && !refused; {
 	case err == nil:
@@ -116,7 +131,7 @@ func (a *Archive) write(b *Backend, w *write, i Item) {
 func (a *Archive) isRefused(w *write) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return w.tries > 0 && a.storedAt.After(w.failedSince) && !a.writes.open()
+	return (w.failedFor > 0 || w.tries > 0 && a.storedAt.After(w.failedAt)) && !a.writes.open()
 }
 
 // queueChanged wakes those who wait for the queue, offers the room that it has, and starts the writes that are due. The
@@ -130,22 +145,25 @@ func (a *Archive) queueChanged(b *Backend) {
 // noteFailedWrite tells the breaker of a write that has failed or hangs.
 func (a *Archive) noteFailedWrite(b *Backend, k task.Key, err error) {
 	if a.writes.fail(k, time.Now()) {
-		a.tellOpened(b, "write", err)
+		a.tellOpened(b, a.writes.operation, err)
 	}
 }
 
 // retry schedules another try of a write that has failed, unless it is given up. The caller holds the mutex.
 func (a *Archive) retry(b *Backend, w *write, now time.Time, err error) {
 	if w.tries++; w.tries == 1 {
-		w.failedSince = now
+		w.failedAt = now
 	}
-	others := a.storedAt.After(w.failedSince) // are stored
+	if a.storedAt.After(w.failedAt) {
+		w.failedFor += min(now.Sub(w.failedAt), maxCounted)
+		w.failedAt = now
+	}
 	field := zap.String("key", a.layout.name(place{kind: inPartition, key: w.Key}))
-	if w.tries >= reportAfter && others && !w.reported {
+	if w.tries >= reportAfter && w.failedFor > 0 && !w.reported {
 		w.reported = true
 		b.Logger.Warn("the storage does not take a report: it is retried", field, zap.Error(err))
 	}
-	if now.Sub(w.failedSince) >= giveUpAfter && others {
+	if w.failedFor >= giveUpAfter {
 		a.Metrics.givenUp.Inc()
 		b.Logger.Warn("the storage does not take a report: it is given up", field, zap.Error(err))
 		a.queue.finish(w)
@@ -163,8 +181,10 @@ func (a *Archive) offerRoom(b *Backend) {
 	if a.refused == 0 || a.queue.len() > maxQueue*3/4 || a.queue.bytes > maxQueueBytes*3/4 {
 		return
 	}
-	b.Logger.Info("the queue to the storage has room again", zap.Int("refused", a.refused))
-	a.refused = 0
+	if a.toldFull {
+		b.Logger.Info("the queue to the storage has room again", zap.Int("refused", a.refused))
+	}
+	a.refused, a.toldFull = 0, false
 	if a.Room != nil {
 		go a.Room()
 	}

@@ -60,6 +60,25 @@ func TestRoom(t *testing.T) {
 	})
 }
 
+// A queue that is full again and again is logged once in a while.
+func TestRoomIsLoggedRarely(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		f.storage.slow(20 * time.Millisecond)
+		small, saved := report(1), 0
+		for range 12 {
+			for f.Save(Item{Key: numbered(saved), Report: small}) {
+				saved++
+			}
+			time.Sleep(2 * time.Second)
+		}
+		if full, room := f.logged("the queue to the storage is full"), f.logged("has room again"); full != 1 || room != 1 || f.room.Load() < 10 {
+			t.Errorf("logged %d times that it is full and %d times that it has room, which was offered %d times", full, room, f.room.Load())
+		}
+	})
+}
+
 // A report is confirmed after it was stored, not before.
 func TestConfirmation(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -110,6 +129,29 @@ func TestRefusedValues(t *testing.T) {
 		}
 		if n := f.logged("it is given up"); n != refused || f.Stats().Queued != 0 {
 			t.Errorf("%d values are given up, %d are queued", n, f.Stats().Queued)
+		}
+	})
+}
+
+// A value that the storage refuses is not given up in an outage either, although others were stored before.
+func TestNothingIsGivenUpInAnOutage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		f.storage.Set(refuseLarge)
+		f.Save(item(0, 20_000))
+		time.Sleep(time.Second)
+		f.Save(item(1, 100))
+		time.Sleep(time.Minute)
+		f.storage.fail(errAway)
+		time.Sleep(5 * time.Hour)
+		if n := f.logged("it is given up"); n != 0 || f.Stats().Queued != 1 {
+			t.Error("a report is given up in an outage")
+		}
+		f.storage.Mend()
+		time.Sleep(time.Minute)
+		if n := f.confirmations(); n != 2 {
+			t.Errorf("%d reports are stored in the end", n)
 		}
 	})
 }
@@ -171,6 +213,28 @@ func TestWriteThatHangs(t *testing.T) {
 		defer other.Close()
 		if got, err := other.find(t, numbered(0)); err != nil || got.Report == nil || len(got.Report.Document().Body) != 300 {
 			t.Errorf("found %+v, error %v", got, err)
+		}
+	})
+}
+
+// A write that hangs for longer than its time does not keep the others from finding out that the storage works again.
+func TestProbeThatHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		f.storage.fail(errAway)
+		const reports = 10
+		for i := range reports {
+			f.Save(item(i, 100))
+		}
+		time.Sleep(time.Minute)
+		f.storage.Set(storagetest.On(storagetest.Hanging(true), storagetest.Store))
+		time.Sleep(time.Minute)
+		hanging := f.storage.Pending(storagetest.Store)
+		f.storage.Set(storagetest.Delayed(time.Millisecond))
+		time.Sleep(2 * time.Minute)
+		if n := f.confirmations(); n < reports-hanging {
+			t.Errorf("%d reports are stored while %d writes hang", n, hanging)
 		}
 	})
 }

@@ -69,6 +69,9 @@ type Fault struct {
 	// Deaf is that the call does not return when its context ends.
 	Deaf bool
 
+	// Linger is how long the call takes to return when its context has ended.
+	Linger time.Duration
+
 	// Late is that the effect comes although the context has ended before.
 	Late bool
 }
@@ -217,7 +220,7 @@ func On(decide func(Call) Fault, affected ...Op) func(Call) Fault {
 }
 
 // do does a call. The effect is called with the mutex of the memory held, unless it is that of a lock.
-func (f *Faulty) do(ctx context.Context, c Call, effect func(Effect) error) error {
+func (f *Faulty) do(ctx context.Context, c Call, effect func(Call, Effect) error) error {
 	c.Begun = time.Now()
 	f.mu.Lock()
 	c.ID = f.id
@@ -238,7 +241,7 @@ func (f *Faulty) do(ctx context.Context, c Call, effect func(Effect) error) erro
 	return err
 }
 
-func (f *Faulty) run(ctx context.Context, c Call, fault Fault, release <-chan struct{}, effect func(Effect) error) error {
+func (f *Faulty) run(ctx context.Context, c Call, fault Fault, release <-chan struct{}, effect func(Call, Effect) error) error {
 	if f.isDead() {
 		return errDead
 	}
@@ -246,18 +249,18 @@ func (f *Faulty) run(ctx context.Context, c Call, fault Fault, release <-chan st
 		switch {
 		case errors.Is(err, errDead):
 			if f.crashed(c) == Whole && c.Op != Lock && c.Op != TryLock {
-				_ = effect(Whole)
+				_ = effect(c, Whole)
 			}
 		case fault.Late:
-			_ = effect(fault.Effect)
+			_ = effect(c, fault.Effect)
 		}
 		return err
 	}
-	err := effect(fault.Effect)
+	err := effect(c, fault.Effect)
 	if errors.Is(err, errDead) {
 		return err
 	}
-	if waited := f.wait(ctx, fault.After, Fault{Deaf: fault.Deaf}, nil); waited != nil && err == nil {
+	if waited := f.wait(ctx, fault.After, Fault{Deaf: fault.Deaf, Linger: fault.Linger}, nil); waited != nil && err == nil {
 		err = waited
 	}
 	if fault.Err == nil && fault.Effect != Whole {
@@ -301,8 +304,15 @@ func (f *Faulty) wait(ctx context.Context, d time.Duration, fault Fault, release
 	case <-f.dead:
 		return errDead
 	case <-done:
-		return ctx.Err()
 	}
+	if fault.Linger > 0 {
+		select {
+		case <-time.After(fault.Linger):
+		case <-f.dead:
+			return errDead
+		}
+	}
+	return ctx.Err()
 }
 
 // storage is a Faulty as a certmagic.Storage.
@@ -319,7 +329,7 @@ var (
 // change does a call that changes a value, and tells the observer of its effect.
 func (s storage) change(ctx context.Context, c Call, value []byte, whole func() error, half func()) error {
 	m := s.f.memory
-	return s.f.do(ctx, c, func(e Effect) error {
+	return s.f.do(ctx, c, func(c Call, e Effect) error {
 		if e == None {
 			return nil
 		}
@@ -367,7 +377,7 @@ func (s storage) Delete(ctx context.Context, name string) error {
 // look does a call that changes nothing.
 func (s storage) look(ctx context.Context, c Call, f func() error) error {
 	m := s.f.memory
-	return s.f.do(ctx, c, func(e Effect) error {
+	return s.f.do(ctx, c, func(_ Call, e Effect) error {
 		if e != Whole {
 			return nil
 		}
@@ -456,7 +466,7 @@ func (s tryStorage) TryLock(ctx context.Context, name string) (locked bool, err 
 
 // lock does a call that takes a lock. If it fails although the lock was taken, the lock ends by itself after a while.
 func (s storage) lock(ctx context.Context, c Call, take func() error) error {
-	err := s.f.do(ctx, c, func(e Effect) error {
+	err := s.f.do(ctx, c, func(_ Call, e Effect) error {
 		if e != Whole {
 			return nil
 		}
@@ -474,7 +484,7 @@ func (s storage) lock(ctx context.Context, c Call, take func() error) error {
 }
 
 func (s storage) Unlock(ctx context.Context, name string) error {
-	err := s.f.do(ctx, Call{Op: Unlock, Name: name}, func(e Effect) error {
+	err := s.f.do(ctx, Call{Op: Unlock, Name: name}, func(_ Call, e Effect) error {
 		if e != Whole {
 			return nil
 		}

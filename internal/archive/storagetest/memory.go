@@ -152,7 +152,8 @@ func (m *Memory) release(owner any) {
 // node is a folder, a value, or both.
 type node struct {
 	children map[string]*node
-	value    []byte // nil if there is none
+	order    []string // the names of the children, in order; nil if it is not known
+	value    []byte   // nil if there is none
 	modified time.Time
 	hidden   bool // there is a value, but no list shows it
 	ghost    bool // lists show it, but there is no value
@@ -180,7 +181,7 @@ func (n *node) make(name string) *node {
 				n.children = make(map[string]*node)
 			}
 			next = new(node)
-			n.children[part] = next
+			n.children[part], n.order = next, nil
 		}
 		n = next
 	}
@@ -200,6 +201,7 @@ func (n *node) remove(name string, below bool) {
 	}
 	if below || len(child.children) == 0 {
 		delete(parent.children, base)
+		parent.order = nil
 		return
 	}
 	child.value, child.ghost, child.hidden = nil, false, false
@@ -219,7 +221,12 @@ func folder(name string) string {
 	return name[:max(0, strings.LastIndexByte(name, '/'))]
 }
 
-func (n *node) sorted() []string { return slices.Sorted(maps.Keys(n.children)) }
+func (n *node) sorted() []string {
+	if n.order == nil {
+		n.order = slices.Sorted(maps.Keys(n.children))
+	}
+	return n.order
+}
 
 // listed reports whether lists show the value of the node.
 func (n *node) listed() bool { return n.value != nil && !n.hidden || n.ghost }
@@ -261,8 +268,14 @@ func (n *node) walk(name, prefix string, f func(name string, n *node)) {
 			return
 		}
 	}
+	rest := strings.TrimPrefix(prefix, name)
+	if !strings.HasPrefix(prefix, name) {
+		rest = ""
+	}
 	for _, base := range n.sorted() {
-		n.children[base].walk(name+base, prefix, f)
+		if strings.HasPrefix(base, rest) {
+			n.children[base].walk(name+base, prefix, f)
+		}
 	}
 }
 
