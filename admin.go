@@ -118,12 +118,15 @@ func (s *nodeState) fill(ctx context.Context, upstreams []liveUpstream) {
 	first.health.record(sourceOther, r)
 	worst := statusHealthy
 	for _, u := range upstreams {
-		status, last := u.health.status(time.Now())
-		worst = max(worst, status)
 		s.Questions += u.inFlight.Load()
-		if last != nil && (s.LastProblem == nil || last.At.After(s.LastProblem.At)) {
+		status, last := u.health.status(time.Now())
+		if last != nil && (s.LastProblem == nil || status > worst || status == worst && last.At.After(s.LastProblem.At)) {
 			s.LastProblem = last
 		}
+		worst = max(worst, status)
+	}
+	if r.problem != nil && r.problem.role != roleNone { // not a problem of this machine
+		worst = max(worst, statusDegraded)
 	}
 	s.State = worst.String()
 }

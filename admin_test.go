@@ -56,15 +56,18 @@ func TestAdminNodes(t *testing.T) {
 	s.wantAdmin(http.MethodGet, "/fsbroker/nodes", http.StatusOK, fmt.Sprintf(`[`+
 		`{"namespace":"default","role":"node","node":"a-well","address":"%s","state":"healthy","questions":1,`+
 		`"system_info":{"name":"fsTransform","version":"2.1.0","queue":{"active":3,"queued":2,"completed":12345}}},`+
-		`{"namespace":"default","role":"node","node":"b-old","address":"%s","state":"healthy","questions":0,"system_info_problem":"node_bad_answer"},`+
-		`{"namespace":"default","role":"node","node":"c-slow","address":"%s","state":"healthy","questions":0,"system_info_problem":"node_timeout"},`+
-		`{"namespace":"default","role":"node","node":"d-gone","address":"%s","state":"down","last_problem":{"code":"node_unreachable","at":"…"},"questions":0,"system_info_problem":"node_unreachable"},`+
-		`{"namespace":"default","role":"broker","address":"%s","state":"healthy","last_problem":{"code":"broker_bad_answer","at":"…"},"questions":0,"system_info_problem":"broker_bad_answer"},`+
+		`{"namespace":"default","role":"node","node":"b-old","address":"%s","state":"degraded","questions":0,"system_info_problem":"node_bad_answer"},`+
+		`{"namespace":"default","role":"node","node":"c-slow","address":"%s","state":"degraded","last_problem":{"code":"node_timeout","cause":"the node did not answer within 300ms","at":"…"},"questions":0,"system_info_problem":"node_timeout"},`+
+		`{"namespace":"default","role":"node","node":"d-gone","address":"%[4]s","state":"down","last_problem":{"code":"node_unreachable","cause":"dial tcp %[4]s: connect: connection refused","at":"…"},"questions":0,"system_info_problem":"node_unreachable"},`+
+		`{"namespace":"default","role":"broker","address":"%[5]s","state":"degraded","last_problem":{"code":"broker_bad_answer","cause":"the broker answered with the unexpected status 500","at":"…"},"questions":0,"system_info_problem":"broker_bad_answer"},`+
 		`{"namespace":"other","role":"node","node":"a-well","address":"%[1]s","state":"healthy","questions":0,`+
 		`"system_info":{"name":"fsTransform","version":"2.1.0","queue":{"active":3,"queued":2,"completed":12345}}}]`,
 		host(well), host(old), host(slow), host(gone), host(broker)))
 	if took := time.Since(begin); took > 5*time.Second {
 		t.Errorf("the response took %s", took)
+	}
+	if lines := s.logged("broker fails"); len(lines) != 1 || lines[0]["node"] != nil {
+		t.Errorf("the log has %v", lines)
 	}
 	close(g.open)
 	(<-held).wantStatus(t, http.StatusOK)
@@ -89,7 +92,7 @@ func TestAdminCache(t *testing.T) {
 		t.Errorf("%v: %s", err, body)
 	}
 
-	s.load(options(node, "cache {\n max_size 1\n storage\n }"))
+	s.load(options(node, "cache {\n max_size 1B\n storage\n }"))
 	s.get(pair)
 	eventually(t, "the report to be stored", func() bool {
 		_, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache")

@@ -386,7 +386,7 @@ func (ns *namespace) openArchive(ctx caddy.Context) error {
 		Name string `json:"module"`
 	}
 	if err := json.Unmarshal(cache.StorageRaw, &module); err != nil {
-		return fmt.Errorf("cache.storage must be an object: %w", err)
+		return fmt.Errorf(`cache.storage must be an object, such as {"module": "file_system", "root": "/var/lib/fsbroker"}: %w`, err)
 	}
 	if module.Name != "" {
 		mod, err := ctx.LoadModule(cache, "StorageRaw")
@@ -433,6 +433,9 @@ func (ns *namespace) close() error {
 	if ns.pollers != nil {
 		ns.pollers.stop()
 		ns.resolver.retired.Store(true)
+		for u := range ns.resolver.upstreams() {
+			u.health.close()
+		}
 		live.remove(ns.resolver)
 	}
 	if ns.backend != nil {

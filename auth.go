@@ -119,7 +119,7 @@ var errBraces = errors.New("the text in braces is not a placeholder that has a v
 // resolveSecret replaces the placeholders of a secret. The error names a placeholder only if it cannot be a part of the
 // secret itself.
 func resolveSecret(repl *caddy.Replacer, secret string) (string, error) {
-	value, err := repl.ReplaceOrErr(secret, true, true)
+	value, err := replacePlaceholders(repl, secret)
 	if err != nil {
 		if !onePlaceholder.MatchString(secret) {
 			err = errBraces

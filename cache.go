@@ -526,7 +526,7 @@ func (r *reservation) take(size int64) error {
 	}
 	return &problem{
 		kind: problemBusy, retryAfter: time.Second,
-		detail: "the reports that are being read use up the memory for them: try again after Retry-After",
+		detail: "the reports that are being read use up the memory for them" + tryAgain,
 	}
 }
 

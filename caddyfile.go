@@ -7,9 +7,11 @@ import (
 	"fmt"
 	"math"
 	"slices"
+	"strconv"
 	"strings"
 
 	"github.com/dustin/go-humanize"
+	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
@@ -38,6 +40,9 @@ func parseDirective(helper httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, e
 		helper.Delete()
 	}
 	helper.Reset()
+	if doubt := doubtMatcher(matchers); given && doubt != "" {
+		caddy.Log().Named("http.handlers.fsbroker_task").Warn(doubt, zap.String("at", place))
+	}
 
 	h := new(Handler)
 	if err := h.UnmarshalCaddyfile(helper.Dispenser); err != nil {
@@ -416,6 +421,9 @@ func (c *Cache) unmarshalStorage(d *caddyfile.Dispenser) error {
 		return noBlock(d, "storage without a module")
 	}
 	name := d.Val()
+	if strings.ContainsAny(name, `/\`) {
+		return d.Errf("storage takes the name of a module, not a folder: write storage file_system %s", name)
+	}
 	mod, err := caddyfile.UnmarshalModule(d, "caddy.storage."+name)
 	if err != nil {
 		return err
@@ -443,15 +451,21 @@ func (c *Cache) unmarshalKeys(d *caddyfile.Dispenser) error {
 }
 
 func unmarshalDuration(d *caddyfile.Dispenser, option *caddy.Duration) error {
-	return unmarshalOnce(d, option, "a duration of more than 0, such as 30s or 24h", func(s string) (caddy.Duration, error) {
+	return unmarshalOnce(d, option, "a duration of at least 1ms, such as 30s or 24h", func(s string) (caddy.Duration, error) {
 		duration, err := caddy.ParseDuration(s)
+		if duration < leastDuration {
+			return 0, err
+		}
 		return caddy.Duration(duration), err
 	})
 }
 
 func unmarshalSize(d *caddyfile.Dispenser, option *int64) error {
-	return unmarshalOnce(d, option, "a size of more than 0, such as 64MiB", func(s string) (int64, error) {
+	return unmarshalOnce(d, option, "a size with its unit, such as 64MiB", func(s string) (int64, error) {
 		size, err := humanize.ParseBytes(s)
+		if _, unitless := strconv.Atoi(s); unitless == nil && size < maxUnitless {
+			return 0, err
+		}
 		if size > math.MaxInt64 {
 			return 0, errors.New("too large")
 		}
@@ -459,7 +473,7 @@ func unmarshalSize(d *caddyfile.Dispenser, option *int64) error {
 	})
 }
 
-// unmarshalOnce reads an option with one value of more than 0, which may be given once.
+// unmarshalOnce reads an option with one value, which may be given once. parse returns 0 for one that is not acceptable.
 func unmarshalOnce[T ~int64](d *caddyfile.Dispenser, option *T, wanted string, parse func(string) (T, error)) error {
 	name := d.Val()
 	if *option != 0 {

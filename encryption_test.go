@@ -180,9 +180,9 @@ func TestWrongEncryptionKeys(t *testing.T) {
 	for keys, want := range map[string]string{
 		"{env.FSBROKER_SHORT_KEY}":           "encryption key 1 must be 32 bytes",
 		right + " {env.FSBROKER_SHORT_KEY}":  "encryption key 2 must be 32 bytes",
-		"{env.FSBROKER_EMPTY_KEY}":           "{env.FSBROKER_EMPTY_KEY} is empty",
-		right + " {env.FSBROKER_NO_KEY}":     "{env.FSBROKER_NO_KEY} is empty",
-		"{file./no/such/key}":                "{file./no/such/key} is empty",
+		"{env.FSBROKER_EMPTY_KEY}":           "{env.FSBROKER_EMPTY_KEY} has no value: the environment variable is set, but empty",
+		right + " {env.FSBROKER_NO_KEY}":     "{env.FSBROKER_NO_KEY} has no value: the environment variable is not set",
+		"{file./no/such/key}":                "{file./no/such/key} has no value: there is no such file",
 		"0123456789abcdef":                   "encryption key 1 must be 32 bytes",
 		`""`:                                 "an encryption key is empty",
 		"":                                   "expected encryption_key <key> [<older key>...]",

@@ -6,6 +6,7 @@
 package fsbroker
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -82,9 +83,9 @@ type Handler struct {
 
 	// The interval at which each node and the broker are asked for their `/system-info`, to check their health. One that
 	// cannot be connected to is treated as if a request for a report had failed. One that answers with anything but a JSON
-	// object is logged, and is still asked for reports. The events `fsbroker_node_unhealthy` and `fsbroker_node_healthy` are
-	// emitted when the state changes, with `role`, `node`, `address` and `reason`, whether a check or a request has found
-	// it. Default: no checks
+	// object is logged, and is still asked for reports, as is one of which three requests in a row have failed. The events
+	// `fsbroker_node_unhealthy` and `fsbroker_node_healthy` are emitted when the state changes, with `role`, `node`,
+	// `address` and `reason`, whether a check or a request has found it. Default: no checks
 	HealthInterval caddy.Duration `json:"health_interval,omitempty"`
 
 	// The maximum duration of a health check. Default: `5s`
@@ -120,6 +121,7 @@ func (*Handler) CaddyModule() caddy.ModuleInfo {
 // Provision sets up the handler.
 func (h *Handler) Provision(ctx caddy.Context) error {
 	h.logger = ctx.Logger()
+	doubts := h.doubts()
 	h.setDefaults()
 	if err := h.validate(); err != nil {
 		return err
@@ -134,6 +136,11 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	}
 	if h.namespace, err = app.(*App).namespaceOf(ctx, h); err != nil {
 		return err
+	}
+	if h.namespace.options == h { // the others are alike
+		for _, doubt := range doubts {
+			h.logger.Warn(doubt, zap.String("namespace", h.namespace.name))
+		}
 	}
 	h.responder = responder{memory: h.namespace.member.memory, retryAfter: time.Duration(h.PollInterval), logger: h.logger}
 	if server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
@@ -182,21 +189,22 @@ func setDefault[T comparable](option *T, value T) {
 
 // validate checks the options. Those of a Caddyfile have been checked before.
 func (h *Handler) validate() error {
-	for name, value := range map[string]int64{
-		"timeout":         int64(h.Timeout),
-		"poll_interval":   int64(h.PollInterval),
-		"max_wait":        int64(h.MaxWait),
-		"max_report":      h.MaxReport,
-		"fail_duration":   int64(h.FailDuration),
-		"health_interval": int64(h.HealthInterval),
-		"health_timeout":  int64(h.HealthTimeout),
-		"cache.ttl":       int64(h.Cache.TTL),
-		"cache.max_size":  h.Cache.MaxSize,
-		"cache.retention": int64(h.Cache.Retention),
+	for name, d := range map[string]caddy.Duration{
+		"timeout":         h.Timeout,
+		"poll_interval":   h.PollInterval,
+		"max_wait":        h.MaxWait,
+		"fail_duration":   h.FailDuration,
+		"health_interval": h.HealthInterval,
+		"health_timeout":  h.HealthTimeout,
+		"cache.ttl":       h.Cache.TTL,
+		"cache.retention": h.Cache.Retention,
 	} {
-		if value < 0 {
-			return fmt.Errorf("%s must be more than 0 (or left out, for its default)", name)
+		if err := checkDuration(name, d); err != nil {
+			return err
 		}
+	}
+	if err := cmp.Or(checkSign("max_report", h.MaxReport), checkSign("cache.max_size", h.Cache.MaxSize)); err != nil {
+		return err
 	}
 	if h.Cache.Retention > 0 && h.Cache.StorageRaw == nil {
 		return errRetention

@@ -267,6 +267,9 @@ func (r reply) wantProblem(t *testing.T, status int, code string) {
 	if err := json.Unmarshal(r.body, &doc); err != nil {
 		t.Fatalf("%v: %s", err, r.body)
 	}
+	if bytes.Contains(r.body, []byte(`\u00`)) || bytes.HasSuffix(r.body, []byte("\n")) {
+		t.Errorf("the problem is hard to read: %s", r.body)
+	}
 	if doc.Code != code || doc.Status != status || doc.Title != http.StatusText(status) || doc.Detail == "" || !strings.HasSuffix(doc.Type, "#"+code) {
 		t.Errorf("the problem is %+v, want code %s", doc, code)
 	}

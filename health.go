@@ -1,6 +1,7 @@
 package fsbroker
 
 import (
+	"strings"
 	"sync"
 	"time"
 
@@ -9,21 +10,45 @@ import (
 
 // health is the state of an upstream, from checks and from requests. It does not know how the upstream is reached.
 type health struct {
+	role         role
 	failDuration time.Duration
 	logger       *zap.Logger
 	notify       func(event, reason string) // reports a change to event handlers
 
-	mu         sync.Mutex // guards the fields below
-	dialFailed time.Time  // when the upstream last could not be connected to; zero since it could
-	failures   [3]*failure
-	last       *failure // the last failure of the upstream or of one of its answers
+	mu           sync.Mutex // guards the fields below
+	dialFailed   time.Time  // when the upstream last could not be connected to; zero since it could
+	answerFailed time.Time  // when a request last failed although it could be connected to
+	inARow       int        // requests that failed since the last that succeeded
+	failures     [3]*failure
+	last         *failure // the last failure of the upstream or of one of its answers
+
+	warnings map[string]*warning // by the code of the failure
+	begin    time.Time           // of the failures that are not over
+	failed   int                 // how many they are
+	settling *time.Timer         // ends them if no request fails meanwhile; nil before it is needed
 }
 
 // failure is a failure of an upstream.
 type failure struct {
-	Code string    `json:"code"`
-	At   time.Time `json:"at"`
+	Code  string    `json:"code"`
+	Cause string    `json:"cause"` // never what the upstream sent
+	At    time.Time `json:"at"`
 }
+
+// warning is what the log has about the failures with one code.
+type warning struct {
+	open   bool      // the log has them, and does not say yet that they are over
+	logged time.Time // when it last had them
+	failed int       // since then
+}
+
+const (
+	// unhealthyAfter is how many requests must fail in a row, so that one bad report does not make an upstream unhealthy.
+	unhealthyAfter = 3
+
+	// repeatWarning is how often the log has a failure that lasts.
+	repeatWarning = 10 * time.Minute
+)
 
 // healthSource is how a failure was found. A failure ends when the same source finds the upstream healthy again, so each
 // source has a place in health.failures. The first that is failing counts.
@@ -33,7 +58,7 @@ const (
 	sourceDial    healthSource = iota // any exchange
 	sourceRequest                     // a request for a report
 	sourceCheck
-	sourceOther // only connecting counts
+	sourceOther // does not make the upstream unhealthy, unless it cannot be connected to
 )
 
 // response is the outcome of an exchange with an upstream.
@@ -50,22 +75,32 @@ type response struct {
 type healthStatus int
 
 const (
-	statusHealthy healthStatus = iota
-	statusUnhealthy
-	statusDown // not asked for a while
+	statusHealthy   healthStatus = iota
+	statusDegraded               // some answers fail
+	statusUnhealthy              // still asked
+	statusDown                   // not asked for a while
 )
 
-func (s healthStatus) String() string { return [...]string{"healthy", "unhealthy", "down"}[s] }
+func (s healthStatus) String() string {
+	return [...]string{"healthy", "degraded", "unhealthy", "down"}[s]
+}
 
-// status returns the state of the upstream and its last failure, if there was one.
+// works reports whether the upstream is not known to fail as a whole.
+func (s healthStatus) works() bool { return s < statusUnhealthy }
+
+// status returns the state of the upstream and the failure that is the reason for it. A healthy upstream has its last
+// failure, which is over.
 func (h *health) status(now time.Time) (healthStatus, *failure) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
+	current := h.current()
 	switch {
 	case h.downUntil().After(now):
-		return statusDown, h.last
-	case h.current() != nil:
-		return statusUnhealthy, h.last
+		return statusDown, current
+	case current != nil:
+		return statusUnhealthy, current
+	case h.failed > 0:
+		return statusDegraded, h.last
 	}
 	return statusHealthy, h.last
 }
@@ -85,7 +120,7 @@ func (h *health) downUntil() time.Time {
 	return h.dialFailed.Add(h.failDuration)
 }
 
-// current returns the failure that counts, or nil if there is none. The caller holds the mutex.
+// current returns the failure that makes the upstream unhealthy, or nil if there is none. The caller holds the mutex.
 func (h *health) current() *failure {
 	for _, f := range h.failures {
 		if f != nil {
@@ -95,54 +130,169 @@ func (h *health) current() *failure {
 	return nil
 }
 
-// record records the outcome of an exchange, and logs and reports a change.
+// record records the outcome of an exchange, and logs and reports what it changes.
 func (h *health) record(source healthSource, r response) {
-	before, after := h.update(source, r)
+	h.change(func(now time.Time) (log func()) {
+		if f := h.update(source, r, now); f != nil {
+			return h.warn(f, r, now)
+		}
+		if r.problem == nil {
+			return h.settle(now)
+		}
+		return nil
+	})
+}
+
+// change applies a change with the mutex held, and logs and reports it without: event handlers may take their time.
+func (h *health) change(apply func(now time.Time) (log func())) {
+	h.mu.Lock()
+	before := h.current()
+	log := apply(time.Now())
+	after := h.current()
+	h.mu.Unlock()
+	if log != nil {
+		log()
+	}
 	switch {
-	case after != nil && (before == nil || before.Code != after.Code):
-		fields := []zap.Field{zap.String("code", after.Code)}
-		if r.dialFailed { // dial errors hold only an address; other errors may hold what the upstream sent
-			fields = append(fields, zap.NamedError("cause", r.cause), zap.Duration("fail_duration", h.failDuration))
-			fields = append(fields, r.details...)
-		}
-		h.logger.Warn("fails", fields...)
-		if before == nil {
-			h.notify("fsbroker_node_unhealthy", after.Code)
-		}
-	case after == nil && before != nil:
-		h.logger.Info("answers again")
+	case before == nil && after != nil:
+		h.notify("fsbroker_node_unhealthy", after.Code)
+	case before != nil && after == nil:
 		h.notify("fsbroker_node_healthy", before.Code)
 	}
 }
 
-// update records the outcome of an exchange and returns the failure that counts, before and after. A slow or malformed
-// answer to a request is a failure of that report only.
-func (h *health) update(source healthSource, r response) (before, after *failure) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	before = h.current()
+// update records the outcome of an exchange, and returns the failure that it is, or nil. The caller holds the mutex.
+func (h *health) update(source healthSource, r response, now time.Time) *failure {
 	switch {
 	case r.dialFailed:
-		h.fail(sourceDial, r.problem)
-		h.dialFailed = time.Now()
+		source, h.dialFailed = sourceDial, now
 	case r.status != 0 && r.start.After(h.dialFailed): // it could be connected to since
 		h.failures[sourceDial], h.dialFailed = nil, time.Time{}
 	}
-	switch {
-	case r.dialFailed, source == sourceOther:
-	case r.problem == nil:
-		h.failures[source] = nil
-	case r.problem.kind == problemBusy:
-	case source == sourceCheck, r.problem.kind == problemRefusedSecret:
-		h.fail(source, r.problem)
-	default:
-		h.last = &failure{Code: r.problem.code(), At: time.Now()}
+	if r.problem == nil {
+		h.succeed(source)
+		return nil
 	}
-	return before, h.current()
+	if r.problem.kind == problemBusy || source == sourceOther && !r.problem.isPassing() {
+		return nil
+	}
+	f := &failure{Code: r.problem.code(), Cause: r.causeText(), At: now}
+	h.fail(source, r.problem.kind, f)
+	return f
 }
 
-// fail sets the failure of a source. The caller holds the mutex.
-func (h *health) fail(source healthSource, p *problem) {
-	h.failures[source] = &failure{Code: p.code(), At: time.Now()}
-	h.last = h.failures[source]
+// succeed ends what the source has found before. What requests have found ends in settle. The caller holds the mutex.
+func (h *health) succeed(source healthSource) {
+	switch source {
+	case sourceRequest:
+		h.inARow = 0
+	case sourceCheck:
+		h.failures[sourceCheck] = nil
+	}
+}
+
+// fail adds a failure. The caller holds the mutex.
+func (h *health) fail(source healthSource, kind problemKind, f *failure) {
+	if h.failed == 0 {
+		h.begin = f.At
+	}
+	h.failed++
+	h.last = f
+	if source == sourceDial || source == sourceCheck {
+		h.failures[source] = f
+		return
+	}
+	h.answerFailed = f.At
+	h.stop()
+	if source != sourceRequest {
+		return
+	}
+	if kind != problemAnswerTooLarge && kind != problemOverloaded { // which passes, or only this report is
+		h.inARow++
+	}
+	if h.inARow >= unhealthyAfter || kind == problemRefusedSecret {
+		h.failures[sourceRequest] = f
+	}
+}
+
+// warn returns what logs a failure, or nil if the log has its code already. Failures that come and go are logged like one
+// that lasts, unless the upstream is unhealthy. The caller holds the mutex.
+func (h *health) warn(f *failure, r response, now time.Time) func() {
+	w := h.warnings[f.Code]
+	if w == nil {
+		w = new(warning)
+		h.warnings[f.Code] = w
+	}
+	w.failed++
+	begins := !w.open && h.current() == f
+	if !begins && now.Sub(w.logged) < repeatWarning {
+		return nil
+	}
+	fields := []zap.Field{zap.String("code", f.Code), zap.String("cause", f.Cause), zap.Int("failures", w.failed)}
+	if r.dialFailed {
+		fields = append(append(fields, zap.Duration("fail_duration", h.failDuration)), r.details...)
+	}
+	*w = warning{open: true, logged: now}
+	return func() { h.logger.Warn(h.role.String()+" fails", fields...) }
+}
+
+// settle ends the failures of requests once the last is fail_duration ago and one has succeeded since, so an upstream
+// whose answers only sometimes fail does not change its state with each of them. It returns what logs that everything is
+// over, or nil. The caller holds the mutex.
+func (h *health) settle(now time.Time) func() {
+	if h.failed == 0 || h.inARow > 0 {
+		return nil
+	}
+	if wait := h.answerFailed.Add(h.failDuration).Sub(now); wait > 0 {
+		h.settleAfter(wait)
+		return nil
+	}
+	h.failures[sourceRequest] = nil
+	if h.current() != nil {
+		return nil
+	}
+	fields := []zap.Field{zap.Int("failures", h.failed), zap.Duration("duration", now.Sub(h.begin))}
+	h.failed = 0
+	logged := false
+	for _, w := range h.warnings {
+		if w.open {
+			w.open, w.failed, logged = false, 0, true
+		}
+	}
+	if !logged {
+		return nil
+	}
+	return func() { h.logger.Info(h.role.String()+" answers again", fields...) }
+}
+
+// settleAfter settles later, if no request fails until then. The caller holds the mutex.
+func (h *health) settleAfter(wait time.Duration) {
+	if h.settling == nil {
+		h.settling = time.AfterFunc(wait, func() { h.change(h.settle) })
+		return
+	}
+	h.settling.Reset(wait)
+}
+
+// stop keeps the failures from being settled. The caller holds the mutex.
+func (h *health) stop() {
+	if h.settling != nil {
+		h.settling.Stop()
+	}
+}
+
+// close ends what goes on by itself.
+func (h *health) close() {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	h.stop()
+}
+
+// causeText returns the cause of a problem for operators: that of a failure to connect, or else what the caller reads,
+// without the advice. Other errors may hold what the upstream sent.
+func (r response) causeText() string {
+	if r.dialFailed {
+		return r.cause.Error()
+	}
+	return strings.TrimSuffix(r.problem.detail, tryAgain)
 }

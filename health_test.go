@@ -174,3 +174,89 @@ func TestHealthChecksEnd(t *testing.T) {
 	within(t, "the check to be canceled", g.left)
 	wantEvents(t)
 }
+
+// A node that answers nonsense is logged, with the cause, and is not said to be healthy.
+func TestFailingNodeIsSeen(t *testing.T) {
+	const leak = "what the node sent " + nodeSecret
+	for name, test := range map[string]struct {
+		handler http.HandlerFunc
+		code    string
+		cause   string
+	}{
+		"the status 500":      {responds(http.StatusInternalServerError, leak), "bad_answer", "the node answered with the unexpected status 500"},
+		"HTML":                {responds(http.StatusOK, "\n<!doctype html>"+leak), "bad_answer", "the node sent something that looks like HTML and is not a report: its operator checks that its address is that of the node"},
+		"nonsense":            {responds(http.StatusOK, leak), "bad_answer", "the node sent something that is not a report: it is not JSON, or it is incomplete (byte 0)"},
+		"an empty answer":     {responds(http.StatusOK, ""), "bad_answer", "the node sent something that is not a report: it is empty"},
+		"nothing":             {func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, "timeout", "the node did not answer within 200ms"},
+		"a closed connection": {func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }, "bad_answer", "the node closed the connection without an answer"},
+		"half an answer":      {halfAnAnswer, "bad_answer", "the node did not finish its answer"},
+		"something else":      {notHTTP(leak), "bad_answer", "the node sent something that is not HTTP"},
+		"the status 400":      {responds(http.StatusBadRequest, leak), "rejected_request", "the node answered with the status 400: perhaps it refused the secret that is configured for it, or does not accept the IDs: check the IDs; its operator checks secret and secret_in"},
+		"the status 503":      {responds(http.StatusServiceUnavailable, leak), "overloaded", "the node answered with the status 503: it is overloaded"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			node := newBackend(t, test.handler)
+			host := node.Listener.Addr().String()
+			s := startWithAdmin(t, options(node, "timeout 200ms\nhealth_timeout 200ms\nfail_duration 50ms"), recordEvents)
+			before := s.scrape()
+			for i := range 5 {
+				if r := s.get(pair); i == 1 {
+					r.wantProblem(t, r.status, "node_"+test.code)
+					r.wantHeader(t, "Retry-After", map[bool]string{true: "", false: "1"}[test.code == "rejected_request"])
+				}
+			}
+			lines := s.logged("node fails")
+			if len(lines) != 1 || lines[0]["level"] != "warn" || lines[0]["node"] != "node-1" || lines[0]["code"] != "node_"+test.code || lines[0]["cause"] != test.cause {
+				t.Errorf("the log has %v, want one line with %s: %s", lines, test.code, test.cause)
+			}
+			_, state := s.requestAdmin(http.MethodGet, "/fsbroker/nodes")
+			want := "unhealthy"
+			if test.code == "overloaded" { // which passes
+				want = "degraded"
+			}
+			if !strings.Contains(state, `"state":"`+want+`","last_problem":{"code":"node_`+test.code+`","cause":"`+test.cause+`"`) {
+				t.Errorf("the node is %s", state)
+			}
+			up := `node_up{address="` + host + `",namespace="default",node="node-1",role="node"}`
+			s.wantMetrics(before, map[string]string{
+				up: map[string]string{"unhealthy": "0", "degraded": "1"}[want], `questions_total{node="node-1",outcome="` + test.code + `",role="node"}`: "5",
+			})
+
+			node.setHandler(systemInfo)
+			s.get(pair).wantStatus(t, http.StatusOK)
+			eventually(t, "the log to say that it is over", func() bool { return len(s.logged("node answers again")) == 1 })
+			s.wantMetrics(nil, map[string]string{up: "1"})
+			var events []string
+			if want == "unhealthy" {
+				for _, kind := range []string{"unhealthy", "healthy"} {
+					events = append(events, fmt.Sprintf("fsbroker_node_%s of http.handlers.fsbroker_task: node node-1 at %s, since node_%s", kind, host, test.code))
+				}
+			}
+			wantEvents(t, events...)
+			s.wantNoSecretInLog()
+			if log := fmt.Sprint(s.logged("")); strings.Contains(log, "what the node sent") {
+				t.Errorf("the log holds what the node sent: %s", log)
+			}
+		})
+	}
+}
+
+// halfAnAnswer is the handler of a backend that breaks off.
+func halfAnAnswer(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Length", "1000")
+	_, _ = w.Write([]byte(`{"result":`))
+	_ = http.NewResponseController(w).Flush()
+	panic(http.ErrAbortHandler)
+}
+
+// notHTTP returns the handler of a backend that does not speak HTTP.
+func notHTTP(text string) http.HandlerFunc {
+	return func(w http.ResponseWriter, _ *http.Request) {
+		conn, _, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			panic(err)
+		}
+		_, _ = conn.Write([]byte(text + "\r\n\r\n"))
+		_ = conn.Close()
+	}
+}

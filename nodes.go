@@ -34,10 +34,10 @@ type Node struct {
 
 // Endpoint configures how a node or the broker is reached, and with which secret.
 type Endpoint struct {
-	// A URL with the scheme `https` or `http`, and optionally a path that precedes `/task`, or `host:port`. Without a
-	// scheme it is HTTPS if the transport has TLS configured, and HTTP otherwise. `http` beside a transport with TLS is an
-	// error, unless the port is one of its `except_ports`. Placeholders such as `{env.NAME}` are resolved when the
-	// configuration is loaded.
+	// A URL with the scheme `https` or `http`, and optionally a path that precedes `/task`, or `host:port`, which needs the
+	// port. Without a scheme it is HTTPS if the transport has TLS configured, and HTTP otherwise. `http` beside a transport
+	// with TLS is an error, unless the port is one of its `except_ports`. Placeholders such as `{env.NAME}` are resolved
+	// when the configuration is loaded.
 	Address string `json:"address"`
 
 	// The secret that the upstream requires, if any. Placeholders such as `{env.NAME}` and `{file./path}` are resolved
@@ -89,6 +89,9 @@ func (e Endpoint) newSecret(value string) (*upstreamSecret, error) {
 // errAddress does not show the address: a password in it must not get into a log.
 var errAddress = errors.New("the address must be host:port, or http://host:port/path or https://…, without user, query and fragment")
 
+// errNoPort does not show the address either.
+var errNoPort = errors.New("the address has no port: write host:port (by default, a node listens on 22001 and a broker on 23001), or https://host if the port is 443")
+
 // parseAddress parses an address and completes it, so that one place always has the same name. An address without a
 // scheme has the one that scheme returns for its port.
 func parseAddress(address string, scheme func(port string) string) (*url.URL, error) {
@@ -104,6 +107,9 @@ func parseAddress(address string, scheme func(port string) string) (*url.URL, er
 		return nil, errAddress
 	}
 	port := u.Port()
+	if bare && port == "" {
+		return nil, errNoPort
+	}
 	if bare {
 		u.Scheme = scheme(port)
 	}
@@ -141,7 +147,7 @@ var errHTTPBesideTLS = errors.New("the scheme of the address is http, but the tr
 
 // newUpstream resolves and checks an Endpoint. The name is a node's application server ID.
 func (e Endpoint) newUpstream(repl *caddy.Replacer, role role, name string, o endpointOptions) (*upstream, error) {
-	address, err := repl.ReplaceOrErr(e.Address, true, true)
+	address, err := replacePlaceholders(repl, e.Address)
 	if err != nil {
 		return nil, fmt.Errorf("resolving the address: %w", err)
 	}
@@ -179,7 +185,8 @@ func (e Endpoint) newUpstream(repl *caddy.Replacer, role role, name string, o en
 		upstreamOptions: o.upstreamOptions,
 		line:            semaphore.NewWeighted(maxInFlight),
 	}
-	u.health.failDuration, u.health.logger = o.failDuration, o.logger
+	u.health.role, u.health.failDuration, u.health.logger = role, o.failDuration, o.logger
+	u.health.warnings = make(map[string]*warning)
 	u.health.notify = func(event, reason string) { o.notify(u, event, reason) }
 	return u, nil
 }
@@ -215,9 +222,10 @@ func setNocache(params url.Values, fresh bool) {
 func (u *upstream) fetchReport(ctx context.Context, params url.Values) (*task.Report, error) {
 	var report *task.Report
 	status, err := u.fetch(ctx, "task", params, sourceRequest, func(body io.Reader, grow func(int64) error) (err error) {
-		report, err = task.ReadReport(body, grow)
+		marked := &marker{Reader: body}
+		report, err = task.ReadReport(marked, grow)
 		if _, ok := errors.AsType[*problem](err); err != nil && !ok {
-			return u.problem(problemBadAnswer, fmt.Sprintf("sent something that is not a report: %s. Try again later", err))
+			return u.notA("report", err, marked)
 		}
 		return err
 	})
@@ -230,6 +238,14 @@ func (u *upstream) fetchReport(ctx context.Context, params url.Values) (*task.Re
 		return nil, errUnknown
 	}
 	return report, nil
+}
+
+// notA returns the problem that an answer is not what it should be.
+func (u *upstream) notA(wanted string, err error, body *marker) *problem {
+	if body.isHTML() {
+		return u.problem(problemBadAnswer, "sent something that looks like HTML and is not a "+wanted+": its operator checks that its address is that of the "+u.role.String())
+	}
+	return u.problem(problemBadAnswer, fmt.Sprintf("sent something that is not a %s: %s"+tryAgain, wanted, err))
 }
 
 // fetchSubmission fetches what the broker says about a submission. The error is errUnknown if the broker does not know it.
@@ -274,8 +290,9 @@ const maxInfo = 64 << 10
 func (u *upstream) fetchSystemInfo(ctx context.Context, timeout time.Duration) (response, systemInfo, error) {
 	var info systemInfo
 	r, err := u.exchange(ctx, timeout, "system-info", make(url.Values), func(body io.Reader, _ func(int64) error) (err error) {
-		if info, err = readSystemInfo(io.LimitReader(body, maxInfo)); err != nil {
-			return u.problem(problemBadAnswer, "sent something that is not a JSON object: its operator must correct that")
+		marked := &marker{Reader: io.LimitReader(body, maxInfo)}
+		if info, err = readSystemInfo(marked); err != nil {
+			return u.notA("JSON object", errors.New("it is not JSON, or something else"), marked)
 		}
 		return nil
 	})

@@ -1,6 +1,7 @@
 package fsbroker
 
 import (
+	"bytes"
 	"encoding/json"
 	"math"
 	"net/http"
@@ -106,6 +107,9 @@ type problem struct {
 	methods    []string      // those that the endpoint has, if the request has another one
 }
 
+// tryAgain is the advice at the end of a detail if nothing but trying again helps.
+const tryAgain = ": try again after Retry-After"
+
 // Error implements error.
 func (p *problem) Error() string { return p.code() + ": " + p.detail }
 
@@ -146,14 +150,17 @@ const problemBase = "https://github.com/caddy-fsbroker/caddy-fsbroker#"
 
 // document returns the problem as JSON (RFC 9457, section 3), with the code as its extension member.
 func (p *problem) document() []byte {
-	body, _ := json.Marshal(struct { // strings and a number never fail
+	var body bytes.Buffer
+	encoder := json.NewEncoder(&body)
+	encoder.SetEscapeHTML(false) // people read it, and browsers do not take it for a page
+	_ = encoder.Encode(struct {  // strings and a number never fail
 		Type   string `json:"type"`
 		Title  string `json:"title"`
 		Status int    `json:"status"`
 		Detail string `json:"detail"`
 		Code   string `json:"code"`
 	}{problemBase + p.code(), http.StatusText(p.status()), p.status(), p.detail, p.code()})
-	return body
+	return bytes.TrimSuffix(body.Bytes(), []byte("\n"))
 }
 
 // wholeSeconds formats d for Retry-After. It rounds up, so callers do not come back too early.

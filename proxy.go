@@ -274,7 +274,7 @@ func (u *upstream) judgeProxied(ctx context.Context, r *response, dial *dialTrac
 	default:
 		u.plain.Store(u.base.Scheme == "http")
 	}
-	u.judge(ctx, r, dial)
+	u.judge(ctx, 0, r, dial)
 	if r.problem != nil && r.problem.kind == problemRejectedRequest {
 		r.problem = nil
 	}

@@ -69,7 +69,7 @@ func (rg *registry) stats() stats {
 		one := upstreamStats{namespace: id.namespace, role: id.role, name: id.name, host: id.host, up: true}
 		for _, u := range upstreams {
 			status, _ := u.health.status(now)
-			one.up = one.up && status == statusHealthy
+			one.up = one.up && status.works()
 			one.inFlight += u.inFlight.Load()
 		}
 		s.upstreams = append(s.upstreams, one)

@@ -347,9 +347,9 @@ func (rs *resolver) withStorageError(p *problem, err error) error {
 	case p.status() != http.StatusNotFound && p.kind != problemNotCached:
 		return p.with("the storage that may have it cannot be read either")
 	}
-	detail := "no upstream knows it any more, and the storage that may have it cannot be read: try again after Retry-After"
+	detail := "no upstream knows it any more, and the storage that may have it cannot be read" + tryAgain
 	if p.kind == problemNotCached {
-		detail = "memory does not have it, and the storage that may have it cannot be read: try again after Retry-After"
+		detail = "memory does not have it, and the storage that may have it cannot be read" + tryAgain
 	}
 	return &problem{kind: problemStorageUnavailable, retryAfter: rs.failDuration, detail: detail}
 }

@@ -16,6 +16,8 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+
+	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
 )
 
 // slow returns the option for a faulty storage in a folder, each operation of which takes a while.
@@ -123,7 +125,10 @@ func TestTerminatedWithAFullQueue(t *testing.T) {
 				anyTask(w, r)
 			})
 			p := startProcessWithGrace(t, dir, options(node, strings.Replace(slow("SHARED", test.delay), "}", "max_size 1GiB\n}", 1)), test.grace)
-			const reports = 2000
+			reports := 2000
+			if fsbroker.RaceDetector {
+				reports = 500
+			}
 			all := reports
 			if test.holds {
 				resp := p.hold("/task?appServerID=node-1&taskID=large")

@@ -1,6 +1,7 @@
 package fsbroker
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -66,9 +67,14 @@ type upstreamSecret struct {
 	params   []string // in these query parameters
 }
 
-// problem returns a problem of the upstream. Its detail begins with the upstream's role.
+// problem returns a problem of the upstream. Its detail begins with the upstream's role. Callers may try again when the
+// upstream is asked again after it could not be connected to, unless the problem says another time.
 func (u *upstream) problem(kind problemKind, detail string) *problem {
-	return &problem{kind: kind, role: u.role, detail: "the " + u.role.String() + " " + detail}
+	p := &problem{kind: kind, role: u.role, detail: "the " + u.role.String() + " " + detail}
+	if kind == problemBadAnswer || p.isPassing() {
+		p.retryAfter = u.health.failDuration
+	}
+	return p
 }
 
 // refusedSecret returns the problem of an upstream that answers 401 or 403.
@@ -88,7 +94,7 @@ func (u *upstream) down(now time.Time) *problem {
 	if left == 0 {
 		return nil
 	}
-	down := u.problem(problemDown, "could not be connected to a moment ago: try again after Retry-After")
+	down := u.problem(problemDown, "could not be connected to a moment ago"+tryAgain)
 	down.retryAfter = left
 	return down
 }
@@ -141,7 +147,7 @@ func (u *upstream) exchange(ctx context.Context, timeout time.Duration, path str
 		return response{}, context.Cause(ctx)
 	}
 	r = response{start: start, status: status, cause: err, dialFailed: dial.failed()}
-	u.judge(ctx, &r, &dial)
+	u.judge(ctx, timeout, &r, &dial)
 	if ce := u.logger.Check(zap.DebugLevel, "fetched"); ce != nil {
 		code := ""
 		if r.problem != nil {
@@ -199,7 +205,7 @@ func (u *upstream) roundTrip(req *http.Request, body *answerBody, read bodyReade
 	case http.StatusGone:
 		return http.StatusNotFound, nil
 	case http.StatusTooManyRequests, http.StatusServiceUnavailable:
-		p := u.problem(problemOverloaded, fmt.Sprintf("answered with the status %d: it is overloaded: try again after Retry-After", resp.StatusCode))
+		p := u.problem(problemOverloaded, fmt.Sprintf("answered with the status %d: it is overloaded"+tryAgain, resp.StatusCode))
 		p.retryAfter = retryAfter(resp.Header, u.health.failDuration)
 		return resp.StatusCode, p
 	case http.StatusUnauthorized, http.StatusForbidden:
@@ -208,7 +214,7 @@ func (u *upstream) roundTrip(req *http.Request, body *answerBody, read bodyReade
 		return resp.StatusCode, u.rejectedRequest()
 	}
 	return resp.StatusCode, u.problem(problemBadAnswer,
-		fmt.Sprintf("answered with the unexpected status %d: try again later", resp.StatusCode))
+		fmt.Sprintf("answered with the unexpected status %d"+tryAgain, resp.StatusCode))
 }
 
 // maxRetryAfter bounds the Retry-After that is passed on.
@@ -265,6 +271,26 @@ func (b *answerBody) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// marker is a reader that remembers the first byte that is not white space.
+type marker struct {
+	io.Reader
+	first byte
+}
+
+// Read implements io.Reader.
+func (m *marker) Read(p []byte) (int, error) {
+	n, err := m.Reader.Read(p)
+	if m.first == 0 {
+		if text := bytes.TrimLeft(p[:n], " \t\r\n"); len(text) > 0 {
+			m.first = text[0]
+		}
+	}
+	return n, err
+}
+
+// isHTML reports whether what was read looks like HTML, or another kind of XML.
+func (m *marker) isHTML() bool { return m.first == '<' }
+
 // checkSize checks the size of the body so far, or the size that the upstream states.
 func (b *answerBody) checkSize(size int64) error {
 	if size > b.upstream.maxAnswer {
@@ -285,17 +311,17 @@ func drain(resp *http.Response) {
 	_, _ = io.CopyN(io.Discard, resp.Body, small)
 }
 
-// judge sets the problem of an exchange, if there is one.
-func (u *upstream) judge(ctx context.Context, r *response, dial *dialTrace) {
+// judge sets the problem of an exchange, if there is one. The timeout is 0 if it was not that of the upstream.
+func (u *upstream) judge(ctx context.Context, timeout time.Duration, r *response, dial *dialTrace) {
 	if dial.isLocal() {
 		u.diagnoseLocal(r)
 	} else {
-		u.diagnose(ctx, r)
+		u.diagnose(ctx, timeout, r)
 	}
 }
 
 // diagnose sets the problem that the error of an exchange means.
-func (u *upstream) diagnose(ctx context.Context, r *response) {
+func (u *upstream) diagnose(ctx context.Context, timeout time.Duration, r *response) {
 	if r.cause == nil {
 		return
 	}
@@ -312,10 +338,25 @@ func (u *upstream) diagnose(ctx context.Context, r *response) {
 		r.problem, r.details = u.diagnoseDial(r.cause)
 		r.cause = errors.New(u.redact(r.cause.Error())) // it may name what a certificate states
 	case isTimeout(r.cause):
-		r.problem = u.problem(problemTimeout, "did not answer in time: try again later")
+		within := "in time"
+		if timeout > 0 {
+			within = "within " + timeout.String()
+		}
+		r.problem = u.problem(problemTimeout, "did not answer "+within+tryAgain)
 	default:
-		r.problem = u.problem(problemBadAnswer, "did not finish its answer: try again later")
+		r.problem = u.problem(problemBadAnswer, describeBroken(*r)+tryAgain)
 	}
+}
+
+// describeBroken says how an answer breaks off. The error itself may hold what the upstream sent.
+func describeBroken(r response) string {
+	switch {
+	case r.status != 0:
+		return "did not finish its answer"
+	case errors.Is(r.cause, io.EOF), errors.Is(r.cause, io.ErrUnexpectedEOF), errors.Is(r.cause, syscall.ECONNRESET):
+		return "closed the connection without an answer"
+	}
+	return "sent something that is not HTTP"
 }
 
 // diagnoseLocal sets the problem that an error of this machine means, and warns of it from time to time.
@@ -323,7 +364,7 @@ func (u *upstream) diagnoseLocal(r *response) {
 	r.dialFailed = false
 	r.problem = &problem{
 		kind: problemBusy, retryAfter: time.Second,
-		detail: "the server has no file descriptors, ports or memory left to ask an upstream: try again after Retry-After",
+		detail: "the server has no file descriptors, ports or memory left to ask an upstream" + tryAgain,
 	}
 	if u.warnings.due(u.health.failDuration) {
 		u.logger.Warn("no local resources are left to connect: raise the limit of open files", zap.Error(r.cause))
@@ -369,9 +410,9 @@ func (u *upstream) diagnoseDial(err error) (*problem, []zap.Field) {
 		return u.problem(problemWrongScheme, "does not speak TLS, but its address says https: its operator must write http:// in its address, or switch on TLS on the "+u.role.String()), nil
 	}
 	if isTimeout(err) {
-		return u.problem(problemTimeout, "could not be connected to in time: try again later"), nil
+		return u.problem(problemTimeout, "could not be connected to in time"+tryAgain), nil
 	}
-	return u.problem(problemUnreachable, "could not be connected to: try again later; its operator finds the cause in the log"), nil
+	return u.problem(problemUnreachable, "could not be connected to: try again after Retry-After; its operator finds the cause in the log"), nil
 }
 
 // isTimeout reports whether err is a timeout.

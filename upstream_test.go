@@ -178,7 +178,7 @@ func TestFailDuration(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, once := range []string{`"msg":"fails"`, `"msg":"answers again"`} {
+	for _, once := range []string{`"msg":"node fails"`, `"msg":"node answers again"`} {
 		if n := bytes.Count(log, []byte(once)); n != 1 {
 			t.Errorf("%s was logged %d times", once, n)
 		}

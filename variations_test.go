@@ -278,7 +278,7 @@ func TestConnectionProblems(t *testing.T) {
 		"no such host":              {"https://no-such-host.invalid:22001", "", "node_unreachable", "could not be connected to", map[string]string{"cause": "no-such-host.invalid"}},
 		"speaks TLS, answers 400":   {strings.Replace(secure.URL, "https", "http", 1), "", "node_wrong_scheme", "must write https://", nil},
 		"speaks TLS, resets":        {"http://" + resets, "", "node_wrong_scheme", "must write https://", nil},
-		"breaks off, without TLS":   {"http://" + breaksOff, "", "node_bad_answer", "did not finish", nil},
+		"breaks off, without TLS":   {"http://" + breaksOff, "", "node_bad_answer", "closed the connection without an answer", nil},
 		"does not speak TLS":        {strings.Replace(plain.URL, "http", "https", 1), "", "node_wrong_scheme", "must write http://", nil},
 		"certificate not trusted":   {secure.URL, "", "node_untrusted_certificate", "not trusted", map[string]string{"issuer": "O=Acme Co", "hint": "tls_trust_pool", "names": "example.com", "cause": "unknown authority"}},
 		"certificate of other name": {"https://localhost:" + portOf(secure.URL), "transport http {\ntls_trust_pool file " + pinned(t, secure) + "\n}", "node_untrusted_certificate", "not trusted", map[string]string{"cause": "localhost", "names": "example.com", "hint": "tls_server_name"}},

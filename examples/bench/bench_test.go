@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"strings"
 	"testing"
+	"time"
 
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 )
@@ -30,7 +31,7 @@ func TestRun(t *testing.T) {
 	}
 	o := options{
 		seconds: 1, rounds: 1, kept: 20, reports: filepath.Join("..", "..", "..", "shared", "reports"),
-		peers: regexp.MustCompile("."), loads: regexp.MustCompile("gzip, 15 KB, 32"), parts: regexp.MustCompile("."),
+		peers: regexp.MustCompile("."), loads: regexp.MustCompile("gzip, 15 KB, 32"), parts: regexp.MustCompile("^(load|unauthorized|memory|cold|miss|compression)$"),
 	}
 	var out strings.Builder
 	if err := run(t.Context(), o, &out); err != nil {
@@ -42,6 +43,69 @@ func TestRun(t *testing.T) {
 		}
 	}
 	for _, want := range []string{"**HTTP, gzip, 15 KB, 32 conn.**", "\n| a wrong Bearer token |", "| fsbroker_task | 200 | 1 | 0 |", "| fsbroker_task | 50 MiB | gzip |", "| 0.95 of a bare handler in Caddy |"} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("%q is missing", want)
+		}
+	}
+	t.Log(out.String())
+}
+
+// TestStorage measures the storage with few reports. All must be stored, found again after a restart, and purged.
+func TestStorage(t *testing.T) {
+	const stored = 100
+	o := options{
+		rounds: 1, stored: stored, through: 1000, delays: []time.Duration{0, 2 * time.Millisecond},
+		reports: filepath.Join("..", "..", "..", "shared", "reports"),
+	}
+	h, err := newHarness(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(h.close)
+	var all results
+	for _, p := range h.parts() {
+		if !strings.HasPrefix(p.name, "storage") {
+			continue
+		}
+		if err := p.run(t.Context(), nil, &all); err != nil {
+			t.Fatalf("%s: %v", p.name, err)
+		}
+	}
+	for _, rounds := range all.hits {
+		if r := rounds[0]; len(r.cold.took) != stored || len(r.warm.took) != stored*warmRounds {
+			t.Errorf("%s, %d callers: %d hits in the storage, %d in memory", r.delay, r.callers, len(r.cold.took), len(r.warm.took))
+		} else if r.cold.took[0] < r.delay {
+			t.Errorf("a report was read from the storage in %s, but an operation takes %s", r.cold.took[0], r.delay)
+		}
+	}
+	for _, rounds := range all.writes {
+		if r := rounds[0]; len(r.took) == 0 || r.refused != 0 || r.stop.lost != 0 || r.stop.stored.documents != len(r.took) {
+			t.Errorf("%s, %s: %d reports, %+v", r.delay, r.writesTrial, len(r.took), r.stop)
+		}
+	}
+	for _, rounds := range all.stops {
+		if r := rounds[0]; r.queued < stored*9/10 || r.lost != 0 || r.stored.documents < r.queued {
+			t.Errorf("%+v", r)
+		}
+	}
+	for _, rounds := range all.purges {
+		if r := rounds[0]; r.before.documents != stored || r.before.values != 2*stored || r.after.values != 0 || r.answer != "" {
+			t.Errorf("%+v", r)
+		}
+	}
+	for _, rounds := range all.sweeps {
+		if r := rounds[0]; r.before.values != 2*stored || r.after.values != 0 || r.perSecond() == 0 {
+			t.Errorf("%+v", r)
+		}
+	}
+	for _, r := range all.through {
+		if last := r.steps[len(r.steps)-1]; last.reports != 1000 || last.heap == 0 || last.resident < last.heap || r.written == 0 {
+			t.Errorf("%+v", r)
+		}
+	}
+	var out strings.Builder
+	all.print(t.Context(), &out, h)
+	for _, want := range []string{"| 2 ms | 300 |", "| 0 ms | 600 a second | ", "\n| 1000 | "} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("%q is missing", want)
 		}

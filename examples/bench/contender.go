@@ -272,7 +272,7 @@ func (c *contender) start(ctx context.Context, h *harness) (*server, error) {
 	if err := os.CopyFS(s.Dir, os.DirFS(h.files)); err != nil {
 		return nil, err
 	}
-	if err := findAddresses(&s.Plain, &s.Secure, &s.Admin); err != nil {
+	if err := findAddresses(ctx, &s.Plain, &s.Secure, &s.Admin); err != nil {
 		return nil, err
 	}
 	var text bytes.Buffer

@@ -41,7 +41,7 @@ func (l load) representation() string {
 
 // supportedBy reports whether c can serve l.
 func (l load) supportedBy(c *contender) bool {
-	return !(l.tls && c.noTLS) && (c.maxLen == 0 || len(l.size.document) <= c.maxLen)
+	return (!l.tls || !c.noTLS) && (c.maxLen == 0 || len(l.size.document) <= c.maxLen)
 }
 
 // url returns the URL to request from c.
@@ -119,12 +119,18 @@ func (h *harness) wrk(ctx context.Context, s *server, conns int, url string, hea
 	for _, field := range header {
 		args = append(args, "-H", field)
 	}
+	if _, err := exec.LookPath("wrk"); err != nil {
+		return wrkResult{}, 0, fmt.Errorf("wrk is required: install it (apt-get install wrk nginx varnish): %w", err)
+	}
 	before := s.process.cpu()
-	out, err := exec.CommandContext(ctx, "wrk", append(args, url)...).CombinedOutput()
+	out, err := exec.CommandContext(ctx, "wrk", append(args, url)...).CombinedOutput() //nolint:gosec // the URL is that of a server that this program runs
 	cpu := s.process.cpu() - before
 	_, text, ok := strings.Cut(string(out), "RESULT ")
-	if err != nil || !ok {
-		return wrkResult{}, 0, fmt.Errorf("wrk: %v\n%s", err, out)
+	if err == nil && !ok {
+		err = errors.New("it printed no result")
+	}
+	if err != nil {
+		return wrkResult{}, 0, fmt.Errorf("wrk: %w\n%s", err, out)
 	}
 	var r struct{ Requests, Micros, Bytes, P50, P99, Errors float64 }
 	if err := json.Unmarshal([]byte(text), &r); err != nil {

@@ -12,8 +12,11 @@ import (
 	"path/filepath"
 	"regexp"
 	"runtime"
+	"strings"
+	"time"
 
 	_ "github.com/caddyserver/cache-handler"
+
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 
@@ -39,11 +42,18 @@ func main() {
 	flag.IntVar(&o.serverCPUs, "server-cpus", runtime.NumCPU()/2, "number of CPUs that are reserved for the servers; wrk and the node use the others. With 0, all share all CPUs")
 	peers := flag.String("peers", ".", "regular expression for the names of the servers to compare with the module")
 	loads := flag.String("loads", ".", "regular expression for the names of the loads, such as '^HTTPS, gzip'")
-	parts := flag.String("parts", ".", "regular expression for what to measure: load, unauthorized, memory, cold, miss, compression")
+	parts := flag.String("parts", ".", "regular expression for what to measure: load, unauthorized, memory, cold, miss, compression, "+
+		"storage hits, storage writes, storage stop, storage purge, storage sweep, storage heap")
+	delays := flag.String("delays", "0s,5ms,20ms", "how long each operation of the storage takes at least")
+	flag.IntVar(&o.stored, "stored", 10_000, "number of reports in the storage")
+	flag.IntVar(&o.through, "through", 1_000_000, "number of reports that go through while memory is measured")
 	flag.StringVar(&o.reports, "reports", filepath.Join("..", "..", "..", "shared", "reports"),
 		"folder of real reports; if one is missing, a similar one is generated")
 	flag.Parse()
 	var err error
+	if o.delays, err = parseDelays(*delays); err != nil {
+		progress.Fatalf("-delays: %v", err)
+	}
 	if o.peers, err = regexp.Compile(*peers); err != nil {
 		progress.Fatalf("-peers: %v", err)
 	}
@@ -60,11 +70,26 @@ func main() {
 	}
 }
 
+// parseDelays parses durations between commas.
+func parseDelays(text string) (delays []time.Duration, err error) {
+	for field := range strings.SplitSeq(text, ",") {
+		delay, err := time.ParseDuration(field)
+		if err != nil {
+			return nil, err
+		}
+		delays = append(delays, delay)
+	}
+	return delays, nil
+}
+
 // options are the settings of a run.
 type options struct {
 	seconds    int
 	rounds     int
 	kept       int
+	delays     []time.Duration
+	stored     int
+	through    int
 	serverCPUs int
 	peers      *regexp.Regexp
 	loads      *regexp.Regexp

@@ -1,6 +1,10 @@
 package main
 
 import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"fmt"
 	"net"
 	"net/http"
@@ -14,19 +18,21 @@ import (
 const secret = "bench-secret"
 
 // node is a processor node and a broker. A task ID selects the report: "<size>-<anything>" is a report of that size,
-// and "cold-<size>-<anything>" is the same report after a delay.
+// "cold-<size>-<anything>" is the same report after a delay, and "own-<size>-<anything>" is a report of that size that no
+// other task has.
 type node struct {
 	address   string
 	documents map[string][]byte
 	requests  atomic.Int64
+	forgets   atomic.Bool // whether it knows no task
 	server    *http.Server
 }
 
 // coldDelay is the delay of a cold report. It ensures that concurrent callers arrive while the node is still busy.
 const coldDelay = 300 * time.Millisecond
 
-func startNode(sizes []size) (*node, error) {
-	listener, err := net.Listen("tcp", "127.0.0.1:0")
+func startNode(ctx context.Context, sizes []size) (*node, error) {
+	listener, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
 	if err != nil {
 		return nil, err
 	}
@@ -37,7 +43,7 @@ func startNode(sizes []size) (*node, error) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /task", n.task)
 	mux.HandleFunc("GET /submit-result", func(w http.ResponseWriter, r *http.Request) {
-		fmt.Fprintf(w, `{"state":"SUCCESS","appServerID":"node-1","taskID":%q}`, r.URL.Query().Get("submitID"))
+		fmt.Fprintf(w, `{"state":"SUCCESS","appServerID":"node-1","taskID":%q}`, r.URL.Query().Get("submitID")) //nolint:gosec // no browser asks
 	})
 	n.server = &http.Server{Handler: mux, ReadHeaderTimeout: time.Minute}
 	go func() { _ = n.server.Serve(listener) }()
@@ -50,13 +56,37 @@ func (n *node) task(w http.ResponseWriter, r *http.Request) {
 	if cold {
 		time.Sleep(coldDelay)
 	}
-	id, _, _ = strings.Cut(id, "-")
-	document := n.documents[id]
-	if document == nil {
+	document := n.document(id)
+	if document == nil || n.forgets.Load() {
 		http.NotFound(w, r)
 		return
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.Header().Set("Content-Length", strconv.Itoa(len(document)))
-	_, _ = w.Write(document)
+	_, _ = w.Write(document) //nolint:gosec // no browser asks
+}
+
+// document returns the report of a task, or nil if there is none.
+func (n *node) document(id string) []byte {
+	id, own := strings.CutPrefix(id, "own-")
+	size, _, _ := strings.Cut(id, "-")
+	document := n.documents[size]
+	if own {
+		document = ofOtherFile(document, sha256.Sum256([]byte(id)))
+	}
+	return document
+}
+
+// digest comes before the digest of the analysed file in a report.
+const digest = `"digests":{"SHA-256":"`
+
+// ofOtherFile returns a copy of a report with another digest of the analysed file.
+func ofOtherFile(document []byte, sum [sha256.Size]byte) []byte {
+	at := bytes.Index(document, []byte(digest))
+	if at < 0 {
+		return document
+	}
+	other := bytes.Clone(document)
+	hex.Encode(other[at+len(digest):], sum[:])
+	return other
 }

@@ -21,12 +21,12 @@ type process struct {
 }
 
 // reserveCPUs keeps this process and its child processes off the first serverCPUs CPUs, which are for the servers.
-func reserveCPUs(serverCPUs int) error {
+func reserveCPUs(ctx context.Context, serverCPUs int) error {
 	if serverCPUs == 0 {
 		return nil
 	}
 	rest := fmt.Sprintf("%d-%d", serverCPUs, runtime.NumCPU()-1)
-	if out, err := exec.Command("taskset", "--all-tasks", "--cpu-list", "--pid", rest, strconv.Itoa(os.Getpid())).CombinedOutput(); err != nil {
+	if out, err := exec.CommandContext(ctx, "taskset", "--all-tasks", "--cpu-list", "--pid", rest, strconv.Itoa(os.Getpid())).CombinedOutput(); err != nil {
 		return fmt.Errorf("reserving CPUs for the servers (use -server-cpus 0 to share all CPUs): %w\n%s", err, out)
 	}
 	return nil
@@ -42,7 +42,7 @@ func onServerCPUs(serverCPUs int, name string, args []string) (string, []string)
 
 // startProcess starts a command and waits until it listens on address.
 func startProcess(ctx context.Context, folder, address string, env []string, name string, args ...string) (*process, error) {
-	p := &process{cmd: exec.CommandContext(ctx, name, args...), log: filepath.Join(folder, "log")}
+	p := &process{cmd: exec.CommandContext(ctx, name, args...), log: filepath.Join(folder, "log")} //nolint:gosec // it is a contender
 	log, err := os.Create(p.log)
 	if err != nil {
 		return nil, err
@@ -54,8 +54,9 @@ func startProcess(ctx context.Context, folder, address string, env []string, nam
 	if err := p.cmd.Start(); err != nil {
 		return nil, err
 	}
+	dialer := &net.Dialer{Timeout: time.Second}
 	for range 300 {
-		conn, err := net.DialTimeout("tcp", address, time.Second)
+		conn, err := dialer.DialContext(ctx, "tcp", address)
 		if err == nil {
 			return p, conn.Close()
 		}
@@ -141,9 +142,9 @@ func (p *process) resetPeak() error {
 }
 
 // findAddresses sets loopback addresses on which no process listens. They differ, because all are taken for a moment.
-func findAddresses(addresses ...*string) error {
+func findAddresses(ctx context.Context, addresses ...*string) error {
 	for _, address := range addresses {
-		listener, err := net.Listen("tcp", "127.0.0.1:0")
+		listener, err := new(net.ListenConfig).Listen(ctx, "tcp", "127.0.0.1:0")
 		if err != nil {
 			return err
 		}

@@ -56,7 +56,8 @@ func (s size) id() string { return strings.ReplaceAll(s.name, " ", "") }
 func makeReport(bytes int) []byte {
 	var b strings.Builder
 	b.WriteString(`{"processTime":2238,"result":{"finalVerdict":{"verdict":"NO_THREAT","threatLevel":0.1,"confidence":1},` +
-		`"taskReference":{"name":"transform-file","additionalInfo":{"submitName":"file.png","submitTime":1723037247064},` +
+		`"taskReference":{"name":"transform-file","additionalInfo":{"submitName":"file.png","submitTime":1723037247064,` +
+		digest + strings.Repeat("0", 64) + `"}},` +
 		`"ID":"37c43f9c-79c3-440e-9ac5-7279695d0c9a","state":"SUCCESS","opcount":1,"processTime":2238},` +
 		`"subtaskReferences":[{"name":"osint","additionalInfo":"FILE_HASH_SHA256","ID":"8c9e1e3e-8811-433a-87af-b41ea96f3e0d",` +
 		`"state":"SUCCESS","opcount":2,"processTime":1018}],"resources":{`)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"fmt"
 	"io"
 	"os/exec"
@@ -19,6 +20,14 @@ type results struct {
 	cold        []coldResult
 	misses      []missResult
 	compression []compressionResult
+
+	// Of the storage, with the rounds of each trial.
+	hits    [][]hitsResult
+	writes  [][]writesResult
+	stops   [][]stopResult
+	purges  [][]purgeResult
+	sweeps  [][]sweepResult
+	through []heapRun
 }
 
 type loadResult struct {
@@ -55,8 +64,8 @@ type compressionResult struct {
 }
 
 // print prints the tables, and whether the goals were met.
-func (r *results) print(out io.Writer, h *harness) {
-	fmt.Fprintf(out, "Measured on %s with %s, %s.\n", time.Now().Format(time.DateOnly), versions(), h.options)
+func (r *results) print(ctx context.Context, out io.Writer, h *harness) {
+	fmt.Fprintf(out, "Measured on %s with %s, %s.\n", time.Now().Format(time.DateOnly), versions(ctx), h.options)
 	for _, s := range h.sizes {
 		kind := "generated"
 		if s.real {
@@ -72,6 +81,9 @@ func (r *results) print(out io.Writer, h *harness) {
 		{len(r.loads), r.printSummary}, {len(r.loads), r.printLoads}, {len(r.floods), r.printFloods},
 		{len(r.memory), r.printMemory}, {len(r.cold), r.printCold}, {len(r.misses), r.printMisses},
 		{len(r.compression), r.printCompression}, {len(r.loads), r.printGoals},
+		{len(r.hits), r.printHits}, {len(r.writes), r.printWrites}, {len(r.stops), r.printStops},
+		{len(r.purges), r.printPurges}, {len(r.sweeps), r.printSweeps},
+		{len(r.through), r.printThrough},
 	} {
 		if table.rows > 0 {
 			table.print(out)
@@ -266,7 +278,7 @@ func verdict(met bool) string {
 }
 
 // versions returns the names and versions of the measured software.
-func versions() string {
+func versions(ctx context.Context) string {
 	names := []string{runtime.Version()}
 	if info, ok := debug.ReadBuildInfo(); ok {
 		for _, dep := range info.Deps {
@@ -277,7 +289,7 @@ func versions() string {
 		}
 	}
 	for _, command := range [][]string{{"nginx", "-v"}, {"varnishd", "-V"}, {"wrk", "-v"}} {
-		out, _ := exec.Command(command[0], command[1:]...).CombinedOutput()
+		out, _ := exec.CommandContext(ctx, command[0], command[1:]...).CombinedOutput() //nolint:gosec // it is one of these
 		line, _, _ := strings.Cut(string(out), "\n")
 		line = strings.TrimPrefix(line, "nginx version: ")
 		line, _, _ = strings.Cut(line, " revision")

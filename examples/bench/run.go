@@ -19,7 +19,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"time"
@@ -34,12 +33,10 @@ type harness struct {
 	sizes   []size
 	node    *node
 	client  *http.Client
+	kept    string // folder of a storage that has reports; empty until one is needed
 }
 
-func newHarness(o options) (*harness, error) {
-	if _, err := exec.LookPath("wrk"); err != nil {
-		return nil, fmt.Errorf("wrk is required: install it (apt-get install wrk nginx varnish): %w", err)
-	}
+func newHarness(ctx context.Context, o options) (*harness, error) {
 	h := &harness{options: o}
 	var err error
 	if h.dir, err = os.MkdirTemp("", "fsbroker-bench-"); err != nil {
@@ -49,7 +46,7 @@ func newHarness(o options) (*harness, error) {
 	if h.sizes, err = sizes(o.reports); err != nil {
 		return nil, err
 	}
-	if h.node, err = startNode(h.sizes); err != nil {
+	if h.node, err = startNode(ctx, h.sizes); err != nil {
 		return nil, err
 	}
 	h.client = &http.Client{Transport: &http.Transport{
@@ -99,14 +96,14 @@ func writeCertificate(dir string) error {
 
 // run does all measurements and prints the results.
 func run(ctx context.Context, o options, out io.Writer) error {
-	h, err := newHarness(o)
+	h, err := newHarness(ctx, o)
 	if h != nil && h.node != nil {
 		defer h.close()
 	}
 	if err != nil {
 		return err
 	}
-	if err := reserveCPUs(o.serverCPUs); err != nil {
+	if err := reserveCPUs(ctx, o.serverCPUs); err != nil {
 		return err
 	}
 	var all results
@@ -118,22 +115,32 @@ func run(ctx context.Context, o options, out io.Writer) error {
 			participants = append(participants, c)
 		}
 	}
-	for _, part := range []struct {
-		name string
-		run  func(context.Context, []*contender, *results) error
-	}{
-		{"load", h.load}, {"unauthorized", h.unauthorized}, {"memory", h.memory}, {"cold", h.cold}, {"miss", h.miss},
-		{"compression", h.compression},
-	} {
-		if !o.parts.MatchString(part.name) {
+	for _, p := range h.parts() {
+		if !o.parts.MatchString(p.name) {
 			continue
 		}
-		if err := part.run(ctx, participants, &all); err != nil {
-			return err
+		if err = p.run(ctx, participants, &all); err != nil {
+			break
 		}
 	}
-	all.print(out, h)
-	return nil
+	all.print(ctx, out, h) // of a run that failed, the parts before
+	return err
+}
+
+// part is a part of a run.
+type part struct {
+	name string
+	run  func(context.Context, []*contender, *results) error
+}
+
+// parts returns all parts, in their order.
+func (h *harness) parts() []part {
+	return []part{
+		{"load", h.load}, {"unauthorized", h.unauthorized}, {"memory", h.memory}, {"cold", h.cold}, {"miss", h.miss},
+		{"compression", h.compression},
+		{"storage hits", h.storageHits}, {"storage writes", h.storageWrites}, {"storage stop", h.storageStop},
+		{"storage purge", h.storagePurge}, {"storage sweep", h.storageSweep}, {"storage heap", h.storageHeap},
+	}
 }
 
 // load measures every participant under every load, in rounds. Servers are restarted for each round, because the memory

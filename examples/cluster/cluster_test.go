@@ -49,11 +49,18 @@ func TestRestart(t *testing.T) {
 	c := newCluster(t)
 	one := c.start()
 	var paths []string
-	for range 1000 {
+	for range 300 {
 		paths = append(paths, c.mustScan(1, text(1)))
 	}
+	c.redis.Set("maxmemory", "1") // refuses values
 	reports := one.collect(paths...)
-	one.stop()
+	if n := one.queue().Queued; n != len(paths) {
+		t.Errorf("%d reports are queued, want %d", n, len(paths))
+	}
+	one.terminate()
+	time.Sleep(time.Second)
+	c.redis.Set("maxmemory", "0")
+	one.wait()
 	c.forget()
 	one.run()
 	one.wantAll(reports)

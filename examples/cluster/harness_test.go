@@ -28,7 +28,6 @@ import (
 	_ "github.com/caddy-fsbroker/caddy-fsbroker/examples/cluster/internal/redisstorage"
 	"github.com/caddy-fsbroker/caddy-fsbroker/examples/cluster/internal/redistest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/examples/quickstart/backend"
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
 // beCaddy is the environment variable that makes this test binary run as Caddy with the module and the test's storage.
@@ -222,7 +221,7 @@ func (c *cluster) start(options ...string) *instance {
 	c.t.Helper()
 	dir := c.t.TempDir()
 	i := &instance{c: c, log: filepath.Join(dir, "log"), client: &http.Client{Timeout: time.Minute, Transport: new(http.Transport)}}
-	site, admin := fmt.Sprintf("127.0.0.1:%d", testsite.FreePort(c.t)), fmt.Sprintf("127.0.0.1:%d", testsite.FreePort(c.t))
+	site, admin := fmt.Sprintf("127.0.0.1:%d", redistest.FreePort(c.t)), fmt.Sprintf("127.0.0.1:%d", redistest.FreePort(c.t))
 	i.site, i.admin = "http://"+site, "http://"+admin
 	i.env = append(slices.Clone(c.env), "FSBROKER_SITE="+i.site, "CADDY_ADMIN="+admin, "XDG_DATA_HOME="+dir, "XDG_CONFIG_HOME="+dir)
 	i.args = []string{"run", "--config", filepath.Join(dir, "Caddyfile")}
@@ -279,8 +278,19 @@ func (i *instance) run() {
 // stop stops the instance as systemd does, and waits until it has ended.
 func (i *instance) stop() {
 	i.c.t.Helper()
+	i.terminate()
+	i.wait()
+}
+
+// terminate begins to stop the instance.
+func (i *instance) terminate() {
 	i.client.CloseIdleConnections()
 	_ = i.cmd.Process.Signal(syscall.SIGTERM)
+}
+
+// wait waits until the instance has ended.
+func (i *instance) wait() {
+	i.c.t.Helper()
 	if err := i.cmd.Wait(); err != nil {
 		i.c.t.Errorf("Caddy ended with %v", err)
 	}

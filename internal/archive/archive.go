@@ -72,6 +72,7 @@ type Archive struct {
 	failing   bool          // the last write failed
 	batch     batch
 	alone     map[task.Key]struct{} // values that must be left alone
+	undeleted map[place]struct{}    // values that a purge could not delete
 	complain  time.Time             // when a failed read may be logged again
 	sweepOnce sync.Once
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -157,12 +158,7 @@ func TestKindsPurge(t *testing.T) {
 		"everything": func(*stock) (Selection, func(task.Key, *task.Report) bool) { return Selection{}, never },
 		"keys": func(s *stock) (Selection, func(task.Key, *task.Report) bool) {
 			return Selection{Keys: s.keys[:6]}, func(k task.Key, _ *task.Report) bool {
-				for _, purged := range s.keys[:6] {
-					if k == purged {
-						return false
-					}
-				}
-				return true
+				return !slices.Contains(s.keys[:6], k)
 			}
 		},
 		"a node": func(s *stock) (Selection, func(task.Key, *task.Report) bool) {

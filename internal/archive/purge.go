@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"slices"
+	"strings"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -278,9 +279,8 @@ func (a *Archive) purgePartition(ctx context.Context, b *Backend, s Selection, p
 		return 0, err
 	}
 	for _, p := range selected {
-		name := a.layout.name(p)
-		if err := b.Storage.Delete(ctx, name); ignoreNotExist(err) != nil {
-			return n, fmt.Errorf("deleting %s: %w", name, err)
+		if err := a.delete(ctx, b, p); err != nil {
+			return n, err
 		}
 		if p.kind == inPartition {
 			n++
@@ -298,6 +298,37 @@ func (a *Archive) purgePartition(ctx context.Context, b *Backend, s Selection, p
 	return n, nil
 }
 
+// delete deletes a value. If that fails, the storage may no longer list the value although it is there, so the place is
+// remembered for the next try.
+func (a *Archive) delete(ctx context.Context, b *Backend, p place) error {
+	name := a.layout.name(p)
+	err := ignoreNotExist(b.Storage.Delete(ctx, name))
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if err == nil {
+		delete(a.undeleted, p)
+		return nil
+	}
+	if a.undeleted == nil || len(a.undeleted) >= maxQueue {
+		a.undeleted = make(map[place]struct{})
+	}
+	a.undeleted[p] = struct{}{}
+	return fmt.Errorf("deleting %s: %w", name, err)
+}
+
+// undeletedIn returns the places below a folder that could not be deleted, without those that are listed.
+func (a *Archive) undeletedIn(folder string, listed []place) (places []place) {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	for p := range a.undeleted {
+		if strings.HasPrefix(a.layout.name(p), folder+"/") && !slices.Contains(listed, p) {
+			places = append(places, p)
+		}
+	}
+	slices.SortFunc(places, func(p, q place) int { return strings.Compare(a.layout.name(p), a.layout.name(q)) })
+	return places
+}
+
 // selected returns where there are values of a partition that a purge deletes.
 func (a *Archive) selected(ctx context.Context, b *Backend, s Selection, partition int) (selected []place, err error) {
 	folders := []string{a.layout.partition(partition)}
@@ -309,6 +340,7 @@ func (a *Archive) selected(ctx context.Context, b *Backend, s Selection, partiti
 		if err != nil {
 			return nil, err
 		}
+		places = append(places, a.undeletedIn(folder, places)...)
 		for _, p := range places {
 			match := s.Source == nil || p.key.Source() == *s.Source
 			if match && !s.Before.IsZero() {

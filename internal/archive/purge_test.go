@@ -140,3 +140,24 @@ func TestPurgeThatHangs(t *testing.T) {
 		}
 	})
 }
+
+// A deletion that breaks off half-way may leave a value that is no longer listed. It is deleted by the next try.
+func TestPurgeThatBreaksOff(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f, _, _ := filled(t)
+		defer f.Close()
+		f.storage.Set(storagetest.On(func(storagetest.Call) storagetest.Fault {
+			return storagetest.Fault{Effect: storagetest.Half}
+		}, storagetest.Delete))
+		if got, err := f.Purge(t.Context(), Selection{}, 0); err == nil {
+			t.Errorf("got %+v, no error", got)
+		}
+		f.storage.Mend()
+		if got, err := f.Purge(t.Context(), Selection{}, 0); err != nil || got.Next != Partitions {
+			t.Errorf("got %+v, error %v", got, err)
+		}
+		if left := f.storage.stored(); len(left) > 0 {
+			t.Errorf("%d values are left", len(left))
+		}
+	})
+}

@@ -14,8 +14,6 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
-	"go.uber.org/zap"
-	"go.uber.org/zap/zapcore"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
@@ -59,198 +57,6 @@ type known struct {
 	file  [32]byte
 	hash  string
 	body  []byte
-}
-
-// instance is a machine on which an archive runs, with a clock of its own.
-type instance struct {
-	number  int
-	offsets []offset
-	live    *incarnation // nil while it does not run
-}
-
-// offset is by how much a clock is off from a time on.
-type offset struct {
-	at time.Time
-	by time.Duration
-}
-
-func (i *instance) now() time.Time { return time.Now().Add(i.offset()) }
-
-func (i *instance) offset() time.Duration { return i.offsets[len(i.offsets)-1].by }
-
-// maxOffset returns by how much the clock was fast in the last half hour.
-func (i *instance) maxOffset(now time.Time) time.Duration {
-	most := -2 * maxSkew
-	i.recent(now, func(by time.Duration) { most = max(most, by) })
-	return most
-}
-
-func (i *instance) minOffset(now time.Time) time.Duration {
-	least := 2 * maxSkew
-	i.recent(now, func(by time.Duration) { least = min(least, by) })
-	return least
-}
-
-func (i *instance) recent(now time.Time, f func(by time.Duration)) {
-	for n, o := range slices.Backward(i.offsets) {
-		if f(o.by); n == 0 || o.at.Before(now.Add(-30*time.Minute)) {
-			return
-		}
-	}
-}
-
-// incarnation is an archive, from its start to its end. Its fields are guarded by the mutex of the model.
-type incarnation struct {
-	sim     *simulation
-	inst    *instance
-	number  int // of the instance
-	id      int
-	archive *Archive
-	gather  *prometheus.Registry
-	views   []*storagetest.Faulty
-	backend *Backend
-
-	dead      bool // it has crashed or was closed
-	draining  bool
-	queue     map[task.Key]*copyOf   // that must be stored
-	copies    map[task.Key][]*copyOf // of all that was saved
-	refused   int
-	rooms     int
-	gaveUp    int
-	keeps     []keeping // the retentions it had
-	records   []keeping // the retentions it has told the others
-	brokenOff time.Time // when its storage worked again
-	isBroken  bool
-
-	lastStored  time.Time
-	lastFailure map[storagetest.Op]time.Time
-	failing     map[storagetest.Op]int // under way
-	lastTrouble time.Time
-	trouble     int // calls under way
-	pending     map[storagetest.Op]int
-	loads       map[storagetest.Op]int // calls of Load, and under List, of Newest
-	lastGood    map[storagetest.Op]time.Time
-}
-
-type keeping struct {
-	at        time.Time
-	retention time.Duration
-}
-
-func (inc *incarnation) String() string { return fmt.Sprintf("instance %d.%d", inc.number, inc.id) }
-
-// fails reports whether operations failed after a time, or fail now.
-func (inc *incarnation) fails(since time.Time, ops ...storagetest.Op) bool {
-	return slices.ContainsFunc(ops, func(o storagetest.Op) bool { return inc.failing[o] > 0 || inc.lastFailure[o].After(since) })
-}
-
-// troubled reports whether anything was out of the ordinary since some time before another.
-func (inc *incarnation) troubled(since time.Time, before time.Duration) bool {
-	return inc.trouble > 0 || inc.lastTrouble.After(since.Add(-before)) || inc.broken(since)
-}
-
-// broken reports whether the storage of the instance was configured wrongly a short time ago.
-func (inc *incarnation) broken(at time.Time) bool {
-	return inc.isBroken || at.Before(inc.brokenOff.Add(10*time.Second))
-}
-
-func isFailure(f storagetest.Fault) bool {
-	return f.Effect != storagetest.Whole || f.Err != nil || f.Hang || f.Deaf || f.Before+f.After > slowRead-time.Millisecond
-}
-
-func (inc *incarnation) began(e storagetest.Event, bad bool) {
-	inc.pending[e.Call.Op]++
-	if bad {
-		return
-	}
-	if isFailure(e.Fault) {
-		inc.failing[e.Call.Op]++
-	}
-	if isTrouble(e.Fault) {
-		inc.trouble++
-	}
-}
-
-func (inc *incarnation) finished(e storagetest.Event, bad bool) {
-	o, now := e.Call.Op, time.Now()
-	inc.pending[o]--
-	switch {
-	case bad && isFailure(e.Fault):
-		if inc.lastFailure[o].After(now.Add(-30 * time.Second)) {
-			inc.lastFailure[o] = now // together they keep the breaker open
-		}
-		return
-	case bad:
-		return
-	case isFailure(e.Fault):
-		inc.failing[o]--
-		inc.lastFailure[o] = now
-	}
-	if isTrouble(e.Fault) {
-		inc.trouble--
-		inc.lastTrouble = now
-	}
-}
-
-// recorded notes that the record of the instance was stored, where others see it.
-func (inc *incarnation) recorded(now time.Time) {
-	inc.records = append(inc.records, keeping{now, inc.keeps[len(inc.keeps)-1].retention})
-}
-
-// demands returns how long others must keep values for the instance.
-func (inc *incarnation) demands(now time.Time) time.Duration {
-	if inc.dead || len(inc.records) == 0 || inc.records[len(inc.records)-1].at.Before(now.Add(-25*time.Minute)) {
-		return 0
-	}
-	least := time.Duration(1 << 62)
-	for _, r := range slices.Backward(inc.records) {
-		least = min(least, r.retention)
-		if r.at.Before(now.Add(-20 * time.Minute)) {
-			return least
-		}
-	}
-	return 0
-}
-
-// shortest returns the shortest retention that the instance had in the last half hour.
-func (inc *incarnation) shortest(now time.Time) time.Duration {
-	least := time.Duration(1 << 62)
-	for _, k := range slices.Backward(inc.keeps) {
-		if least = min(least, k.retention); k.at.Before(now.Add(-30 * time.Minute)) {
-			break
-		}
-	}
-	return least
-}
-
-func (inc *incarnation) leave(c *copyOf, now time.Time) {
-	c.ended = now
-	if inc.queue[c.item.Key] == c {
-		delete(inc.queue, c.item.Key)
-	}
-}
-
-func (inc *incarnation) savedAt(k task.Key, id reportID) (at time.Time) {
-	for _, c := range inc.copies[k] {
-		if c.id == id {
-			at = c.saved
-		}
-	}
-	return at
-}
-
-// metric returns the value of a counter.
-func (inc *incarnation) metric(name string) int {
-	families, err := inc.gather.Gather()
-	if err != nil {
-		panic(err)
-	}
-	for _, f := range families {
-		if strings.HasSuffix(f.GetName(), name) {
-			return int(f.GetMetric()[0].GetCounter().GetValue())
-		}
-	}
-	panic(name)
 }
 
 // agenda is what the driver will do.
@@ -315,9 +121,6 @@ func (s *simulation) wrong(format string, args ...any) {
 	defer s.model.mu.Unlock()
 	s.model.wrong(format, args...)
 }
-
-// async does something that may take a while, which the driver does not wait for.
-func (s *simulation) async(f func()) { go f() }
 
 // newSimulation must be called in a bubble.
 func newSimulation(seed uint64, span time.Duration, tr *trace) *simulation {
@@ -422,7 +225,7 @@ func (s *simulation) attach(inc *incarnation, retention time.Duration, wrong boo
 	}
 	inc.isBroken = wrong
 	s.model.mu.Unlock()
-	inc.backend = &Backend{Storage: view.Storage(), Logger: zap.New(logger{zapcore.DebugLevel, inc}), Retention: retention, Keyring: s.rings[n%len(s.rings)]}
+	inc.backend = &Backend{Storage: view.Storage(), Logger: newLogger(inc), Retention: retention, Keyring: s.rings[n%len(s.rings)]}
 	inc.archive.Attach(inc.backend)
 }
 
@@ -431,23 +234,25 @@ func (s *simulation) reload(inc *incarnation, retention time.Duration, wrong boo
 	s.trace.note("%s reloads: retention %s, wrong %v", inc, retention, wrong)
 	old := inc.backend
 	s.attach(inc, retention, wrong)
-	s.async(func() {
-		if err := inc.archive.Drain(old); err != nil && !s.isDead(inc) {
-			s.model.mu.Lock()
-			leaving := inc.draining
-			s.model.mu.Unlock()
-			if !leaving {
-				s.wrong("%s: a reload drains: %v", inc, err)
-			}
+	go func() {
+		if err := inc.archive.Drain(old); err != nil && s.goesOn(inc) {
+			s.wrong("%s: a reload drains: %v", inc, err)
 		}
 		inc.archive.Detach(old)
-	})
+	}()
 }
 
 func (s *simulation) isDead(inc *incarnation) bool {
 	s.model.mu.Lock()
 	defer s.model.mu.Unlock()
 	return inc.dead
+}
+
+// goesOn reports whether an instance has neither ended nor begun to.
+func (s *simulation) goesOn(inc *incarnation) bool {
+	s.model.mu.Lock()
+	defer s.model.mu.Unlock()
+	return !inc.dead && !inc.draining
 }
 
 // crash lets an instance crash.
@@ -484,7 +289,7 @@ func (s *simulation) shutDown(inc *incarnation, then func()) {
 	inc.draining = true
 	s.model.mu.Unlock()
 	b := inc.backend
-	s.async(func() {
+	go func() {
 		begun := time.Now()
 		inc.archive.Flush(b)
 		time.Sleep(137 * time.Millisecond)
@@ -494,7 +299,7 @@ func (s *simulation) shutDown(inc *incarnation, then func()) {
 		s.bury(inc)
 		inc.archive.Close()
 		then()
-	})
+	}()
 }
 
 // drained checks that a drain has stored all that it could.
@@ -601,11 +406,11 @@ func (s *simulation) save(inc *incarnation) {
 	now := inc.inst.now()
 	if len(s.keys) > 20 && s.random.IntN(4) == 0 { // a report that was saved before, again or in another version
 		k := &s.keys[s.recent(s.random)]
-		r := task.NewReport(task.Document{At: now, Hash: k.hash, File: k.file, Length: len(k.body), Body: k.body})
 		if s.random.IntN(2) == 0 || s.small {
-			r = s.newReport(now, s.size(), k.file)
-			k.hash, k.body = r.Document().Hash, r.Document().Body
+			s.renew(inc, k)
+			return
 		}
+		r := task.NewReport(task.Document{At: now, Hash: k.hash, File: k.file, Length: len(k.body), Body: k.body})
 		s.put(inc, Item{Key: k.key, All: k.all, Report: r})
 		return
 	}
@@ -624,6 +429,21 @@ func (s *simulation) save(inc *incarnation) {
 		s.put(inc, Item{Key: name, All: k.all, Report: r, Target: &k.key})
 	}
 	s.keys = append(s.keys, k)
+	if s.random.IntN(8) == 0 { // it is asked for anew, and there is more in it
+		n := len(s.keys) - 1
+		s.in(between(s.random, time.Second, 2*time.Minute), func() {
+			if s.goesOn(inc) {
+				s.renew(inc, &s.keys[n])
+			}
+		})
+	}
+}
+
+// renew saves another version of a report.
+func (s *simulation) renew(inc *incarnation, k *known) {
+	r := s.newReport(inc.inst.now(), s.size(), k.file)
+	k.hash, k.body = r.Document().Hash, r.Document().Body
+	s.put(inc, Item{Key: k.key, All: k.all, Report: r})
 }
 
 // recent returns the number of a known report, more often a recent one.
@@ -666,12 +486,12 @@ func (s *simulation) load(inc *incarnation, after time.Duration, quick bool) {
 		leaves = between(s.random, time.Microsecond, time.Second)
 	}
 	l.refusing = !quick && s.random.IntN(20) == 0
-	s.async(func() {
+	go func() {
 		if after > 0 {
 			time.Sleep(after)
 		}
 		s.loadNow(inc, l, leaves)
-	})
+	}()
 }
 
 func (s *simulation) loadNow(inc *incarnation, l load, leaves time.Duration) {
@@ -716,7 +536,7 @@ func (s *simulation) purge(inc *incarnation) {
 	case n < 39:
 		sel.Before = inc.inst.now().Add(-between(s.random, 10*time.Minute, 5*time.Hour))
 	}
-	s.async(func() {
+	go func() {
 		p := s.model.beginPurge(inc, sel)
 		var err error
 		for from, tries := 0, 0; from < Partitions && tries < 8 && !s.isDead(inc); {
@@ -732,7 +552,7 @@ func (s *simulation) purge(inc *incarnation) {
 			}
 		}
 		s.model.endPurge(p, err)
-	})
+	}()
 }
 
 // burst saves many reports at once. If nothing troubles the storage, they are stored as they come.
@@ -762,32 +582,34 @@ func (s *simulation) burst(inc *incarnation, n int) {
 	})
 }
 
-// damage damages a stored value, or puts one of a later version in its place.
+// damage damages a stored value.
 func (s *simulation) damage() {
 	if len(s.keys) == 0 {
 		return
 	}
 	p := place{kind: inPartition, key: s.keys[s.recent(s.random)].key}
-	name := s.model.layout.name(p)
-	stored := slices.Clone(s.memory.Get(name))
-	if s.random.IntN(2) == 0 {
-		p.key = task.ReportKey(task.NodeSource(simNamespace, "node0"), fmt.Sprint("foreign", len(s.keys)), false)
-		name = s.model.layout.name(p)
-		stored = append([]byte(magic), version+1, 1, 2, 3)
-		for _, i := range s.instances {
-			if inc := i.live; inc != nil {
-				for range 2 {
-					l := load{key: p.key}
-					after := between(s.random, time.Second, time.Hour)
-					s.in(after, func() { s.async(func() { s.loadNow(inc, l, 0) }) })
-				}
-			}
-		}
-	} else if len(stored) == 0 {
+	stored := slices.Clone(s.memory.Get(s.model.layout.name(p)))
+	if len(stored) == 0 {
 		return
-	} else {
-		stored[s.random.IntN(len(stored))] ^= 1 << s.random.IntN(8)
 	}
+	stored[s.random.IntN(len(stored))] ^= 1 << s.random.IntN(8)
+	s.plant(p, stored)
+}
+
+// later stores a value of a later version, which instances come across.
+func (s *simulation) later() {
+	p := place{kind: inPartition, key: task.ReportKey(task.NodeSource(simNamespace, "node0"), fmt.Sprint("later", s.random.Uint64()), false)}
+	s.plant(p, append([]byte(magic), version+1, 1, 2, 3))
+	for _, i := range s.instances {
+		if inc := i.live; inc != nil {
+			s.in(between(s.random, time.Second, time.Hour), func() { go s.loadNow(inc, load{key: p.key}, 0) })
+		}
+	}
+}
+
+// plant puts a value into the storage.
+func (s *simulation) plant(p place, stored []byte) {
+	name := s.model.layout.name(p)
 	s.memory.Put(name, stored)
 	s.model.mu.Lock()
 	defer s.model.mu.Unlock()
@@ -803,9 +625,7 @@ func (s *simulation) step(i *instance) {
 		by = 0
 	}
 	s.trace.note("the clock of instance %d is off by %s", i.number, by)
-	s.model.mu.Lock()
-	defer s.model.mu.Unlock()
-	i.offsets = append(i.offsets, offset{time.Now(), by})
+	i.step(by)
 }
 
 // schedule fills the agenda.
@@ -824,7 +644,7 @@ func (s *simulation) schedule() {
 	s.every(15*time.Second, live(func(inc *incarnation) { s.load(inc, 0, false) }))
 	s.every(2*time.Hour, live(func(inc *incarnation) { // many at once
 		for range 400 {
-			s.load(inc, between(s.random, 0, 500*time.Millisecond), true)
+			s.load(inc, between(s.random, 0, 5*time.Millisecond), true)
 		}
 	}))
 	s.every(2*time.Hour, live(func(inc *incarnation) { s.burst(inc, 600) }))
@@ -847,13 +667,14 @@ func (s *simulation) schedule() {
 	s.every(8*time.Hour, live(func(inc *incarnation) {
 		s.reload(inc, inc.backend.Retention, true)
 		s.in(between(s.random, time.Second, 10*time.Minute), func() {
-			if !inc.dead && !inc.draining {
+			if s.goesOn(inc) {
 				s.reload(inc, inc.backend.Retention, false)
 			}
 		})
 	}))
 	s.every(3*time.Hour, func() { s.step(s.instances[s.random.IntN(instances)]) })
-	s.every(3*time.Hour, s.damage)
+	s.every(4*time.Hour, s.damage)
+	s.every(6*time.Hour, s.later)
 	for _, w := range s.plan.windows {
 		s.window(w)
 	}
@@ -878,7 +699,7 @@ func (s *simulation) window(w *window) {
 				inc := s.any()
 				s.in(between(s.random, time.Second, w.to.Sub(w.from)), func() {
 					if inc != nil {
-						s.async(func() { s.loadNow(inc, l, 0) })
+						go s.loadNow(inc, l, 0)
 					}
 				})
 			}
@@ -894,6 +715,13 @@ func (s *simulation) window(w *window) {
 		}
 	})
 	s.in(w.to.Sub(s.begin)+1009, func() { s.trace.note("%s ends", w.kind) })
+	if w.kind == refuse || w.kind == hang { // a clock steps back shortly before the trouble is over
+		i := s.instances[max(0, w.instance)]
+		s.in(w.to.Sub(s.begin)-between(s.random, time.Second, 40*time.Second), func() {
+			s.trace.note("the clock of instance %d steps back", i.number)
+			i.step(max(i.offset()-between(s.random, maxSkew/2, maxSkew), -maxSkew))
+		})
+	}
 	if s.random.IntN(2) == 0 { // stop when the trouble is just over
 		s.in(w.to.Sub(s.begin)+between(s.random, time.Second, 20*time.Second), func() {
 			if inc := s.any(); inc != nil {
@@ -937,9 +765,7 @@ func (s *simulation) finish() {
 	s.agenda = nil
 	s.small = true
 	for _, i := range s.instances {
-		s.model.mu.Lock()
-		i.offsets = append(i.offsets, offset{time.Now(), 0})
-		s.model.mu.Unlock()
+		i.step(0)
 	}
 	time.Sleep(5*time.Minute + 31) // those that stop have stopped
 	for _, i := range s.instances {
@@ -1070,61 +896,4 @@ func simulate(t *testing.T, seed uint64, span time.Duration, tr *trace) (violati
 		}
 	})
 	return violations
-}
-
-// trace is what has happened.
-type trace struct {
-	begin   time.Time
-	keep    bool
-	lines   []string
-	summary string
-	out     func(string)
-}
-
-// note adds a line.
-func (tr *trace) note(format string, args ...any) {
-	if !tr.keep && tr.out == nil {
-		return
-	}
-	line := fmt.Sprintf("%018d ", time.Since(tr.begin)) + fmt.Sprintf(format, args...)
-	if tr.keep {
-		tr.lines = append(tr.lines, line)
-	}
-	if tr.out != nil {
-		tr.out(line)
-	}
-}
-
-// logger is a zapcore.Core that reads what an instance logs.
-type logger struct {
-	zapcore.LevelEnabler
-	inc *incarnation
-}
-
-func (l logger) With([]zapcore.Field) zapcore.Core { return l }
-func (l logger) Sync() error                       { return nil }
-
-func (l logger) Check(e zapcore.Entry, c *zapcore.CheckedEntry) *zapcore.CheckedEntry {
-	return c.AddCore(e, l)
-}
-
-func (l logger) Write(e zapcore.Entry, fields []zapcore.Field) error {
-	m := l.inc.sim.model
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	var name string
-	var err error
-	for _, f := range fields {
-		switch f.Key {
-		case "key":
-			name = f.String
-		case "error":
-			err, _ = f.Interface.(error)
-		}
-	}
-	m.note("%s: %s %s (%s, %s)", l.inc, e.Level, e.Message, m.short(name), m.shortError(err))
-	if strings.Contains(e.Message, "given up") {
-		m.gaveUp(l.inc, name)
-	}
-	return nil
 }

@@ -106,7 +106,7 @@ func newDice(seed uint64, what, name string, numbers ...int) dice {
 	_, _ = h.Write([]byte(name))
 	d := dice(h.Sum64() ^ seed*0x9e3779b97f4a7c15)
 	for _, n := range numbers {
-		d ^= dice(n) //nolint:gosec // a hash
+		d ^= dice(n)
 		d = dice(d.next())
 	}
 	d.next()

@@ -598,11 +598,11 @@ func (m *model) loaded(inc *incarnation, l load) {
 		m.wrong("%s: error of a Load: %v", inc, l.err)
 	case l.found.Report == nil:
 		m.count.absent++
-		if !absent && !(m.kind.Lies() && exempt) && !(m.kind.Lies() && inc.troubled(l.begun, time.Minute)) {
+		if lie := m.kind.Lies() && (exempt || inc.troubled(l.begun, time.Minute)); !absent && !lie {
 			m.wrong("%s did not find %x, which it should have", inc, l.key[8:12])
 		}
 	default:
-		m.checkFound(inc, l, possible, now)
+		m.checkFound(inc, l, possible)
 	}
 	for _, o := range l.ops() {
 		if inc.loads[o]--; l.err == nil && l.fromStorage {
@@ -614,7 +614,7 @@ func (m *model) loaded(inc *incarnation, l load) {
 	}
 }
 
-func (m *model) checkFound(inc *incarnation, l load, possible map[reportID]bool, now time.Time) {
+func (m *model) checkFound(inc *incarnation, l load, possible map[reportID]bool) {
 	id := idOf(l.found.Report)
 	if m.kind.Lies() && l.file != nil && inc.troubled(l.begun, time.Minute) {
 		return // it may have missed a newer one

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"slices"
 	"sync"
 	"time"
 
@@ -210,10 +211,8 @@ func Hanging(deaf bool) func(Call) Fault {
 // On restricts a decision to some operations.
 func On(decide func(Call) Fault, affected ...Op) func(Call) Fault {
 	return func(c Call) Fault {
-		for _, o := range affected {
-			if c.Op == o {
-				return decide(c)
-			}
+		if slices.Contains(affected, c.Op) {
+			return decide(c)
 		}
 		return Fault{}
 	}
@@ -438,10 +437,10 @@ func (s storage) Stat(ctx context.Context, name string) (info certmagic.KeyInfo,
 		info = certmagic.KeyInfo{Key: name, Modified: n.modified, Size: int64(len(n.value)), IsTerminal: n.value != nil}
 		return nil
 	})
-	switch {
-	case kind == S3 || kind == Consul:
+	switch kind {
+	case S3, Consul:
 		info = certmagic.KeyInfo{Key: name, IsTerminal: true}
-	case kind == S3Delimiter:
+	case S3Delimiter:
 		info.IsTerminal = false
 		if errors.Is(err, fs.ErrNotExist) {
 			return certmagic.KeyInfo{}, nil

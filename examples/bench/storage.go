@@ -1,0 +1,163 @@
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"io/fs"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// withStorage returns the module with a storage whose operations take that long, and with other options of `cache`.
+// Without a folder, the storage keeps nothing.
+func withStorage(delay time.Duration, folder string, options ...string) *contender {
+	return &contender{
+		name: fmt.Sprintf("fsbroker_task, storage of %s", delay),
+		config: caddyConfig("storage", "", fmt.Sprintf(`
+	fsbroker_task {
+		secret bench {{.Secret}}
+		node node-1 {{.Node}} {{.Secret}}
+		cache {
+			storage bench_delayed %s %s
+			%s
+		}
+	}`, delay, folder, strings.Join(options, "\n"))),
+	}
+}
+
+// ownReports returns a plan that requests reports of a size. Each is that of another file.
+func (h *harness) ownReports(size, name string, count, callers int) plan {
+	return plan{
+		callers: callers, count: count, want: h.node.document,
+		task: func(i int) string { return "own-" + size + "-" + name + strconv.Itoa(i) },
+	}
+}
+
+// stored returns a plan that requests the reports in the folder that filled returns.
+func (h *harness) stored(callers int) plan {
+	return h.ownReports(h.sizes[0].id(), "stored", h.options.stored, callers)
+}
+
+// filled returns a folder of a storage that has the reports that stored requests.
+func (h *harness) filled(ctx context.Context) (string, error) {
+	if h.kept != "" {
+		return h.kept, nil
+	}
+	progress.Printf("storing %d reports", h.options.stored)
+	folder := filepath.Join(h.dir, "stored")
+	s, err := withStorage(0, folder).start(ctx, h)
+	if err != nil {
+		return "", err
+	}
+	err = h.fill(ctx, s, h.stored(32))
+	s.process.stop()
+	if err != nil {
+		return "", err
+	}
+	found, err := countStored(folder)
+	if err == nil && found.documents != h.options.stored {
+		err = fmt.Errorf("%d of %d reports were stored", found.documents, h.options.stored)
+	}
+	h.kept = folder
+	return folder, err
+}
+
+// fill makes the requests of a plan in small steps, and waits after each until the reports are stored.
+func (h *harness) fill(ctx context.Context, s *server, all plan) error {
+	const step = 1000
+	for from := 0; from < all.count; from += step {
+		p := all
+		p.count = min(step, all.count-from)
+		p.task = func(i int) string { return all.task(from + i) }
+		if _, err := p.runAll(ctx, s); err != nil {
+			return err
+		}
+		if err := h.waitUntilStored(ctx, s); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// waitUntilStored waits until nothing is queued to the storage.
+func (h *harness) waitUntilStored(ctx context.Context, s *server) error {
+	for {
+		queued, err := h.queued(ctx, s)
+		if err != nil || queued == 0 {
+			return err
+		}
+		if err := wait(ctx, 10*time.Millisecond); err != nil {
+			return err
+		}
+	}
+}
+
+// queued returns how many values wait to be stored.
+func (h *harness) queued(ctx context.Context, s *server) (int, error) {
+	a, err := h.get(ctx, "http://"+s.Admin+"/fsbroker/cache", false)
+	if err != nil {
+		return 0, err
+	}
+	var caches map[string]struct{ Storage struct{ Queued int } }
+	err = json.Unmarshal(a.body, &caches)
+	return caches["default"].Storage.Queued, err
+}
+
+// metrics are the metrics of a server, by name. Those with labels are not included.
+type metrics map[string]float64
+
+func (h *harness) metrics(ctx context.Context, s *server) (metrics, error) {
+	a, err := h.get(ctx, "http://"+s.Admin+"/metrics", false)
+	if err != nil {
+		return nil, err
+	}
+	all := make(metrics)
+	for line := range strings.Lines(string(a.body)) {
+		name, value, ok := strings.Cut(strings.TrimSpace(line), " ")
+		if f, err := strconv.ParseFloat(value, 64); ok && err == nil {
+			all[name] = f
+		}
+	}
+	return all, nil
+}
+
+const (
+	writesMetric  = "caddy_fsbroker_storage_writes_total"
+	refusedMetric = "caddy_fsbroker_storage_refused_total"
+	sweptMetric   = "caddy_fsbroker_storage_swept_total"
+	heapMetric    = "go_memstats_heap_alloc_bytes"
+)
+
+// storedCount is how much a folder of a storage has.
+type storedCount struct {
+	documents int
+	values    int // the documents, and the references to them
+}
+
+// valueName matches the names of values, which begin with a key. That of a reference from a file goes on with a time.
+var valueName = regexp.MustCompile(`^[0-9a-f]{64}(-[0-9]+|\.large)?$`)
+
+// countStored counts what a folder of a storage has. A folder that does not exist has nothing.
+func countStored(folder string) (storedCount, error) {
+	var n storedCount
+	if !isThere(folder) {
+		return n, nil
+	}
+	err := filepath.WalkDir(folder, func(path string, entry fs.DirEntry, err error) error {
+		if err != nil || entry.IsDir() || !valueName.MatchString(entry.Name()) {
+			return err
+		}
+		n.values++
+		switch filepath.Base(filepath.Dir(path)) {
+		case "files", "damaged":
+		default:
+			n.documents++
+		}
+		return nil
+	})
+	return n, err
+}

@@ -1,0 +1,230 @@
+package examples_test
+
+import (
+	"encoding/json"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+)
+
+// needProgram skips the test if a program is missing.
+func needProgram(t *testing.T, name string) {
+	t.Helper()
+	if _, err := exec.LookPath(name); err != nil {
+		t.Skipf("there is no %s: install the package prometheus", name)
+	}
+}
+
+// TestAlertRules checks the alert rules and runs their unit tests.
+func TestAlertRules(t *testing.T) {
+	needProgram(t, "promtool")
+	for _, args := range [][]string{
+		{"check", "rules", "alerts.yaml"}, {"test", "rules", "alerts_test.yaml"}, {"check", "config", "prometheus.yaml"},
+	} {
+		command := exec.CommandContext(t.Context(), "promtool", args...)
+		command.Dir = "prometheus"
+		if output, err := command.CombinedOutput(); err != nil {
+			t.Errorf("promtool %q: %v\n%s", args, err, output)
+		}
+	}
+}
+
+// TestPrometheus runs Prometheus with the example's configuration and rules, apart from their times, and a Caddy that has
+// one node that works and one that is down. The alert about that node fires, and all queries of the dashboard return
+// something.
+func TestPrometheus(t *testing.T) {
+	needProgram(t, "prometheus")
+	caddy := startMonitored(t)
+	prometheus := startPrometheus(t, caddy.admin)
+
+	caddy.traffic(t)
+	alert := prometheus.waitForAlert(t, "FsbrokerNodeFails")
+	if alert.Labels["node"] != "node-2" || alert.Labels["instance"] != caddy.admin || !strings.HasPrefix(alert.Annotations["summary"], "node node-2 at ") {
+		t.Errorf("the alert is about something else: %+v", alert)
+	}
+
+	missing := dashboardQueries(t)
+	for deadline := time.Now().Add(20 * time.Second); len(missing) > 0 && time.Now().Before(deadline); time.Sleep(200 * time.Millisecond) {
+		caddy.traffic(t) // a rate needs counters that grow
+		maps.DeleteFunc(missing, func(_, query string) bool { return len(prometheus.query(t, query)) > 0 })
+	}
+	for place, query := range missing {
+		t.Errorf("%s: Prometheus has nothing for %s", place, query)
+	}
+}
+
+// monitored is a Caddy with nodes and a storage.
+type monitored struct{ site, admin string }
+
+func startMonitored(t *testing.T) monitored {
+	t.Helper()
+	node := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = io.WriteString(w, `{"processTime":1,"result":{"taskReference":{"state":"SUCCESS"}}}`)
+	}))
+	t.Cleanup(node.Close)
+	m := monitored{"http://" + freeAddress(t), freeAddress(t)}
+	config := filepath.Join(t.TempDir(), "Caddyfile")
+	writeFile(t, config, fmt.Sprintf(`{
+	admin %s
+	persist_config off
+}
+%s {
+	fsbroker_task {
+		secret tester the-secret
+		node node-1 %s
+		node node-2 http://%s
+		cache {
+			storage file_system "%s"
+		}
+	}
+}
+`, m.admin, m.site, node.URL, freeAddress(t), filepath.ToSlash(t.TempDir())))
+	start(t, "run", "--config", config).waitFor(t, "serving initial configuration")
+	return m
+}
+
+// traffic sends requests with different outcomes.
+func (m monitored) traffic(t *testing.T) {
+	t.Helper()
+	for query, want := range map[string]int{
+		"appServerID=node-1&taskID=1":         http.StatusOK,
+		"appServerID=node-1&taskID=1&nocache": http.StatusOK,
+		"":                                    http.StatusBadRequest,
+	} {
+		if got := get(t, m.site+"/task?"+query, "the-secret", "").StatusCode; got != want {
+			t.Errorf("%s: got %d, want %d", query, got, want)
+		}
+	}
+	get(t, m.site+"/task?appServerID=node-2&taskID=1", "the-secret", "") // 502, or 503 within fail_duration
+	get(t, m.site+"/task", "wrong", "")
+}
+
+// prometheus is the URL of a Prometheus.
+type prometheus string
+
+// everyTime matches the times of a configuration and of rules that a test need not wait for.
+var everyTime = regexp.MustCompile(`(?m)^( *(?:scrape_interval|evaluation_interval|for)): .*$`)
+
+func startPrometheus(t *testing.T, target string) prometheus {
+	t.Helper()
+	dir := t.TempDir()
+	for _, name := range []string{"prometheus.yaml", "alerts.yaml"} {
+		text := everyTime.ReplaceAllString(string(readFile(t, filepath.Join("prometheus", name))), "$1: 200ms")
+		writeFile(t, filepath.Join(dir, name), strings.Replace(text, "[localhost:2019]", `["`+target+`"]`, 1))
+	}
+	address := freeAddress(t)
+	command := exec.CommandContext(t.Context(), "prometheus", "--config.file="+filepath.Join(dir, "prometheus.yaml"),
+		"--storage.tsdb.path="+filepath.Join(dir, "data"), "--web.listen-address="+address, "--log.level=warn")
+	command.Stderr = os.Stderr
+	if err := command.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = command.Process.Kill()
+		_ = command.Wait() // killed
+	})
+	p := prometheus("http://" + address)
+	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
+		if response, err := http.Get(string(p) + "/-/ready"); err == nil {
+			response.Body.Close()
+			if response.StatusCode == http.StatusOK {
+				return p
+			}
+		}
+		if time.Now().After(deadline) {
+			t.Fatal("Prometheus does not start")
+		}
+	}
+}
+
+// api requests what the path of the API returns, and decodes its data.
+func (p prometheus) api(t *testing.T, path string, data any) {
+	t.Helper()
+	response := get(t, string(p)+"/api/v1/"+path, "", "")
+	answer := struct {
+		Status string
+		Data   any
+	}{Data: data}
+	if err := json.Unmarshal([]byte(response.body), &answer); err != nil || answer.Status != "success" {
+		t.Fatalf("%s: %v: %s", path, err, response.body)
+	}
+}
+
+// query returns the result of a query. The query may be Grafana's label_values.
+func (p prometheus) query(t *testing.T, query string) (result []any) {
+	t.Helper()
+	if match := labelValues.FindStringSubmatch(query); match != nil {
+		p.api(t, "label/"+match[2]+"/values?"+url.Values{"match[]": {match[1]}}.Encode(), &result)
+		return result
+	}
+	var data struct{ Result []any }
+	p.api(t, "query?"+url.Values{"query": {query}}.Encode(), &data)
+	return data.Result
+}
+
+var labelValues = regexp.MustCompile(`^label_values\((.*), (\w+)\)$`)
+
+// alert is an alert of Prometheus.
+type alert struct {
+	State               string
+	Labels, Annotations map[string]string
+}
+
+// waitForAlert waits until an alert fires.
+func (p prometheus) waitForAlert(t *testing.T, name string) alert {
+	t.Helper()
+	var data struct{ Alerts []alert }
+	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
+		p.api(t, "alerts", &data)
+		for _, a := range data.Alerts {
+			if a.Labels["alertname"] == name && a.State == "firing" {
+				return a
+			}
+		}
+	}
+	t.Fatalf("%s does not fire. There are the alerts %+v", name, data.Alerts)
+	return alert{}
+}
+
+// dashboardQueries returns the queries of the dashboard's panels and variables, by their places.
+func dashboardQueries(t *testing.T) map[string]string {
+	t.Helper()
+	var dashboard struct {
+		Panels []struct {
+			Title   string
+			Targets []struct{ RefID, Expr string }
+		}
+		Templating struct {
+			List []struct{ Name, Definition string }
+		}
+	}
+	if err := json.Unmarshal(readFile(t, "grafana/dashboard.json"), &dashboard); err != nil {
+		t.Fatal(err)
+	}
+	variables := strings.NewReplacer("$instance", ".*", "$namespace", ".*", "$__rate_interval", "10s")
+	queries := make(map[string]string)
+	for _, panel := range dashboard.Panels {
+		for _, target := range panel.Targets {
+			queries[panel.Title+" "+target.RefID] = variables.Replace(target.Expr)
+		}
+	}
+	for _, variable := range dashboard.Templating.List {
+		if variable.Definition != "" {
+			queries["the variable "+variable.Name] = variables.Replace(variable.Definition)
+		}
+	}
+	if len(queries) < 25 {
+		t.Errorf("the dashboard has only %d queries", len(queries))
+	}
+	return queries
+}
