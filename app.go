@@ -153,6 +153,7 @@ type namespace struct {
 	member    *member
 	resolver  *resolver
 	pollers   *pollers
+	proxy     *proxy // nil if nothing is passed through
 	archiveID string // in the pool of archives
 	backend   *archive.Backend
 }
@@ -217,7 +218,9 @@ func newSettings(h *Handler) (settings, error) {
 		"storage":         with.Cache.StorageRaw,
 		"retention":       with.Cache.Retention,
 		"encryption_key":  with.Cache.EncryptionKeys,
-		"broker":          with.Broker,
+	}
+	if b := with.Broker; b != nil {
+		values["broker"], values["proxy"] = b.Endpoint, b.Proxy
 	}
 	for _, n := range with.Nodes {
 		values[fmt.Sprintf("node %q", n.AppServerID)] = n
@@ -263,6 +266,11 @@ func (a *App) provision(ctx caddy.Context, ns *namespace) error {
 	notify := func(u *upstream, event, reason string) { a.emit(ns, u, event, reason) }
 	if err := ns.setUp(transport, a.logger.With(zap.String("namespace", ns.name)), notify); err != nil {
 		return err
+	}
+	if b := ns.options.Broker; b != nil && len(b.Proxy) > 0 {
+		if ns.proxy, err = newProxy(ctx, ns.resolver.broker, b.Proxy, ns.logger); err != nil {
+			return fmt.Errorf("broker: %w", err)
+		}
 	}
 	if err := ns.openArchive(ctx); err != nil {
 		return err

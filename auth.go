@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net/http"
 	"regexp"
+	"slices"
 	"strings"
 	"sync/atomic"
 
@@ -25,6 +26,10 @@ type Secret struct {
 	// The secret that the client must present. Placeholders such as `{env.NAME}` and `{file./path}` are resolved when the
 	// configuration is loaded. An unknown or empty placeholder is an error.
 	Secret string `json:"secret"`
+
+	// The endpoints that the client may use: `/task`, and those that the broker's `proxy` passes through. The secrets of
+	// one client must have the same. Default: all that are served
+	Allow []string `json:"allow,omitempty"`
 }
 
 // defaultClient is the name of clients that are given none.
@@ -37,22 +42,28 @@ var errClientName = errors.New("a client's name must be 1 to 64 letters, digits,
 
 // client is a resolved Secret. Only the hash of the secret is kept.
 type client struct {
-	name string
-	sum  [sha256.Size]byte
-	hits hitCounters
+	name  string
+	sum   [sha256.Size]byte
+	allow []string // the paths of the endpoints that it may use, in lower case and sorted; nil for all
+	hits  hitCounters
 
 	warned *atomic.Bool // about a secret in the query; shared by all secrets of that client
 }
 
+// may reports whether the client may use an endpoint.
+func (c *client) may(e *endpoint) bool {
+	return c.allow == nil || containsPath(c.allow, e.path)
+}
+
 type clients []client
 
-// newClients resolves the configured secrets.
-func newClients(repl *caddy.Replacer, secrets []Secret) (clients, error) {
+// newClients resolves the configured secrets, given the paths of the endpoints that are served.
+func newClients(repl *caddy.Replacer, secrets []Secret, served []string) (clients, error) {
 	if len(secrets) == 0 {
 		return nil, errors.New("no secret is configured: at least one is required to let a client in")
 	}
 	var known clients
-	warnings := make(map[string]*atomic.Bool)
+	first := make(map[string]*client) // by name
 	for i, s := range secrets {
 		name := s.Client
 		if name == "" {
@@ -68,14 +79,36 @@ func newClients(repl *caddy.Replacer, secrets []Secret) (clients, error) {
 		if other := known.find(value); other != nil && other.name != name {
 			return nil, fmt.Errorf("secret %d: clients %s and %s share one secret: give each its own", i+1, name, other.name)
 		}
-		warned, ok := warnings[name]
-		if !ok {
-			warned = new(atomic.Bool)
-			warnings[name] = warned
+		c := client{name: name, sum: sha256.Sum256([]byte(value)), hits: newHitCounters(name), warned: new(atomic.Bool)}
+		if c.allow, err = newAllow(s.Allow, served); err != nil {
+			return nil, fmt.Errorf("secret %d, of client %s: %w", i+1, name, err)
 		}
-		known = append(known, client{name: name, sum: sha256.Sum256([]byte(value)), hits: newHitCounters(name), warned: warned})
+		if other := first[name]; other == nil {
+			first[name] = &c
+		} else if c.warned = other.warned; !slices.Equal(c.allow, other.allow) {
+			return nil, fmt.Errorf("secret %d: %w", i+1, errAllowDiffers(name))
+		}
+		known = append(known, c)
 	}
 	return known, nil
+}
+
+// newAllow returns the paths of the endpoints that a client may use, in lower case and sorted. It is nil for all.
+func newAllow(paths, served []string) ([]string, error) {
+	var allow []string
+	for _, path := range paths {
+		if !containsPath(served, path) {
+			return nil, fmt.Errorf("allow has %q, which is not served: the endpoints are %s", path, strings.Join(served, ", "))
+		}
+		allow = append(allow, strings.ToLower(path))
+	}
+	slices.Sort(allow)
+	return slices.Compact(allow), nil
+}
+
+// errAllowDiffers says that two secrets of a client differ in allow.
+func errAllowDiffers(client string) error {
+	return fmt.Errorf("the secrets of client %s differ in allow: give all of them the same", client)
 }
 
 // onePlaceholder matches a secret that is only a placeholder, such as {env.NAME}.

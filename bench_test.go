@@ -26,7 +26,7 @@ func benchHandler(b *testing.B, nodes, reports, size int) *Handler {
 	b.Helper()
 	h := &Handler{
 		Secrets: []Secret{{Client: "bench", Secret: "bench-secret"}},
-		Broker:  &Endpoint{Address: "127.0.0.1:1"},
+		Broker:  &Broker{Endpoint: Endpoint{Address: "127.0.0.1:1"}},
 		Cache:   &Cache{MaxSize: 16 << 30},
 		logger:  zap.NewNop(),
 	}
@@ -36,7 +36,7 @@ func benchHandler(b *testing.B, nodes, reports, size int) *Handler {
 	h.setDefaults()
 	repl := caddy.NewReplacer()
 	var err error
-	if h.clients, err = newClients(repl, h.Secrets); err != nil {
+	if h.clients, err = newClients(repl, h.Secrets, h.served()); err != nil {
 		b.Fatal(err)
 	}
 	h.namespace = &namespace{name: defaultNamespace, options: h}

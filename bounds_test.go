@@ -314,8 +314,8 @@ func TestWaitWithWriteTimeout(t *testing.T) {
 	if took := time.Since(start); took > 2*time.Second || took < time.Second {
 		t.Errorf("the response took %s", took)
 	}
-	s.wantMetrics(before, map[string]string{`requests_total{cache="hit",client="tester",code="200"}`: ""})
-	s.wantMetrics(before, map[string]string{`requests_total{cache="miss",client="tester",code="200"}`: "1"})
+	s.wantMetrics(before, map[string]string{`requests_total{cache="hit",client="tester",code="200",endpoint="/task"}`: "0"})
+	s.wantMetrics(before, map[string]string{`requests_total{cache="miss",client="tester",code="200",endpoint="/task"}`: "1"})
 }
 
 // A response that the server's write timeout cuts off is not counted as delivered.
@@ -328,8 +328,8 @@ func TestLateResponse(t *testing.T) {
 	before := s.scrape()
 	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit") // the first response breaks off, and get tries again
 	s.wantMetrics(before, map[string]string{
-		`requests_total{cache="miss",client="late",code="499"}`: "1",
-		`requests_total{cache="miss",client="late",code="200"}`: "",
+		`requests_total{cache="miss",client="late",code="499",endpoint="/task"}`: "1",
+		`requests_total{cache="miss",client="late",code="200",endpoint="/task"}`: "",
 	})
 }
 

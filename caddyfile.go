@@ -1,6 +1,7 @@
 package fsbroker
 
 import (
+	"cmp"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -27,7 +28,7 @@ func init() {
 	httpcaddyfile.RegisterDirectiveOrder("fsbroker_task", httpcaddyfile.Before, "respond")
 }
 
-// parseDirective returns a route for the directive. Without a matcher it matches the path /task only.
+// parseDirective returns a route for the directive. Without a matcher it matches /task and the paths of proxy.
 func parseDirective(helper httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, error) {
 	helper.Next() // the directive's name
 	place := fmt.Sprintf("%s:%d", helper.File(), helper.Line())
@@ -37,17 +38,18 @@ func parseDirective(helper httpcaddyfile.Helper) ([]httpcaddyfile.ConfigValue, e
 	}
 	if given {
 		helper.Delete()
-	} else {
-		matchers = caddy.ModuleMap{"path": helper.JSON(caddyhttp.MatchPath{"/task"})}
 	}
 	helper.Reset()
-	if doubt := doubtMatcher(matchers); doubt != "" {
+	if doubt := doubtMatcher(matchers); given && doubt != "" {
 		caddy.Log().Named("http.handlers.fsbroker_task").Warn(doubt, zap.String("at", place))
 	}
 
 	h := new(Handler)
 	if err := h.UnmarshalCaddyfile(helper.Dispenser); err != nil {
 		return nil, err
+	}
+	if !given {
+		matchers = caddy.ModuleMap{"path": helper.JSON(caddyhttp.MatchPath(h.served()))}
 	}
 	if err := compareWithOthers(helper, h, place); err != nil {
 		return nil, err
@@ -87,7 +89,9 @@ func compareWithOthers(helper httpcaddyfile.Helper, h *Handler, place string) er
 // UnmarshalCaddyfile sets up the handler from Caddyfile tokens. Syntax:
 //
 //	fsbroker_task [<matcher>] {
-//	    secret [<client name>] <secret>
+//	    secret [<client name>] <secret> {
+//	        allow <endpoint>...
+//	    }
 //	    node   <appServerID> <address> [<secret>] {
 //	        secret    <secret>
 //	        secret_in header|secret|serect...
@@ -95,6 +99,7 @@ func compareWithOthers(helper httpcaddyfile.Helper, h *Handler, place string) er
 //	    broker <address> [<secret>] {
 //	        secret    <secret>
 //	        secret_in header|secret|serect...
+//	        proxy     [<path>...]
 //	    }
 //	    transport http { ... }
 //	    timeout       <duration>
@@ -115,15 +120,21 @@ func compareWithOthers(helper httpcaddyfile.Helper, h *Handler, place string) er
 //	}
 //
 // secret and node can be repeated. A secret is required, and so is a node or a broker. Without a matcher, the handler
-// serves the path /task only.
+// serves the path /task, and the paths of proxy. Without arguments, these are /submit, /submit-result, /file, /reputation
+// and /system-info.
 func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // the directive's name
 	if d.CountRemainingArgs() > 0 {
 		return d.Err("fsbroker_task takes no arguments but a matcher: put its options into a block")
 	}
+	var places []caddyfile.Dispenser // of the secrets
 	for nesting := d.Nesting(); d.NextBlock(nesting); {
+		place := *d
 		if err := h.unmarshalOption(d); err != nil {
 			return err
+		}
+		if len(places) < len(h.Secrets) {
+			places = append(places, place)
 		}
 	}
 	if len(h.Secrets) == 0 {
@@ -131,6 +142,25 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	}
 	if len(h.Nodes) == 0 && h.Broker == nil {
 		return d.WrapErr(errNoUpstream)
+	}
+	return h.checkAllow(places)
+}
+
+// checkAllow checks what the clients may use, given the places of their secrets in the Caddyfile. That depends on the
+// broker's options, which may follow.
+func (h *Handler) checkAllow(places []caddyfile.Dispenser) error {
+	allowed := make(map[string][]string)
+	for i, s := range h.Secrets {
+		allow, err := newAllow(s.Allow, h.served())
+		if err != nil {
+			return places[i].WrapErr(err)
+		}
+		name := cmp.Or(s.Client, defaultClient)
+		if first, ok := allowed[name]; !ok {
+			allowed[name] = allow
+		} else if !slices.Equal(allow, first) {
+			return places[i].WrapErr(errAllowDiffers(name))
+		}
 	}
 	return nil
 }
@@ -192,8 +222,19 @@ func (h *Handler) unmarshalSecret(d *caddyfile.Dispenser) error {
 	case !strings.Contains(s.Secret, "{"): // an unset {$NAME} has left the client's name alone
 		return d.Err("a secret that is not a placeholder must follow a client's name: secret <client name> <secret>; if there is a name, the secret after it is empty")
 	}
+	for nesting := d.Nesting(); d.NextBlock(nesting); {
+		switch option := d.Val(); {
+		case option != "allow":
+			return d.Err("a secret has no option but allow")
+		case s.Allow != nil:
+			return d.Err("allow is given more than once")
+		}
+		if s.Allow, err = arguments(d, 1, math.MaxInt, "allow <endpoint>..."); err != nil {
+			return err
+		}
+	}
 	h.Secrets = append(h.Secrets, s)
-	return noBlock(d, "secret")
+	return nil
 }
 
 func (h *Handler) unmarshalNode(d *caddyfile.Dispenser) error {
@@ -210,7 +251,7 @@ func (h *Handler) unmarshalNode(d *caddyfile.Dispenser) error {
 			return d.Errf("node %s is configured twice", n.AppServerID)
 		}
 	}
-	if err := n.unmarshal(d, args[1:]); err != nil {
+	if err := n.unmarshal(d, args[1:], nil); err != nil {
 		return err
 	}
 	h.Nodes = append(h.Nodes, n)
@@ -225,12 +266,28 @@ func (h *Handler) unmarshalBroker(d *caddyfile.Dispenser) error {
 	if err != nil {
 		return err
 	}
-	h.Broker = new(Endpoint)
-	return h.Broker.unmarshal(d, args)
+	h.Broker = new(Broker)
+	return h.Broker.unmarshal(d, args, &h.Broker.Proxy)
 }
 
-// unmarshal reads the options that a node and the broker have in common, including the block.
-func (e *Endpoint) unmarshal(d *caddyfile.Dispenser, args []string) error {
+// unmarshalProxy reads the paths that are passed through to the broker.
+func unmarshalProxy(d *caddyfile.Dispenser, proxy *[]string) error {
+	if *proxy != nil {
+		return d.Err("proxy is given more than once")
+	}
+	*proxy = d.RemainingArgs()
+	if len(*proxy) == 0 {
+		*proxy = slices.Clone(defaultProxy)
+	}
+	if err := checkProxy(*proxy); err != nil {
+		return d.WrapErr(err)
+	}
+	return noBlock(d, "proxy")
+}
+
+// unmarshal reads the options of a node or the broker, including the block. Only the broker has proxy: it is nil for a
+// node.
+func (e *Endpoint) unmarshal(d *caddyfile.Dispenser, args []string, proxy *[]string) error {
 	e.Address = args[0]
 	if !strings.Contains(e.Address, "{") { // a placeholder is checked when it is resolved
 		if _, err := parseAddress(e.Address, func(string) string { return "https" }); err != nil {
@@ -264,9 +321,19 @@ func (e *Endpoint) unmarshal(d *caddyfile.Dispenser, args []string) error {
 			if _, err := e.newSecret(""); err != nil {
 				return d.WrapErr(err)
 			}
+		case "proxy":
+			if proxy == nil {
+				return d.Err("proxy is an option of the broker")
+			}
+			if err := unmarshalProxy(d, proxy); err != nil {
+				return err
+			}
 		case "secret_param":
 			return d.Err("secret_param is not an option any more: use secret_in, which also takes header")
 		default:
+			if proxy != nil {
+				return d.Errf("unknown option %s: the options are secret, secret_in and proxy", option)
+			}
 			return d.Errf("unknown option %s: the options are secret and secret_in", option)
 		}
 	}

@@ -85,6 +85,24 @@ func TestCaddyfileToJSON(t *testing.T) {
 func TestCaddyfileErrors(t *testing.T) {
 	const rest = "\nsecret {env.S}\nnode n1 a:1"
 	for options, want := range map[string]string{
+		"broker a:1 {\nweight 3\n}":                                      "unknown option weight: the options are secret, secret_in and proxy",
+		"broker a:1 {\nproxy /a\nproxy /b\n}":                            "proxy is given more than once",
+		"broker a:1 {\nproxy /a /A\n}":                                   "proxy has /A more than once",
+		"broker a:1 {\nproxy /Task\n}":                                   "proxy cannot have /task, which is always served",
+		"broker a:1 {\nproxy submit\n}":                                  errProxyPath.Error(),
+		"broker a:1 {\nproxy /submit/\n}":                                errProxyPath.Error(),
+		"broker a:1 {\nproxy /submit*\n}":                                errProxyPath.Error(),
+		"broker a:1 {\nproxy /a//b\n}":                                   errProxyPath.Error(),
+		"broker a:1 {\nproxy /a/../b\n}":                                 errProxyPath.Error(),
+		"broker a:1 {\nproxy {env.PATHS}\n}":                             errProxyPath.Error(),
+		"broker a:1 {\nproxy {\n/a\n}\n}":                                "proxy takes no block",
+		"node n2 a:1 {\nproxy\n}":                                        "proxy is an option of the broker",
+		"secret a {x} {\nallow\n}":                                       "wrong number of arguments: expected allow <endpoint>...",
+		"secret a {x} {\nallow /task\nallow /task\n}":                    "allow is given more than once",
+		"secret a {x} {\nallow /submit\n}":                               `allow has "/submit", which is not served: the endpoints are /task`,
+		"secret a {x} {\nallow /file\n}\nbroker a:1 {\nproxy /submit\n}": `allow has "/file", which is not served: the endpoints are /task, /submit`,
+		"secret a {x} {\nallow /task\n}\nsecret a {y}":                   "the secrets of client a differ in allow: give all of them the same",
+		"secret {x} {\nallow /task\n}\nsecret default {y}":               "the secrets of client default differ in allow: give all of them the same",
 		"":                                   "fsbroker_task requires at least one secret to let a client in",
 		"secret {env.S}":                     "no upstream is configured: at least one node or broker is required",
 		"node n1 a:1":                        "fsbroker_task requires at least one secret to let a client in",
@@ -94,7 +112,6 @@ func TestCaddyfileErrors(t *testing.T) {
 		`secret ""`:                          "the secret is empty",
 		`secret a ""`:                        "the secret is empty",
 		"secret {env.HUSH} a":                "a client's name must be 1 to 64 letters, digits, dots, dashes, underscores or @, and comes before the secret",
-		"secret a b {\nx\n}":                 "secret takes no block",
 		"node":                               "wrong number of arguments: expected node <appServerID> <address> [<secret>]",
 		"node n1":                            "wrong number of arguments: expected node <appServerID> <address> [<secret>]",
 		"node n1 a:1 hush more":              "wrong number of arguments: expected node <appServerID> <address> [<secret>]",
@@ -213,6 +230,21 @@ func TestDirective(t *testing.T) {
 			"respond 404\nfsbroker_task " + options,
 			`[{"match":[{"path":["/task"]}],"handle":[` + handler + `]},{"handle":[` + respond + `]}]`,
 		},
+		"with proxy": {
+			"fsbroker_task {\nsecret p {env.S} {\nallow /task /Submit\n}\nbroker b:1 {\nproxy\n}\n}",
+			`[{"match":[{"path":["/task","/submit","/submit-result","/file","/reputation","/system-info"]}],"handle":[{"broker":{"address":"b:1",` +
+				`"proxy":["/submit","/submit-result","/file","/reputation","/system-info"]},"handler":"fsbroker_task",` +
+				`"secrets":[{"allow":["/task","/Submit"],"client":"p","secret":"{env.S}"}]}]}]`,
+		},
+		"with paths of proxy": {
+			"fsbroker_task {\nsecret {env.S}\nbroker b:1 {\nproxy /Submit /v2/x.y\n}\n}",
+			`[{"match":[{"path":["/task","/Submit","/v2/x.y"]}],"handle":[{"broker":{"address":"b:1","proxy":["/Submit","/v2/x.y"]},` +
+				`"handler":"fsbroker_task","secrets":[{"secret":"{env.S}"}]}]}]`,
+		},
+		"with proxy and a matcher": {
+			"fsbroker_task /x {\nsecret {env.S}\nbroker b:1 {\nproxy /submit\n}\n}",
+			`[{"match":[{"path":["/x"]}],"handle":[{"broker":{"address":"b:1","proxy":["/submit"]},"handler":"fsbroker_task","secrets":[{"secret":"{env.S}"}]}]}]`,
+		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			config, _, err := caddyconfig.GetAdapter("caddyfile").Adapt([]byte(":80 {\n"+test.directives+"\n}"), nil)
@@ -268,6 +300,7 @@ func TestDoubts(t *testing.T) {
 func FuzzCaddyfile(f *testing.F) {
 	f.Add("secret {env.A}\nnode n1 10.0.0.1:22001 s {\nsecret_in serect\n}\nbroker http://b\ncache {\nttl 1h\nmax_size 1MiB\n}")
 	f.Add("secret a {env.B}\nnode n1 https://[::1]:1/x {\nsecret {file./a}\n}\ntransport http {\ntls\n}\ntimeout 3d")
+	f.Add("secret a {env.B} {\nallow /task /Submit\n}\nbroker b:1 {\nproxy /submit /file\n}")
 	f.Fuzz(func(t *testing.T, options string) {
 		h := new(Handler)
 		if h.UnmarshalCaddyfile(caddyfile.NewTestDispenser("fsbroker_task {\n"+options+"\n}")) != nil {

@@ -68,6 +68,11 @@ func TestJSON(t *testing.T) {
 	s.get("/task?submitID=s1").wantHeader(t, "Cache-Status", "fsbroker; hit")
 
 	for handler, want := range map[string]string{
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "broker": {"address": "a:1", "proxy": ["submit"]}}`:                         "a path in proxy must be",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "broker": {"address": "a:1", "proxy": ["/task"]}}`:                          "proxy cannot have /task",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s", "allow": ["/file"]}], "broker": {"address": "a:1", "proxy": ["/submit"]}}`:    "which is not served",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s", "allow": ["/task"]}, {"secret": "t"}], "broker": {"address": "a:1"}}`:         "secret 2: the secrets of client default differ in allow",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1", "proxy": ["/submit"]}]}`: "unknown field",
 		`{"handler": "fsbroker_task"}`:                                                                                                                                                  "no secret is configured",
 		`{"handler": "fsbroker_task", "secrets": [{"secret": ""}]}`:                                                                                                                     "the secret is empty",
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "{env.NOT_SET}"}]}`:                                                                                                        "{env.NOT_SET} has no value: the environment variable is not set",

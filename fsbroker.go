@@ -1,6 +1,6 @@
 // Package fsbroker is a plugin for the Caddy web server. Its HTTP handler, fsbroker_task, serves the fsBroker Task API
 // (GET /task): the report of a file-analysis task. The report is fetched from the processor node that holds it, and kept
-// in memory and, if configured, in a storage.
+// in memory and, if configured, in a storage. The rest of the broker's API can be passed through.
 //
 // The Task API is that of OPSWAT Filescan's fsBroker, documented at https://www.opswat.com/docs/filescan.
 package fsbroker
@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"time"
 
 	"go.uber.org/zap"
@@ -36,6 +37,9 @@ func init() {
 // for the poll interval, so any number of callers that poll or wait cost an upstream one request. Errors are never kept.
 // They are problem documents (RFC 9457) with a stable code.
 //
+// The broker's other endpoints, such as `/submit`, can be passed through, for the same secret of the caller. Bodies are
+// streamed in both directions.
+//
 // The placeholder `{http.fsbroker.client}` is the name of the client whose secret was presented. So is
 // `{http.auth.user.id}`, which Caddy's access log shows as `user_id`, unless another handler has set it before. When the
 // response is written, `{http.fsbroker.cache}` is what the cache did for the request (`hit`, `storage`, `miss`, `bypass`,
@@ -55,7 +59,7 @@ type Handler struct {
 
 	// The broker. It has the reports of submissions, and those of nodes that are not configured here or do not know the
 	// task any more. Without a broker, `submitID` is rejected.
-	Broker *Endpoint `json:"broker,omitempty"`
+	Broker *Broker `json:"broker,omitempty"`
 
 	// How the nodes and the broker are connected to: the `http` transport of `reverse_proxy`, without its
 	// `proxy_protocol`. Default: `http` with its defaults
@@ -123,7 +127,7 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		return err
 	}
 	var err error
-	if h.clients, err = newClients(caddy.NewReplacer(), h.Secrets); err != nil {
+	if h.clients, err = newClients(caddy.NewReplacer(), h.Secrets, h.served()); err != nil {
 		return err
 	}
 	app, err := ctx.App("fsbroker")
@@ -145,6 +149,14 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		server.RegisterOnStop(h.namespace.drain)
 	}
 	return nil
+}
+
+// served returns the paths of all endpoints that the handler serves.
+func (h *Handler) served() []string {
+	if h.Broker == nil {
+		return servedPaths(nil)
+	}
+	return servedPaths(h.Broker.Proxy)
 }
 
 func (h *Handler) setDefaults() {
@@ -213,14 +225,19 @@ var errEncryptionKey = errors.New("encryption_key needs a storage: configure sto
 // report if the caller asks for that, and writes the response.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
 	info := newRequestInfo(r)
-	if r.Method == http.MethodOptions {
-		countRequest(writeOptions(w), outcomeNone, "")
+	e := h.namespace.proxy.match(r)
+	switch {
+	case r.Method == http.MethodOptions:
+		countRequest(writeOptions(w, e), outcomeNone, "", e)
+		return nil
+	case e != taskEndpoint:
+		h.pass(w, r, info, e)
 		return nil
 	}
 	q := parseQuery(r.URL.RawQuery)
 	noCache, onlyCached := cacheDirectives(r.Header)
 	q.nocache, q.onlyCached = q.nocache || noCache, onlyCached
-	if p := h.admit(r, q, info); p != nil {
+	if p := h.admit(r, q, info, e); p != nil {
 		h.respond(w, r, info, result{}, p)
 		return nil
 	}
@@ -232,17 +249,20 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	return nil
 }
 
-// admit authenticates the request and returns the problem that keeps it from being resolved, if there is one.
-func (h *Handler) admit(r *http.Request, q query, info *requestInfo) *problem {
+// admit authenticates the request and returns the problem that keeps it from being served, if there is one.
+func (h *Handler) admit(r *http.Request, q query, info *requestInfo, e *endpoint) *problem {
 	info.client = h.clients.authenticate(r.Header, q)
 	if info.client == nil {
-		return &problem{kind: problemUnauthorized, detail: "send a valid secret: Authorization: Bearer <secret>"}
+		return &problem{kind: problemUnauthorized, detail: "send a valid secret in a header: Authorization: Bearer <secret> (a field of a form is not read)"}
 	}
 	if q.serect != "" || q.secret != "" {
 		info.client.warnOfQuery(h.logger)
 	}
-	if r.Method != http.MethodGet && r.Method != http.MethodHead {
-		return &problem{kind: problemMethodNotAllowed, detail: "a report can only be read: use GET or HEAD"}
+	if !info.client.may(e) {
+		return &problem{kind: problemForbidden, detail: "this client may not use " + e.path + ": its operator can allow that"}
+	}
+	if !slices.Contains(e.methods, r.Method) {
+		return &problem{kind: problemMethodNotAllowed, detail: "this endpoint does not have the method: use one that the header Allow names", methods: e.methods}
 	}
 	return q.problem
 }
@@ -266,9 +286,6 @@ func (h *Handler) wait(w http.ResponseWriter, r *http.Request, q query, res resu
 	defer h.namespace.member.waiters.Add(-1)
 	return h.namespace.pollers.wait(r.Context(), q, res, maxWait)
 }
-
-// statusClientClosedRequest is what nginx and Caddy log if the client has left before the response.
-const statusClientClosedRequest = 499
 
 // writeDeadline returns when the server's write timeout ends the response. It is zero if there is none.
 func writeDeadline(r *http.Request) time.Time {
@@ -317,7 +334,29 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, info *requestI
 	if info.cache == outcomeHit && info.client.hits.count(status) {
 		return
 	}
-	countRequest(status, info.cache, info.clientName())
+	countRequest(status, info.cache, info.clientName(), taskEndpoint)
+}
+
+// pass passes a request to the broker, and the broker's response to the caller.
+func (h *Handler) pass(w http.ResponseWriter, r *http.Request, info *requestInfo, e *endpoint) {
+	q, rest := cutSecrets(r.URL.RawQuery)
+	p := h.admit(r, q, info, e)
+	if p == nil {
+		p = h.namespace.proxy.broker.down(time.Now())
+	}
+	recorder := caddyhttp.NewResponseRecorder(w, nil, nil)
+	call := new(proxiedCall)
+	defer func() {
+		countRequest(call.status(recorder.Status(), undelivered(w, r)), outcomeNone, info.clientName(), e)
+	}()
+	if p == nil {
+		info.upstream = roleBroker
+		p = h.namespace.proxy.serve(recorder, r, e, rest, call)
+	}
+	if p != nil {
+		writeProblem(recorder, r, p, bypassStatus(p))
+	}
+	call.returned = true
 }
 
 // Interface guards

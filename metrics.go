@@ -34,8 +34,8 @@ func (o outcome) String() string { return outcomeNames[o] }
 var (
 	requestsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "caddy_fsbroker_requests_total",
-		Help: "Requests, by status code, client, and what the cache did for them: hit, storage, miss, bypass, collapsed, error or none.",
-	}, []string{"code", "cache", "client"})
+		Help: "Requests, by status code, endpoint, client, and what the cache did for them: hit, storage, miss, bypass, collapsed, error or none.",
+	}, []string{"code", "cache", "client", "endpoint"})
 
 	questionsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
 		Name: "caddy_fsbroker_questions_total",
@@ -69,7 +69,7 @@ type hitCounters struct{ ok, notModified prometheus.Counter }
 
 func newHitCounters(client string) hitCounters {
 	of := func(status int) prometheus.Counter {
-		return requestsTotal.WithLabelValues(strconv.Itoa(status), outcomeHit.String(), client)
+		return requestsTotal.WithLabelValues(strconv.Itoa(status), outcomeHit.String(), client, taskEndpoint.path)
 	}
 	return hitCounters{ok: of(http.StatusOK), notModified: of(http.StatusNotModified)}
 }
@@ -88,8 +88,8 @@ func (c *hitCounters) count(status int) bool {
 }
 
 // countRequest counts a request. The client is empty without a valid secret.
-func countRequest(status int, cache outcome, client string) {
-	requestsTotal.WithLabelValues(strconv.Itoa(status), cache.String(), client).Inc()
+func countRequest(status int, cache outcome, client string, e *endpoint) {
+	requestsTotal.WithLabelValues(strconv.Itoa(status), cache.String(), client, e.path).Inc()
 }
 
 // fetchOutcome returns the outcome of a fetch, for metrics and spans.
@@ -106,6 +106,11 @@ func fetchOutcome(status int, err error) string {
 		return "unknown"
 	}
 	return "answered"
+}
+
+// countProxied counts a request that was passed through to an upstream. Its duration is the caller's as well.
+func countProxied(role role, node, outcome string) {
+	questionsTotal.WithLabelValues(role.String(), node, outcome).Inc()
 }
 
 // countFetch counts a request to an upstream.

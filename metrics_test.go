@@ -48,15 +48,15 @@ func TestMetrics(t *testing.T) {
 
 	host, goneHost := strings.TrimPrefix(node.URL, "http://"), strings.TrimPrefix(gone.URL, "http://")
 	lasting := map[string]string{
-		`requests_total{cache="miss",client="meter",code="200"}`:                                     "1",
-		`requests_total{cache="miss",client="meter",code="204"}`:                                     "1",
-		`requests_total{cache="hit",client="meter",code="304"}`:                                      "1",
-		`requests_total{cache="bypass",client="meter",code="200"}`:                                   "1",
-		`requests_total{cache="error",client="meter",code="404"}`:                                    "2",
-		`requests_total{cache="error",client="meter",code="502"}`:                                    "1",
-		`requests_total{cache="none",client="meter",code="503"}`:                                     "1",
-		`requests_total{cache="none",client="meter",code="400"}`:                                     "1",
-		`requests_total{cache="none",client="",code="401"}`:                                          "1",
+		`requests_total{cache="miss",client="meter",code="200",endpoint="/task"}`:                    "1",
+		`requests_total{cache="miss",client="meter",code="204",endpoint="/task"}`:                    "1",
+		`requests_total{cache="hit",client="meter",code="304",endpoint="/task"}`:                     "1",
+		`requests_total{cache="bypass",client="meter",code="200",endpoint="/task"}`:                  "1",
+		`requests_total{cache="error",client="meter",code="404",endpoint="/task"}`:                   "2",
+		`requests_total{cache="error",client="meter",code="502",endpoint="/task"}`:                   "1",
+		`requests_total{cache="none",client="meter",code="503",endpoint="/task"}`:                    "1",
+		`requests_total{cache="none",client="meter",code="400",endpoint="/task"}`:                    "1",
+		`requests_total{cache="none",client="",code="401",endpoint="/task"}`:                         "1",
 		`questions_total{node="metered",outcome="answered",role="node"}`:                             "2",
 		`questions_total{node="metered",outcome="nothing_yet",role="node"}`:                          "1",
 		`questions_total{node="metered-gone",outcome="unreachable",role="node"}`:                     "1",
@@ -71,7 +71,7 @@ func TestMetrics(t *testing.T) {
 	}
 	s.wantMetrics(before, lasting)
 	s.wantMetrics(before, map[string]string{
-		`requests_total{cache="hit",client="meter",code="200"}`:                                   "2",
+		`requests_total{cache="hit",client="meter",code="200",endpoint="/task"}`:                  "2",
 		`node_up{address="` + goneHost + `",namespace="default",node="metered-gone",role="node"}`: "0",
 	})
 
@@ -80,7 +80,7 @@ func TestMetrics(t *testing.T) {
 	s.get(task).wantStatus(t, 200)
 	s.wantMetrics(before, lasting)
 	s.wantMetrics(before, map[string]string{
-		`requests_total{cache="hit",client="meter",code="200"}`:                                   "3",
+		`requests_total{cache="hit",client="meter",code="200",endpoint="/task"}`:                  "3",
 		`node_up{address="` + goneHost + `",namespace="default",node="metered-gone",role="node"}`: "",
 	})
 	for series := range s.scrape() {

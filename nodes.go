@@ -50,6 +50,17 @@ type Endpoint struct {
 	SecretIn []string `json:"secret_in,omitempty"`
 }
 
+// Broker configures the broker, and which of its endpoints are passed through.
+type Broker struct {
+	Endpoint
+
+	// The paths of the broker's other endpoints that are passed through to it, such as `/submit`. A caller authenticates
+	// as for `/task`. Its secret is taken out of the request, and the broker's is added. Requests and responses are
+	// streamed, and `timeout` does not apply to them. The path of a request is compared like in a `path` matcher, and is
+	// sent to the broker as it is written here. Default: none
+	Proxy []string `json:"proxy,omitempty"`
+}
+
 // secretPlaces are the values of SecretIn.
 var secretPlaces = []string{"header", "secret", "serect"}
 

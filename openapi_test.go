@@ -206,7 +206,20 @@ func TestOpenAPIDescribesResponses(t *testing.T) {
 			responds(http.StatusOK, reportOf(task, "SUCCESS", "FAILED"))(w, r)
 		}
 	})
-	s := startSite(t, options(node, fmt.Sprintf("node closed 127.0.0.1:%d\ntimeout 500ms", testsite.FreePort(t))))
+	s := startSite(t, options(node, fmt.Sprintf("node closed 127.0.0.1:%d\ntimeout 500ms", testsite.FreePort(t)))+fmt.Sprintf(`
+	handle_path /barred/* {
+		fsbroker_task {
+			secret {env.CALLER_SECRET} {
+				allow /submit
+			}
+			broker %s {
+				proxy /submit
+			}
+			cache {
+				namespace barred
+			}
+		}
+	}`, node.URL))
 	etag := s.get(pair).header.Get("ETag")
 
 	const task = "/task?appServerID=node-1&taskID="
@@ -234,6 +247,7 @@ func TestOpenAPIDescribesResponses(t *testing.T) {
 		{"GET", pair, "Authorization: Bearer wrong", 401},
 		{"GET", pair, "Authorization: Basic wrong", 401},
 		{"POST", pair, "Authorization: Bearer wrong", 401},
+		{"GET", "/barred/task", "", 403},
 		{"GET", task + "unknown", "", 404},
 		{"GET", task + "unknown", "Prefer: wait=1", 404},
 		{"GET", "/task?appServerID=node-2&taskID=t2", "", 404},

@@ -26,6 +26,7 @@ type problemKind uint8
 
 const (
 	problemUnauthorized problemKind = iota
+	problemForbidden
 	problemMethodNotAllowed
 	problemPreconditionFailed
 	problemNotCached
@@ -33,6 +34,9 @@ const (
 	problemRepeatedParameter
 	problemMalformedParameter
 	problemMalformedQuery
+	problemRequestTooLarge
+	problemRequestTimeout
+	problemIncompleteRequest
 	problemNoBroker
 	problemUnknownSubmission
 	problemSubmissionFailed
@@ -62,6 +66,7 @@ var problemKinds = [...]struct {
 	requested bool
 }{
 	problemUnauthorized:         {status: http.StatusUnauthorized, code: "unauthorized"},
+	problemForbidden:            {status: http.StatusForbidden, code: "forbidden"},
 	problemMethodNotAllowed:     {status: http.StatusMethodNotAllowed, code: "method_not_allowed"},
 	problemPreconditionFailed:   {status: http.StatusPreconditionFailed, code: "precondition_failed"},
 	problemNotCached:            {status: http.StatusGatewayTimeout, code: "not_cached"},
@@ -69,6 +74,9 @@ var problemKinds = [...]struct {
 	problemRepeatedParameter:    {status: http.StatusBadRequest, code: "repeated_parameter"},
 	problemMalformedParameter:   {status: http.StatusBadRequest, code: "malformed_parameter"},
 	problemMalformedQuery:       {status: http.StatusBadRequest, code: "malformed_query"},
+	problemRequestTooLarge:      {status: http.StatusRequestEntityTooLarge, code: "request_too_large"},
+	problemRequestTimeout:       {status: http.StatusRequestTimeout, code: "request_timeout"},
+	problemIncompleteRequest:    {status: http.StatusBadRequest, code: "incomplete_request"},
 	problemNoBroker:             {status: http.StatusBadRequest, code: "no_broker"},
 	problemUnknownSubmission:    {status: http.StatusNotFound, code: "unknown_submission", requested: true},
 	problemSubmissionFailed:     {status: http.StatusNotFound, code: "submission_failed", requested: true},
@@ -89,13 +97,14 @@ var problemKinds = [...]struct {
 	problemInternal:             {status: http.StatusInternalServerError, code: "internal"},
 }
 
-// problem is why a request gets no report. It becomes the problem document that the caller reads, so its detail must not
+// problem is why a request gets no report, or no response of the broker. It becomes the problem document that the caller reads, so its detail must not
 // hold a secret, a query or an upstream's address.
 type problem struct {
 	kind       problemKind
 	role       role          // of the upstream, if it is an upstream's problem
 	detail     string        // for people: what happened, and what to do next
 	retryAfter time.Duration // when to try again; 0 if that is not known
+	methods    []string      // those that the endpoint has, if the request has another one
 }
 
 // tryAgain is the advice at the end of a detail if nothing but trying again helps.

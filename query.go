@@ -63,13 +63,39 @@ const (
 	paramWait
 )
 
-// parse parses one name=value pair. Parameters that are not of the Task API are ignored.
-func (q *query) parse(pair string, seen *parameter) {
+// cutSecrets takes the caller's secrets out of a raw query for the broker. It returns them, and the rest of the query as it
+// was. A parameter whose name differs from that of a secret in its case presents none, but is left out as well.
+func cutSecrets(rawQuery string) (q query, rest string) {
+	var seen parameter
+	var kept []string
+	for pair := range strings.SplitSeq(rawQuery, "&") {
+		switch name, _, ok := q.split(pair); {
+		case !ok:
+		case name == "serect", name == "secret":
+			q.parse(pair, &seen)
+		case !strings.EqualFold(name, "serect") && !strings.EqualFold(name, "secret"):
+			kept = append(kept, pair)
+		}
+	}
+	return q, strings.Join(kept, "&")
+}
+
+// split splits a name=value pair. A malformed one is rejected.
+func (q *query) split(pair string) (name, value string, ok bool) {
 	rawName, rawValue, _ := strings.Cut(pair, "=")
 	name, nameErr := url.QueryUnescape(rawName)
 	value, valueErr := url.QueryUnescape(rawValue)
 	if nameErr != nil || valueErr != nil || strings.Contains(pair, ";") {
 		q.reject(problemMalformedQuery, "the query is malformed: percent-encode its values and separate parameters with &")
+		return "", "", false
+	}
+	return name, value, true
+}
+
+// parse parses one name=value pair. Parameters that are not of the Task API are ignored.
+func (q *query) parse(pair string, seen *parameter) {
+	name, value, ok := q.split(pair)
+	if !ok {
 		return
 	}
 
@@ -102,7 +128,6 @@ func (q *query) parse(pair string, seen *parameter) {
 		return
 	}
 	*seen |= which
-	var ok bool
 	switch {
 	case text != nil:
 		*text = value

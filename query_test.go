@@ -1,9 +1,12 @@
 package fsbroker
 
 import (
+	"maps"
 	"math"
 	"net/http"
 	"net/url"
+	"slices"
+	"strings"
 	"testing"
 )
 
@@ -99,6 +102,57 @@ func FuzzQuery(f *testing.F) {
 		}
 		if q.submitID == "" && (q.appServerID == "" || q.taskID == "") {
 			t.Errorf("accepted without a report: %+v", q)
+		}
+	})
+}
+
+func TestCutSecrets(t *testing.T) {
+	for raw, want := range map[string]struct {
+		rest           string
+		secret, serect string
+		problem        bool
+	}{
+		"":                               {},
+		"a=1&b=%26&&c":                   {rest: "a=1&b=%26&&c"},
+		"a=1&secret=x&b=2":               {rest: "a=1&b=2", secret: "x"},
+		"%73ecret=%78&serect=y":          {secret: "x", serect: "y"},
+		"Secret=x&SERECT=y&a":            {rest: "a"},
+		"all=maybe&wait=x&submitID=&all": {rest: "all=maybe&wait=x&submitID=&all"},
+		"secrets=x&my_secret=y":          {rest: "secrets=x&my_secret=y"},
+		"secret=x&secret=y":              {secret: "x", problem: true},
+		"a=1;secret=x":                   {problem: true},
+		"a=%zz&secret=x":                 {secret: "x", problem: true},
+	} {
+		q, rest := cutSecrets(raw)
+		if rest != want.rest || q.secret != want.secret || q.serect != want.serect || (q.problem != nil) != want.problem {
+			t.Errorf("%s: the rest is %s, and the query is %+v", raw, rest, q)
+		}
+	}
+}
+
+// What is left of a query has no secret, and all of the rest.
+func FuzzCutSecrets(f *testing.F) {
+	f.Add("a=1&secret=x&b=2&%53erect=y&&c")
+	f.Fuzz(func(t *testing.T, raw string) {
+		q, rest := cutSecrets(raw)
+		if q.problem != nil {
+			return
+		}
+		got, err := url.ParseQuery(rest)
+		if err != nil {
+			t.Fatalf("%q: %v", rest, err)
+		}
+		want, err := url.ParseQuery(raw)
+		if err != nil {
+			t.Fatalf("%q: %v", raw, err)
+		}
+		for name := range want {
+			if strings.EqualFold(name, "secret") || strings.EqualFold(name, "serect") {
+				delete(want, name)
+			}
+		}
+		if !maps.EqualFunc(got, want, slices.Equal) {
+			t.Errorf("%q: %v is left, want %v", raw, got, want)
 		}
 	})
 }

@@ -12,6 +12,9 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
+// statusClientClosedRequest is what nginx and Caddy log if the client has left before the response.
+const statusClientClosedRequest = 499
+
 // responder writes the responses of a handler.
 type responder struct {
 	memory     *memory
@@ -106,7 +109,7 @@ func writeProblem(w http.ResponseWriter, r *http.Request, p *problem, cacheStatu
 	case problemUnauthorized:
 		header.Set("WWW-Authenticate", challenge(r.Header))
 	case problemMethodNotAllowed:
-		header.Set("Allow", allowedMethods)
+		header.Set("Allow", strings.Join(p.methods, ", "))
 	}
 	if p.retryAfter > 0 {
 		header.Set("Retry-After", wholeSeconds(p.retryAfter))
@@ -118,12 +121,9 @@ func writeProblem(w http.ResponseWriter, r *http.Request, p *problem, cacheStatu
 	return p.status()
 }
 
-// allowedMethods is the value of Allow.
-const allowedMethods = "GET, HEAD, OPTIONS"
-
 // writeOptions answers OPTIONS. CORS is left to the site, which can add the header fields that it wants.
-func writeOptions(w http.ResponseWriter) int {
-	w.Header().Set("Allow", allowedMethods)
+func writeOptions(w http.ResponseWriter, e *endpoint) int {
+	w.Header().Set("Allow", strings.Join(e.methods, ", "))
 	w.Header().Set("X-Content-Type-Options", "nosniff")
 	w.WriteHeader(http.StatusNoContent)
 	return http.StatusNoContent

@@ -77,6 +77,17 @@ func (u *upstream) problem(kind problemKind, detail string) *problem {
 	return p
 }
 
+// refusedSecret returns the problem of an upstream that answers 401 or 403.
+func (u *upstream) refusedSecret() *problem {
+	return u.problem(problemRefusedSecret, "refused the secret that is configured for it: its operator must correct secret or secret_in")
+}
+
+// rejectedRequest returns the problem of an upstream that answers 400.
+func (u *upstream) rejectedRequest() *problem {
+	return u.problem(problemRejectedRequest,
+		"answered with the status 400: perhaps it refused the secret that is configured for it, or does not accept the IDs: check the IDs; its operator checks secret and secret_in")
+}
+
 // down returns a 503 problem while the last dial failure is recent, so callers fail fast.
 func (u *upstream) down(now time.Time) *problem {
 	left := u.health.downFor(now)
@@ -136,11 +147,7 @@ func (u *upstream) exchange(ctx context.Context, timeout time.Duration, path str
 		return response{}, context.Cause(ctx)
 	}
 	r = response{start: start, status: status, cause: err, dialFailed: dial.failed()}
-	if dial.isLocal() {
-		u.diagnoseLocal(&r)
-	} else {
-		u.diagnose(ctx, timeout, &r)
-	}
+	u.judge(ctx, timeout, &r, &dial)
 	if ce := u.logger.Check(zap.DebugLevel, "fetched"); ce != nil {
 		code := ""
 		if r.problem != nil {
@@ -202,10 +209,9 @@ func (u *upstream) roundTrip(req *http.Request, body *answerBody, read bodyReade
 		p.retryAfter = retryAfter(resp.Header, u.health.failDuration)
 		return resp.StatusCode, p
 	case http.StatusUnauthorized, http.StatusForbidden:
-		return resp.StatusCode, u.problem(problemRefusedSecret, "refused the secret that is configured for it: its operator must correct secret or secret_in")
+		return resp.StatusCode, u.refusedSecret()
 	case http.StatusBadRequest:
-		return resp.StatusCode, u.problem(problemRejectedRequest,
-			"answered with the status 400: perhaps it refused the secret that is configured for it, or does not accept the IDs: check the IDs; its operator checks secret and secret_in")
+		return resp.StatusCode, u.rejectedRequest()
 	}
 	return resp.StatusCode, u.problem(problemBadAnswer,
 		fmt.Sprintf("answered with the unexpected status %d"+tryAgain, resp.StatusCode))
@@ -305,6 +311,15 @@ func drain(resp *http.Response) {
 	_, _ = io.CopyN(io.Discard, resp.Body, small)
 }
 
+// judge sets the problem of an exchange, if there is one. The timeout is 0 if it was not that of the upstream.
+func (u *upstream) judge(ctx context.Context, timeout time.Duration, r *response, dial *dialTrace) {
+	if dial.isLocal() {
+		u.diagnoseLocal(r)
+	} else {
+		u.diagnose(ctx, timeout, r)
+	}
+}
+
 // diagnose sets the problem that the error of an exchange means.
 func (u *upstream) diagnose(ctx context.Context, timeout time.Duration, r *response) {
 	if r.cause == nil {
@@ -323,7 +338,11 @@ func (u *upstream) diagnose(ctx context.Context, timeout time.Duration, r *respo
 		r.problem, r.details = u.diagnoseDial(r.cause)
 		r.cause = errors.New(u.redact(r.cause.Error())) // it may name what a certificate states
 	case isTimeout(r.cause):
-		r.problem = u.problem(problemTimeout, fmt.Sprintf("did not answer within %s"+tryAgain, timeout))
+		within := "in time"
+		if timeout > 0 {
+			within = "within " + timeout.String()
+		}
+		r.problem = u.problem(problemTimeout, "did not answer "+within+tryAgain)
 	default:
 		r.problem = u.problem(problemBadAnswer, describeBroken(*r)+tryAgain)
 	}

@@ -148,12 +148,20 @@ func startUpstream(t *testing.T, handler http.HandlerFunc) *httptest.Server {
 	return server
 }
 
-// TestProduction runs the production example with a domain that needs no certificate. There are no nodes and no broker,
-// so it sends only requests that do not reach them.
+// TestProduction runs the production example with a domain that needs no certificate, and a broker. There are no nodes, so
+// it sends only requests that do not reach them.
 func TestProduction(t *testing.T) {
 	address := freeAddress(t)
 	env := []string{"FSBROKER_DOMAIN=http://" + address}
-	config, secrets := withSecrets(t, caddy(t, env, "adapt", "--config", absolute(t, "production/Caddyfile")))
+	broker := startUpstream(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.Header.Get("Secret") != configuredMark+"broker" || strings.Contains(r.RequestURI, configuredMark) || r.Header.Get("Authorization") != "" {
+			t.Errorf("the broker got %s %v", r.RequestURI, r.Header)
+		}
+		w.WriteHeader(http.StatusAccepted)
+	})
+	adapted := caddy(t, env, "adapt", "--config", absolute(t, "production/Caddyfile"))
+	adapted = bytes.ReplaceAll(adapted, []byte("10.0.0.10:23001"), []byte(strings.TrimPrefix(broker.URL, "https://")))
+	config, secrets := withSecrets(t, adapted)
 	log := start(t, "run", "--config", config)
 	log.waitFor(t, "serving initial configuration")
 
@@ -167,7 +175,13 @@ func TestProduction(t *testing.T) {
 		{"/task", "portal", http.StatusBadRequest},
 		{"/task?appServerID=node-3", "soc", http.StatusBadRequest},
 		{"/task?appServerID=node-3", "soc-next", http.StatusBadRequest},
-		{"/system-info", "broker", http.StatusNotFound},
+		{"/submit", "portal", http.StatusAccepted},
+		{"/submit-result?submitID=1", "portal", http.StatusAccepted},
+		{"/submit", "soc", http.StatusForbidden},
+		{"/file?sha256=0", "soc-next", http.StatusAccepted},
+		{"/submit", "broker", http.StatusUnauthorized},
+		{"/submit", "", http.StatusUnauthorized},
+		{"/system-info", "portal", http.StatusNotFound},
 		{"/", "", http.StatusNotFound},
 	} {
 		for _, spelling := range []string{"serect", "secret"} {
@@ -398,7 +412,7 @@ func testNoSecretIsLogged(t *testing.T, path string) {
 		t.Errorf("%d lines of the logs have a secret", leaks)
 	}
 	wanted := map[string]int{"rewrote request": len(waysIn), "http.log.error": len(waysIn), "received request": 1}
-	if strings.Contains(string(readFile(t, e.config)), "reverse_proxy") {
+	if config := string(readFile(t, e.config)); strings.Contains(config, "reverse_proxy") || strings.Contains(config, `"proxy":`) {
 		wanted["upstream roundtrip"] = len(waysIn)
 	}
 	if e.accessLog {

@@ -104,7 +104,13 @@ func (s *site) submit(t *testing.T) string {
 	if err := writer.Close(); err != nil {
 		t.Fatal(err)
 	}
-	resp, err := s.client.Post(s.url+"/submit", writer.FormDataContentType(), &form)
+	request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, s.url+"/submit", &form)
+	if err != nil {
+		t.Fatal(err)
+	}
+	request.Header.Set("Content-Type", writer.FormDataContentType())
+	request.Header.Set("Authorization", "Bearer "+s.secret)
+	resp, err := s.client.Do(request)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -251,17 +251,17 @@ The access log is %[2]s. Press Ctrl-C to stop.
 Paste these commands into another shell:
 
 # 1. Submit a file.
-ID=$(%[3]s -H 'secret: %[5]s' -F 'file=@%[4]s' '%[1]s/submit' | sed 's/.*"ID":"\([^"]*\)".*/\1/'); echo "submission $ID"
+ID=$(%[3]s %[6]s -F 'file=@%[4]s' '%[1]s/submit' | sed 's/.*"ID":"\([^"]*\)".*/\1/'); echo "submission $ID"
 
-# 2. Poll for its report. The analysis takes %[6]s.
-until %[3]s %[7]s "%[1]s/task?submitID=$ID" | grep '"overallState":"success"'; do sleep 1; done
+# 2. Poll for its report. The analysis takes %[5]s.
+until %[3]s %[6]s "%[1]s/task?submitID=$ID" | grep '"overallState":"success"'; do sleep 1; done
 
-# 3. Get it again after %[8]s. The node has deleted it, but it is cached ("Cache-Status: fsbroker; hit").
-sleep %[9]g; %[3]s -i %[7]s "%[1]s/task?submitID=$ID"
+# 3. Get it again after %[7]s. The node has deleted it, but it is cached ("Cache-Status: fsbroker; hit").
+sleep %[8]g; %[3]s -i %[6]s "%[1]s/task?submitID=$ID"
 
 # 4. Bypass the cache. The node no longer has the report, so the response is 404.
-%[3]s -i %[7]s "%[1]s/task?submitID=$ID&nocache=true"
-`, site, filepath.Join(dir, "access.log"), curl, file, secret, o.analysis, bearer, o.forget, (o.forget + time.Second).Seconds())
+%[3]s -i %[6]s "%[1]s/task?submitID=$ID&nocache=true"
+`, site, filepath.Join(dir, "access.log"), curl, file, o.analysis, bearer, o.forget, (o.forget + time.Second).Seconds())
 }
 
 // sample returns the path of a file to submit: a common program if there is one, or else the Caddyfile.
