@@ -275,7 +275,7 @@ func (s *simulation) bury(inc *incarnation) {
 	s.model.mu.Lock()
 	defer s.model.mu.Unlock()
 	s.model.counted(inc)
-	inc.dead = true
+	inc.dead, inc.endedAt = true, time.Now()
 	for _, c := range inc.queue {
 		c.ended = time.Now()
 	}
@@ -810,7 +810,11 @@ func (s *simulation) overflow() {
 		})
 		s.in(w.to.Sub(s.begin)+15*time.Minute, func() {
 			for _, i := range s.instances {
-				if inc := i.live; inc != nil && inc.archive.Stats().Queued < maxQueue/2 {
+				inc := i.live
+				if inc == nil {
+					continue
+				}
+				if stats := inc.archive.Stats(); stats.Queued < maxQueue/2 && stats.QueuedBytes < maxQueueBytes/2 {
 					s.model.mu.Lock()
 					if inc.refused > 0 && inc.rooms == 0 {
 						s.model.wrong("%s has refused %d reports and does not say that there is room again", inc, inc.refused)

@@ -78,6 +78,7 @@ type incarnation struct {
 	backend *Backend
 
 	dead      bool // it has crashed or was closed
+	endedAt   time.Time
 	draining  bool
 	queue     map[task.Key]*copyOf   // that must be stored
 	copies    map[task.Key][]*copyOf // of all that was saved
@@ -86,6 +87,7 @@ type incarnation struct {
 	gaveUp    int
 	keeps     []keeping // the retentions it had
 	records   []keeping // the retentions it has told the others
+	lockedAt  time.Time // when it took the lock of the sweep, or tried to
 	brokenOff time.Time // when its storage worked again
 	isBroken  bool
 

@@ -190,6 +190,9 @@ func (m *model) observe(inc *incarnation, view *storagetest.Faulty, holdsLock fu
 		if e.Call.Op == storagetest.Delete && e.Fault.Effect == storagetest.Half && m.kind == storagetest.Redis {
 			m.hidden[e.Call.Name] = inc
 		}
+		if o := e.Call.Op; e.Err == nil && (o == storagetest.Lock || o == storagetest.TryLock) {
+			inc.lockedAt = m.now()
+		}
 		inc.finished(id, e, m.calls[id].bad)
 		delete(m.calls, id)
 		if m.tracing && (e.Err != nil || isTrouble(e.Fault)) {
@@ -244,7 +247,7 @@ func (m *model) effect(inc *incarnation, c *callNote, e storagetest.Event) {
 		if e.Call.Op == storagetest.Store {
 			m.storedIndex(name, e.Value)
 		} else {
-			m.deletedIndex(name)
+			m.deletedIndex(inc, name)
 		}
 		return
 	}
@@ -454,19 +457,34 @@ func (m *model) storedIndex(name string, stored []byte) {
 }
 
 // deletedIndex checks that an object of the index goes after its values.
-func (m *model) deletedIndex(name string) {
+func (m *model) deletedIndex(inc *incarnation, name string) {
+	now := m.now()
+	begun, keep := inc.lockedAt.Add(inc.inst.minOffset(now)), m.longestLately(now)
 	for p := range m.indexed[name] {
 		value := m.layout.name(p)
 		s := m.latest(value)
-		if s.what != sound || m.kind.Lies() {
+		if s.what != sound || m.kind.Lies() || s.at.After(now.Add(-20*time.Minute)) {
 			continue
 		}
-		if age := m.now().Sub(s.val.at); age > m.longest+3*time.Hour {
-			m.wrong("an object of the index was deleted before %s, which is %s old", m.short(value), age)
+		if age := begun.Sub(s.val.at); age > keep+time.Second {
+			m.wrong("%s deleted an object of the index before %s, which was %s old when the sweep began", inc, m.short(value), age)
 			break
 		}
 	}
 	delete(m.indexed, name)
+}
+
+// longestLately returns the longest retention of all instances that lived in the last hour.
+func (m *model) longestLately(now time.Time) (longest time.Duration) {
+	for _, inc := range m.lives {
+		if inc.dead && inc.endedAt.Before(now.Add(-time.Hour)) {
+			continue
+		}
+		for _, k := range inc.keeps {
+			longest = max(longest, k.retention)
+		}
+	}
+	return longest
 }
 
 // saved notes that an item was queued.
