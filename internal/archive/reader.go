@@ -235,7 +235,9 @@ func readThrough[T any](ctx context.Context, a *Archive, b *Backend, through *br
 	case <-ctx.Done():
 	case <-through.done():
 	case <-a.suspect(b):
-		a.noteFailedRead(b, through, task.NewKey(a.writer), errTimeout)
+		if !through.open() { // otherwise it is known already
+			a.noteFailedRead(b, through, task.NewKey(a.writer), errTimeout)
+		}
 	}
 	if errors.Is(ctx.Err(), context.Canceled) {
 		return got, ctx.Err()

@@ -710,8 +710,15 @@ func (s *simulation) schedule() {
 func (s *simulation) window(w *window) {
 	s.in(w.from.Sub(s.begin), func() {
 		s.trace.note("%s until %s, instance %d", w.kind, w.to.Sub(s.begin), w.instance)
-		if w.kind == badList {
+		switch w.kind {
+		case badList:
 			s.in(between(s.random, 0, w.to.Sub(w.from)), s.askForFiles)
+		case badDel:
+			s.in(between(s.random, 0, w.to.Sub(w.from)), func() {
+				if inc := s.any(); inc != nil {
+					s.purge(inc)
+				}
+			})
 		}
 		if w.kind != badKeys || len(s.keys) == 0 {
 			return
