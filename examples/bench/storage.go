@@ -48,7 +48,7 @@ func (h *harness) filled(ctx context.Context) (string, error) {
 		return h.kept, nil
 	}
 	progress.Printf("storing %d reports", h.options.stored)
-	folder := filepath.Join(h.dir, "stored")
+	folder := filepath.Join(h.values, "stored")
 	s, err := withStorage(0, folder).start(ctx, h)
 	if err != nil {
 		return "", err

@@ -76,7 +76,7 @@ func (h *harness) sweepOf(ctx context.Context, delay time.Duration, of string) (
 
 // copyOf copies a storage to a new folder. The copy does not say that another instance uses it: its retention would count.
 func (h *harness) copyOf(folder string) (string, error) {
-	parent, err := os.MkdirTemp(h.dir, "copy-")
+	parent, err := os.MkdirTemp(h.values, "copy-")
 	if err != nil {
 		return "", err
 	}

@@ -86,7 +86,7 @@ func (h *harness) writesOf(ctx context.Context, t writesTrial) (writesResult, er
 
 // startEmpty starts a server with an empty storage in a new folder.
 func (h *harness) startEmpty(ctx context.Context, delay time.Duration) (s *server, folder string, err error) {
-	parent, err := os.MkdirTemp(h.dir, "storage-")
+	parent, err := os.MkdirTemp(h.values, "new-")
 	if err != nil {
 		return nil, "", err
 	}
