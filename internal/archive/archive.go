@@ -9,7 +9,7 @@ package archive
 import (
 	"context"
 	"errors"
-	"fmt"
+	"io/fs"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -88,70 +88,22 @@ type Backend struct {
 	leaving bool // guarded by Archive.mu
 }
 
+const (
+	writeTimeout = 30 * time.Second
+
+	// complainEvery is how often what goes on failing is logged.
+	complainEvery = time.Minute
+)
+
 // ErrUnreadable means that the storage cannot be read at the moment.
 var ErrUnreadable = errors.New("the storage cannot be read")
 
 var errTimeout = errors.New("the storage takes too long")
 
-// New returns an archive. It does nothing until a backend is attached, and must be closed.
-func New(c Config) *Archive {
-	if c.Metrics == nil {
-		c.Metrics = NewMetrics()
-	}
-	for c.Seed == 0 {
-		c.Seed = rand.Uint64() //nolint:gosec // it need not be unpredictable
-	}
-	if c.Now == nil {
-		c.Now = time.Now
-	}
-	a := &Archive{
-		Config:  c,
-		layout:  newLayout(c.Namespace),
-		slots:   make(chan struct{}, maxReads),
-		changed: make(chan struct{}),
-		alone:   make(map[task.Key]struct{}),
-	}
-	a.writer = fmt.Sprintf("%016x", a.random("writer").Uint64())
-	a.jitter = a.random("retries")
-	a.reads, a.lists, a.writes = newBreaker("read", a.random("reads")), newBreaker("list", a.random("lists")), newBreaker("write", a.random("writes"))
-	a.ctx, a.stop = context.WithCancel(context.Background())
-	a.wake = time.AfterFunc(time.Hour, a.pump)
-	a.wake.Stop()
-	return a
-}
-
 // random returns random numbers for one purpose, so that none depends on when another is drawn.
 func (a *Archive) random(purpose string) *rand.Rand {
 	k := task.NewKey(purpose)
 	return rand.New(rand.NewPCG(a.Seed, uint64(k[0])<<8|uint64(k[1]))) //nolint:gosec // it need not be unpredictable
-}
-
-// Close ends the archive. Values that are still queued are lost. It does not wait for operations under way, which may hang.
-func (a *Archive) Close() {
-	a.stop()
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.wake.Stop()
-	a.batch.stop()
-}
-
-// Attach makes b the backend that is used.
-func (a *Archive) Attach(b *Backend) {
-	a.mu.Lock()
-	a.backends = append(a.backends, b)
-	a.mu.Unlock()
-	a.sweepOnce.Do(func() {
-		go a.sweepAll()
-		go a.renewAll()
-	})
-	a.pump()
-}
-
-// Detach ends the use of b.
-func (a *Archive) Detach(b *Backend) {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	a.backends = slices.DeleteFunc(a.backends, func(other *Backend) bool { return other == b })
 }
 
 // backend returns the newest backend, preferably one that is not leaving. It returns nil if there is none.
@@ -175,31 +127,6 @@ func (a *Archive) current() *Backend {
 // leaving reports whether all backends are leaving. The caller holds the mutex.
 func (a *Archive) leaving() bool {
 	return !slices.ContainsFunc(a.backends, func(b *Backend) bool { return !b.leaving })
-}
-
-// Save queues a report to be stored. It replaces an older one that is queued under the key. It reports whether there is
-// room: if not, Room is called when there is.
-func (a *Archive) Save(i Item) bool {
-	a.mu.Lock()
-	defer a.mu.Unlock()
-	if len(a.backends) == 0 {
-		return false
-	}
-	if _, ok := a.alone[i.Key]; ok {
-		return true
-	}
-	if !a.queue.push(i) {
-		a.Metrics.refused.Inc()
-		if now := time.Now(); a.refused == 0 && now.After(a.tellFull) {
-			a.tellFull, a.toldFull = now.Add(complainEvery), true
-			a.current().Logger.Warn("the queue to the storage is full: memory keeps reports until there is room again",
-				zap.Int("queued", a.queue.len()))
-		}
-		a.refused++
-		return false
-	}
-	a.startWrites()
-	return true
 }
 
 // leaveAlone makes sure that a value is not overwritten, and reports whether it was not known before. The number of such
@@ -261,4 +188,26 @@ func (a *Archive) tellOpened(b *Backend, operation string, err error) {
 // tellClosed logs that the breaker of an operation has closed.
 func (a *Archive) tellClosed(b *Backend, operation string) {
 	b.Logger.Info("the storage works again", zap.String("operation", operation), zap.Int("queued", a.Stats().Queued))
+}
+
+// sleep reports whether a time has passed without the end of the archive.
+func (a *Archive) sleep(d time.Duration) bool {
+	ctx, cancel := context.WithTimeout(a.ctx, d)
+	defer cancel()
+	<-ctx.Done()
+	return a.ctx.Err() == nil
+}
+
+// sweepInterval returns the time between two passes. Each scans one of the 4096 partitions, so a round of the scan takes 28
+// days if values are kept for more than 40 minutes.
+func sweepInterval(retention time.Duration) time.Duration {
+	return min(max(retention/4, time.Second), 10*time.Minute)
+}
+
+// ignoreNotExist returns err unless it means that there is no such value.
+func ignoreNotExist(err error) error {
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
 }

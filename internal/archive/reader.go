@@ -6,7 +6,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -26,9 +25,6 @@ const (
 	probeTimeout = time.Second
 
 	readTimeout = 10 * time.Second
-
-	// complainEvery is how often a failed read is logged while the storage works on the whole.
-	complainEvery = time.Minute
 )
 
 // Found is what Load finds. The zero value means that there is nothing.
@@ -149,32 +145,6 @@ func (a *Archive) load(ctx context.Context, b *Backend, k task.Key, name string)
 		}
 		return stored, nil
 	})
-}
-
-// proofAge is for how long it is believed that the storage works.
-const proofAge = time.Second
-
-// proof is when the storage was last known to work, by the monotonic clock.
-type proof struct {
-	mu        sync.Mutex
-	at        time.Time
-	suspicion chan struct{} // see suspect; nil while there is none
-}
-
-// note notes that the storage worked at a time.
-func (p *proof) note(at time.Time) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	if at.After(p.at) {
-		p.at = at
-	}
-}
-
-// holds reports whether the storage has worked lately.
-func (p *proof) holds(now time.Time) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return now.Sub(p.at) < proofAge
 }
 
 // proveStorage returns an error if the storage does not work: some storages, such as that of Redis, say that there is
@@ -338,12 +308,4 @@ func (a *Archive) setAside(b *Backend, p place, stored []byte) error {
 		return ignoreNotExist(err)
 	}
 	return ignoreNotExist(b.Storage.Delete(ctx, name))
-}
-
-// ignoreNotExist returns err unless it means that there is no such value.
-func ignoreNotExist(err error) error {
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	return err
 }

@@ -31,12 +31,6 @@ const (
 	sweepAgainFor = 3
 )
 
-// sweepInterval returns the time between two passes. Each scans one of the 4096 partitions, so a round of the scan takes 28
-// days if values are kept for more than 40 minutes.
-func sweepInterval(retention time.Duration) time.Duration {
-	return min(max(retention/4, time.Second), 10*time.Minute)
-}
-
 // sweepAll deletes values whose retention is over, until the archive is closed. It is one goroutine with one operation at a
 // time, so a storage that hangs costs no more.
 func (a *Archive) sweepAll() {
@@ -58,14 +52,6 @@ func (a *Archive) sweepAll() {
 			wait = interval - interval/10 + time.Duration(jitter.Int64N(int64(interval/5)))
 		}
 	}
-}
-
-// sleep reports whether a time has passed without the end of the archive.
-func (a *Archive) sleep(d time.Duration) bool {
-	ctx, cancel := context.WithTimeout(a.ctx, d)
-	defer cancel()
-	<-ctx.Done()
-	return a.ctx.Err() == nil
 }
 
 // pass makes one pass of the sweep, unless another instance makes one.

@@ -16,8 +16,6 @@ const (
 	// 600 reports a second.
 	maxWrites = 48
 
-	writeTimeout = 30 * time.Second
-
 	// The delay before a failed write is retried. It doubles with each failure.
 	firstRetry = 250 * time.Millisecond
 	lastRetry  = 30 * time.Second
@@ -34,6 +32,31 @@ const (
 	// the memory for it can be reserved before it is read.
 	inlineLimit = 128 << 10
 )
+
+// Save queues a report to be stored. It replaces an older one that is queued under the key. It reports whether there is
+// room: if not, Room is called when there is.
+func (a *Archive) Save(i Item) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if len(a.backends) == 0 {
+		return false
+	}
+	if _, ok := a.alone[i.Key]; ok {
+		return true
+	}
+	if !a.queue.push(i) {
+		a.Metrics.refused.Inc()
+		if now := time.Now(); a.refused == 0 && now.After(a.tellFull) {
+			a.tellFull, a.toldFull = now.Add(complainEvery), true
+			a.current().Logger.Warn("the queue to the storage is full: memory keeps reports until there is room again",
+				zap.Int("queued", a.queue.len()))
+		}
+		a.refused++
+		return false
+	}
+	a.startWrites()
+	return true
+}
 
 // pump starts the writes that are due.
 func (a *Archive) pump() {
