@@ -32,11 +32,13 @@ const (
 	problemRepeatedParameter
 	problemMalformedParameter
 	problemMalformedQuery
+	problemConflictingParameter
 	problemNoBroker
 	problemUnknownSubmission
 	problemSubmissionFailed
 	problemUnknownNode
 	problemUnknownTask
+	problemUnknownFile
 	problemUnreachable
 	problemDown
 	problemTimeout
@@ -68,11 +70,13 @@ var problemKinds = [...]struct {
 	problemRepeatedParameter:    {status: http.StatusBadRequest, code: "repeated_parameter"},
 	problemMalformedParameter:   {status: http.StatusBadRequest, code: "malformed_parameter"},
 	problemMalformedQuery:       {status: http.StatusBadRequest, code: "malformed_query"},
+	problemConflictingParameter: {status: http.StatusBadRequest, code: "conflicting_parameter"},
 	problemNoBroker:             {status: http.StatusBadRequest, code: "no_broker"},
 	problemUnknownSubmission:    {status: http.StatusNotFound, code: "unknown_submission", requested: true},
 	problemSubmissionFailed:     {status: http.StatusNotFound, code: "submission_failed", requested: true},
 	problemUnknownNode:          {status: http.StatusNotFound, code: "unknown_node"},
 	problemUnknownTask:          {status: http.StatusNotFound, code: "unknown_task", requested: true},
+	problemUnknownFile:          {status: http.StatusNotFound, code: "unknown_file"},
 	problemUnreachable:          {status: http.StatusBadGateway, code: "unreachable", upstream: true, requested: true},
 	problemDown:                 {status: http.StatusServiceUnavailable, code: "down", upstream: true},
 	problemTimeout:              {status: http.StatusGatewayTimeout, code: "timeout", upstream: true, requested: true},
