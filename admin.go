@@ -3,8 +3,6 @@ package fsbroker
 import (
 	"cmp"
 	"context"
-	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -181,11 +179,11 @@ func parsePurge(rawQuery string) (p purgeRequest, err error) {
 			}
 		}
 	case "sha256":
-		sum, err := hex.DecodeString(values.Get(names))
-		if err != nil || len(sum) != sha256.Size {
+		sum, ok := parseSum(values.Get(names))
+		if !ok {
 			return p, errors.New("sha256 must be 64 hexadecimal digits")
 		}
-		p.selection.File = (*[sha256.Size]byte)(sum)
+		p.selection.File = &sum
 	case "older_than":
 		age, err := caddy.ParseDuration(values.Get(names))
 		if err != nil || age <= 0 {

@@ -2,6 +2,7 @@ package fsbroker
 
 import (
 	"container/list"
+	"crypto/sha256"
 	"encoding/json"
 	"iter"
 	"sync"
@@ -79,6 +80,7 @@ type memory struct {
 	evicted uint64
 	entries int
 	order   sieve
+	files   fileIndex // of the finished reports that are kept
 
 	// The archives in which finished reports are to be stored, with the entries for which their queues had no room.
 	unsaved map[*archive.Archive]map[*entry]struct{}
@@ -86,14 +88,11 @@ type memory struct {
 
 // entry is a report and its forms.
 type entry struct {
-	key    task.Key
-	report *task.Report
+	fileReport
 	whole  form
 	unkept bool // it was never kept
 
-	// How it is stored; guarded by memory.mu.
-	all    bool      // it is the complete report
-	target *task.Key // under which the report itself is; nil if that is key
+	target *task.Key // under which the report itself is stored; nil if that is key; guarded by memory.mu
 
 	generation uint64 // of the timer; guarded by memory.mu
 	timer      *time.Timer
@@ -126,7 +125,7 @@ func newMemory(limit int64) *memory {
 }
 
 func newEntry(k task.Key, report *task.Report) *entry {
-	e := &entry{key: k, report: report}
+	e := &entry{fileReport: fileReport{key: k, report: report}}
 	e.whole = form{entry: e, rep: report.Representation(), size: int64(report.Size()) + entryOverhead}
 	return e
 }
@@ -149,6 +148,18 @@ func (m *memory) get(k task.Key) (*entry, bool) {
 	return e, true
 }
 
+// newest returns the newest finished report of a file that is kept, high-level or complete, or nil.
+func (m *memory) newest(sum [sha256.Size]byte, all bool) *entry {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	r := m.files.newest(sum, all)
+	if r == nil {
+		return nil
+	}
+	e, _ := m.get(r.key)
+	return e
+}
+
 // put keeps a report under k for ttl and replaces what was there. The same document again renews what is there. An
 // unfinished report does not replace a finished one, and a report for which there is no room is not kept.
 func (m *memory) put(k task.Key, report *task.Report, ttl time.Duration) *entry {
@@ -159,6 +170,7 @@ func (m *memory) put(k task.Key, report *task.Report, ttl time.Duration) *entry 
 		if e.report.Renew(report) {
 			e.timer.Stop()
 			m.keep(e, ttl)
+			m.files.renew(&e.fileReport)
 			return e
 		}
 		if e.report.Finished() && !report.Finished() {
@@ -208,6 +220,7 @@ func (m *memory) unlink(e *entry) {
 		}
 	}
 	e.timer.Stop()
+	m.files.remove(&e.fileReport)
 	m.entries--
 	m.dropInflated(e)
 	m.drop(&e.whole)
@@ -412,12 +425,15 @@ func (m *memory) detach(a *archive.Archive) {
 	delete(m.unsaved, a)
 }
 
-// save queues a finished report to be stored in all archives but one, which has it. Of the item, All and Target count. An
-// entry that is kept is queued later where there is no room.
+// save adds a finished report to those of its file, and queues it to be stored in all archives but one, which has it. Of the
+// item, All and Target count. An entry that is kept is queued later where there is no room.
 func (m *memory) save(e *entry, as archive.Item, but *archive.Archive) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	e.all, e.target = as.All, as.Target
+	if e.whole.element != nil {
+		m.files.add(&e.fileReport)
+	}
 	for a, unsaved := range m.unsaved {
 		if a != but && !a.Save(m.item(e)) && e.whole.element != nil {
 			unsaved[e] = struct{}{}

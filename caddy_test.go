@@ -111,6 +111,8 @@ func TestBadQueries(t *testing.T) {
 	broker := newBackend(t, responds(http.StatusNotFound, ""))
 	s := startSite(t, options(node, brokerOption(broker)))
 
+	someFile := "sha256=" + strings.Repeat("0", 64)
+	s.get("/task?"+someFile, "Cache-Control: no-cache").wantProblem(t, http.StatusBadRequest, "conflicting_parameter")
 	for query, code := range map[string]string{
 		"":                                       "missing_parameter",
 		"all=true":                               "missing_parameter",
@@ -127,6 +129,16 @@ func TestBadQueries(t *testing.T) {
 		"appServerID=node-1&taskID=t1&all=1&all=1":         "repeated_parameter",
 		"appServerID=node-1&taskID=t1&nocache=1&nocache=0": "repeated_parameter",
 		"submitID=a&submitID=a":                            "repeated_parameter",
+		"sha256=":                                          "malformed_parameter",
+		"sha256=" + strings.Repeat("0", 63):                "malformed_parameter",
+		"sha256=" + strings.Repeat("0", 66):                "malformed_parameter",
+		"sha256=" + strings.Repeat("g", 64):                "malformed_parameter",
+		someFile + "&" + someFile:                          "repeated_parameter",
+		someFile + "&submitID=a":                           "conflicting_parameter",
+		someFile + "&appServerID=a":                        "conflicting_parameter",
+		someFile + "&taskID=":                              "conflicting_parameter",
+		someFile + "&nocache=0":                            "conflicting_parameter",
+		someFile + "&wait=0":                               "conflicting_parameter",
 		"appServerID=node-1&taskID=t1&all=maybe":           "malformed_parameter",
 		"appServerID=node-1&taskID=t1&all=2":               "malformed_parameter",
 		"appServerID=node-1&taskID=t1&nocache=ja":          "malformed_parameter",

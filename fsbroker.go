@@ -235,8 +235,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 		return nil
 	}
 	q := parseQuery(r.URL.RawQuery)
-	noCache, onlyCached := cacheDirectives(r.Header)
-	q.nocache, q.onlyCached = q.nocache || noCache, onlyCached
+	q.direct(r.Header)
 	if p := h.admit(r, q, info, e); p != nil {
 		h.respond(w, r, info, result{}, p)
 		return nil

@@ -241,6 +241,8 @@ func TestOpenAPIDescribesResponses(t *testing.T) {
 		{"GET", task + "empty&wait=1", "", 204},
 		{"GET", task + "empty", "Prefer: wait=1", 204},
 		{"GET", pair, "If-None-Match: " + etag, 304},
+		{"GET", "/task?sha256=" + strings.Repeat("0", 64), "", 404},
+		{"GET", "/task?wait=1&sha256=" + strings.Repeat("0", 64), "", 400},
 		{"GET", "/task", "", 400},
 		{"HEAD", "/task", "", 400},
 		{"GET", "/task?submitID=s1", "", 400},

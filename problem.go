@@ -37,11 +37,13 @@ const (
 	problemRequestTooLarge
 	problemRequestTimeout
 	problemIncompleteRequest
+	problemConflictingParameter
 	problemNoBroker
 	problemUnknownSubmission
 	problemSubmissionFailed
 	problemUnknownNode
 	problemUnknownTask
+	problemUnknownFile
 	problemUnreachable
 	problemDown
 	problemTimeout
@@ -77,11 +79,13 @@ var problemKinds = [...]struct {
 	problemRequestTooLarge:      {status: http.StatusRequestEntityTooLarge, code: "request_too_large"},
 	problemRequestTimeout:       {status: http.StatusRequestTimeout, code: "request_timeout"},
 	problemIncompleteRequest:    {status: http.StatusBadRequest, code: "incomplete_request"},
+	problemConflictingParameter: {status: http.StatusBadRequest, code: "conflicting_parameter"},
 	problemNoBroker:             {status: http.StatusBadRequest, code: "no_broker"},
 	problemUnknownSubmission:    {status: http.StatusNotFound, code: "unknown_submission", requested: true},
 	problemSubmissionFailed:     {status: http.StatusNotFound, code: "submission_failed", requested: true},
 	problemUnknownNode:          {status: http.StatusNotFound, code: "unknown_node"},
 	problemUnknownTask:          {status: http.StatusNotFound, code: "unknown_task", requested: true},
+	problemUnknownFile:          {status: http.StatusNotFound, code: "unknown_file"},
 	problemUnreachable:          {status: http.StatusBadGateway, code: "unreachable", upstream: true, requested: true},
 	problemDown:                 {status: http.StatusServiceUnavailable, code: "down", upstream: true},
 	problemTimeout:              {status: http.StatusGatewayTimeout, code: "timeout", upstream: true, requested: true},

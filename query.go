@@ -1,6 +1,8 @@
 package fsbroker
 
 import (
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"net/http"
@@ -16,6 +18,7 @@ type query struct {
 	submitID    string // wins over the pair below
 	appServerID string
 	taskID      string
+	sha256      string // the SHA-256 sum of a file, whose newest report is wanted; instead of all of the above
 	all         bool   // the complete report instead of the high-level one
 	nocache     bool   // ask an upstream, whatever is kept
 	onlyCached  bool   // ask no upstream
@@ -28,7 +31,7 @@ type query struct {
 
 // target returns the query without what concerns only its caller, for use as a key.
 func (q query) target() query {
-	t := query{submitID: q.submitID, all: q.all, nocache: q.nocache, onlyCached: q.onlyCached}
+	t := query{submitID: q.submitID, sha256: q.sha256, all: q.all, nocache: q.nocache, onlyCached: q.onlyCached}
 	if t.submitID == "" {
 		t.appServerID, t.taskID = q.appServerID, q.taskID
 	}
@@ -50,7 +53,7 @@ func parseQuery(rawQuery string) query {
 }
 
 // parameter is a set of the query parameters of the Task API.
-type parameter uint8
+type parameter uint16
 
 const (
 	paramSerect parameter = 1 << iota
@@ -58,9 +61,13 @@ const (
 	paramSubmitID
 	paramAppServerID
 	paramTaskID
+	paramSHA256
 	paramAll
 	paramNoCache
 	paramWait
+
+	// paramsBesideFile are those that make no sense beside a file: they name another report, or concern the upstreams.
+	paramsBesideFile = paramSubmitID | paramAppServerID | paramTaskID | paramNoCache | paramWait
 )
 
 // cutSecrets takes the caller's secrets out of a raw query for the broker. It returns them, and the rest of the query as it
@@ -113,6 +120,8 @@ func (q *query) parse(pair string, seen *parameter) {
 		which, text = paramAppServerID, &q.appServerID
 	case "taskID":
 		which, text = paramTaskID, &q.taskID
+	case "sha256":
+		which, text = paramSHA256, &q.sha256
 	case "all":
 		which, flag = paramAll, &q.all
 	case "nocache":
@@ -145,10 +154,12 @@ func (q *query) parse(pair string, seen *parameter) {
 // check checks that the given parameters identify a report.
 func (q *query) check(seen parameter) {
 	switch {
+	case seen&paramSHA256 != 0:
+		q.checkFile(seen)
 	case seen&paramSubmitID != 0:
 		q.checkID("submitID", q.submitID)
 	case seen&(paramAppServerID|paramTaskID) == 0:
-		q.reject(problemMissingParameter, "no report is named: give submitID, or appServerID and taskID together")
+		q.reject(problemMissingParameter, "no report is named: give submitID, or appServerID and taskID together, or sha256")
 	case seen&paramAppServerID == 0:
 		q.reject(problemMissingParameter, "taskID needs appServerID beside it (or give submitID instead of both)")
 	case seen&paramTaskID == 0:
@@ -165,11 +176,38 @@ func (q *query) checkID(name, id string) {
 	}
 }
 
+func (q *query) checkFile(seen parameter) {
+	if _, ok := parseSum(q.sha256); !ok {
+		q.reject(problemMalformedParameter, "the parameter sha256 must be 64 hexadecimal digits")
+	}
+	if seen&paramsBesideFile != 0 {
+		q.reject(problemConflictingParameter, "sha256 cannot be used with submitID, appServerID, taskID, nocache or wait: leave them out")
+	}
+}
+
+// direct applies the directives of a request's Cache-Control.
+func (q *query) direct(header http.Header) {
+	noCache, onlyCached := cacheDirectives(header)
+	if noCache && q.sha256 != "" {
+		q.reject(problemConflictingParameter, "sha256 only finds what is kept: leave out Cache-Control: no-cache")
+	}
+	q.nocache, q.onlyCached = q.nocache || noCache, onlyCached
+}
+
 // reject keeps the first problem.
 func (q *query) reject(kind problemKind, detail string) {
 	if q.problem == nil {
 		q.problem = &problem{kind: kind, detail: detail}
 	}
+}
+
+// parseSum parses the SHA-256 sum of a file.
+func parseSum(s string) (sum [sha256.Size]byte, ok bool) {
+	if len(s) != hex.EncodedLen(len(sum)) {
+		return sum, false
+	}
+	_, err := hex.Decode(sum[:], []byte(s))
+	return sum, err == nil
 }
 
 // parseBool parses a boolean of the Task API. A parameter without a value is true.

@@ -11,12 +11,15 @@ import (
 )
 
 func TestParseQuery(t *testing.T) {
+	sum := strings.Repeat("0a", 32)
 	for raw, want := range map[string]query{
 		"submitID=s1":                              {submitID: "s1"},
 		"submitID=s1&all&nocache":                  {submitID: "s1", all: true, nocache: true},
 		"&&taskID=t%201&appServerID=a+b&":          {appServerID: "a b", taskID: "t 1"},
 		"appServerID=a&taskID=t&all=no&secret=%26": {appServerID: "a", taskID: "t", secret: "&"},
 		"serect=x=y&submitID=s%C3%A4":              {submitID: "sä", serect: "x=y"},
+		"sha256=" + sum:                            {sha256: sum},
+		"all&sha256=" + strings.ToUpper(sum):       {sha256: strings.ToUpper(sum), all: true},
 		"submitID=s1&wait=0":                       {submitID: "s1", hasWait: true},
 		"submitID=s1&wait=030":                     {submitID: "s1", hasWait: true, wait: 30},
 		"submitID=s1&wait=99999999999999999999":    {submitID: "s1", hasWait: true, wait: math.MaxUint32},
@@ -78,6 +81,7 @@ func FuzzQuery(f *testing.F) {
 	f.Add("appServerID=n1&taskID=t1&all=true&nocache=0&serect=x")
 	f.Add("submitID=%41&secret=%zz;&all")
 	f.Add("submitID=a&wait=30&nocache")
+	f.Add("sha256=0123456789abcdefABCDEF00112233440123456789abcdefABCDEF0011223344&all")
 	f.Fuzz(func(t *testing.T, raw string) {
 		q := parseQuery(raw)
 		values, err := url.ParseQuery(raw)
@@ -91,7 +95,7 @@ func FuzzQuery(f *testing.F) {
 			return
 		}
 		for name, got := range map[string]string{
-			"submitID": q.submitID, "appServerID": q.appServerID, "taskID": q.taskID, "secret": q.secret, "serect": q.serect,
+			"submitID": q.submitID, "appServerID": q.appServerID, "taskID": q.taskID, "sha256": q.sha256, "secret": q.secret, "serect": q.serect,
 		} {
 			if len(values[name]) > 1 || values.Get(name) != got {
 				t.Errorf("%s is %q, not %q", name, got, values[name])
@@ -100,7 +104,10 @@ func FuzzQuery(f *testing.F) {
 		if q.hasWait != values.Has("wait") {
 			t.Errorf("has wait %t (%d), want %q", q.hasWait, q.wait, values["wait"])
 		}
-		if q.submitID == "" && (q.appServerID == "" || q.taskID == "") {
+		if q.sha256 != "" && (q.submitID+q.appServerID+q.taskID != "" || q.nocache || q.hasWait) {
+			t.Errorf("accepted beside a file: %+v", q)
+		}
+		if q.submitID == "" && q.sha256 == "" && (q.appServerID == "" || q.taskID == "") {
 			t.Errorf("accepted without a report: %+v", q)
 		}
 	})

@@ -3,11 +3,13 @@ package fsbroker
 import (
 	"cmp"
 	"context"
+	"crypto/sha256"
 	"errors"
 	"iter"
 	"maps"
 	"net/http"
 	"slices"
+	"strconv"
 	"sync/atomic"
 	"time"
 
@@ -99,6 +101,9 @@ func (rs *resolver) upstreams() iter.Seq[*upstream] {
 // resolve returns the report that q asks for.
 func (rs *resolver) resolve(ctx context.Context, q query) (result, error) {
 	q = q.target()
+	if q.sha256 != "" {
+		return rs.resolveFile(ctx, q)
+	}
 	k, node, p := rs.key(q)
 	if p != nil {
 		return result{}, p
@@ -142,6 +147,47 @@ func (rs *resolver) resolveStored(ctx context.Context, k task.Key, q query) (res
 		return result{}, rs.withStorageError(notCached, err)
 	}
 	return result{}, cmp.Or(context.Cause(ctx), error(notCached))
+}
+
+// resolveFile returns the newest finished report of a file that is kept. It asks no upstream. Another instance may have
+// stored a newer one than memory has, so the storage is looked into in any case. A storage that cannot be read only matters
+// if memory has none.
+func (rs *resolver) resolveFile(ctx context.Context, q query) (result, error) {
+	sum, _ := parseSum(q.sha256) // the query has been checked
+	var stored fetchResult
+	var err error
+	if rs.archive != nil {
+		k := callKey{task.NewKey("file", string(sum[:]), strconv.FormatBool(q.all)), rs.identity}
+		stored, _, err = rs.shared.calls.Do(ctx, k, false, func(call context.Context, _ bool) (fetchResult, error) {
+			e, err := rs.loadNewest(call, sum, q.all)
+			return fetchResult{entry: e, stored: true}, err
+		})
+		if ctx.Err() != nil {
+			return result{}, context.Cause(ctx)
+		}
+	}
+	// Memory is looked into last: the call may have begun before the caller's own report was kept.
+	e := rs.shared.newest(sum, q.all)
+	switch {
+	case stored.entry != nil && (e == nil || e.report.At().Before(stored.entry.report.At()) || e == stored.entry):
+		return result{fetchResult: stored, hit: true, node: rs.nodeOf(stored.entry.key)}, nil
+	case e != nil:
+		return result{fetchResult: fetchResult{entry: e}, hit: true, node: rs.nodeOf(e.key)}, nil
+	}
+	return result{}, rs.withStorageError(&problem{
+		kind:   problemUnknownFile,
+		detail: "no finished report of this file is kept: ask by submitID, or by appServerID and taskID, or submit the file",
+	}, err)
+}
+
+// nodeOf returns the node whose report is under k, if that is a configured one.
+func (rs *resolver) nodeOf(k task.Key) *origin {
+	for _, u := range rs.nodes {
+		if u.source == k.Source() {
+			return &u.origin
+		}
+	}
+	return nil
 }
 
 // key returns the key of the report that q asks for, and its node if that is configured.
@@ -348,23 +394,20 @@ func (rs *resolver) withStorageError(p *problem, err error) error {
 		return p.with("the storage that may have it cannot be read either")
 	}
 	detail := "no upstream knows it any more, and the storage that may have it cannot be read" + tryAgain
-	if p.kind == problemNotCached {
+	if !p.requested() {
 		detail = "memory does not have it, and the storage that may have it cannot be read" + tryAgain
 	}
 	return &problem{kind: problemStorageUnavailable, retryAfter: rs.failDuration, detail: detail}
 }
 
-// loadStored returns what is stored under k, which memory keeps from then on. It returns nil if there is nothing. What is
-// read takes its reservation like what is read from a node.
+// loadStored returns what is stored under k, which memory keeps from then on. It returns nil if there is nothing.
 func (rs *resolver) loadStored(ctx context.Context, k task.Key, all bool) (*entry, error) {
 	if rs.archive == nil {
 		return nil, nil
 	}
-	reading := rs.shared.reserve(&rs.shared.storage)
-	defer reading.release()
-	found, err := rs.archive.Load(ctx, k, func(held int64) error {
-		return reading.take(2 * held) // the stored value, and the report in it
-	})
+	grow, release := rs.reserveStored()
+	defer release()
+	found, err := rs.archive.Load(ctx, k, grow)
 	switch {
 	case err != nil:
 		return nil, err
@@ -372,10 +415,42 @@ func (rs *resolver) loadStored(ctx context.Context, k task.Key, all bool) (*entr
 		rs.absent.add(k)
 		return nil, nil
 	}
+	return rs.keepStored(k, all, found), nil
+}
+
+// loadNewest returns the newest report of a file that is stored, which memory keeps from then on. It returns nil if there is
+// none that is newer than what memory has.
+func (rs *resolver) loadNewest(ctx context.Context, sum [sha256.Size]byte, all bool) (*entry, error) {
+	var after time.Time
+	if e := rs.shared.newest(sum, all); e != nil {
+		after = e.report.At()
+	}
+	grow, release := rs.reserveStored()
+	defer release()
+	found, err := rs.archive.Newest(ctx, sum, all, after, grow)
+	if err != nil || found.Report == nil {
+		return nil, err
+	}
+	k := *found.Target
+	found.Target = nil
+	return rs.keepStored(k, all, found), nil
+}
+
+// reserveStored reserves memory for a report that is read from the storage, like what is read from a node. It returns what
+// extends the reservation, and what ends it.
+func (rs *resolver) reserveStored() (grow func(held int64) error, release func()) {
+	reading := rs.shared.reserve(&rs.shared.storage)
+	return func(held int64) error {
+		return reading.take(2 * held) // the stored value, and the report in it
+	}, reading.release
+}
+
+// keepStored keeps in memory what was found in the storage under k.
+func (rs *resolver) keepStored(k task.Key, all bool, found archive.Found) *entry {
 	rs.absent.remove(k)
 	e := rs.shared.put(k, found.Report, min(rs.ttl, found.TTL))
 	rs.shared.save(e, archive.Item{All: all, Target: found.Target}, rs.archive)
-	return e, nil
+	return e
 }
 
 // mentionKept tells a nocache caller that gets a problem about a report that is kept.

@@ -148,7 +148,23 @@ func (a *Archive) leaveAlone(k task.Key) (first bool) {
 func (a *Archive) queued(k task.Key) *Item {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return a.queue.get(k)
+	return clone(a.queue.get(k))
+}
+
+// queuedOf returns the newest item that is queued of a file, or nil.
+func (a *Archive) queuedOf(sum [32]byte, all bool) *Item {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return clone(a.queue.newest(sum, all))
+}
+
+// clone copies an item of the queue, which may be replaced as soon as the mutex is released.
+func clone(i *Item) *Item {
+	if i == nil {
+		return nil
+	}
+	c := *i
+	return &c
 }
 
 // Queued returns all items that are queued, in no order.

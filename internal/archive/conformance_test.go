@@ -139,11 +139,11 @@ func TestKindsStore(t *testing.T) {
 		other := newFixtureOver(f.storage.Memory, 20*time.Millisecond, 2)
 		defer other.Close()
 		s.check(t, other, always)
-		found, err := other.Newest(t.Context(), s.file, false, func(int64) error { return nil })
+		found, err := other.Newest(t.Context(), s.file, false, time.Time{}, func(int64) error { return nil })
 		if err != nil || found.Report == nil || found.Report.Document().Hash != fmt.Sprintf("%032x", 21) {
 			t.Errorf("the newest report of the file: %+v, error %v", found, err)
 		}
-		if found, err := other.Newest(t.Context(), s.file, true, func(int64) error { return nil }); err != nil || found.Report != nil {
+		if found, err := other.Newest(t.Context(), s.file, true, time.Time{}, func(int64) error { return nil }); err != nil || found.Report != nil {
 			t.Errorf("the newest complete report of the file: %+v, error %v", found, err)
 		}
 		if found, err := other.find(t, numbered(0)); err != nil || found.Report != nil {

@@ -140,6 +140,20 @@ func (q *queue) get(k task.Key) *Item {
 	return nil
 }
 
+// newest returns the item with the newest report of a file, or nil.
+func (q *queue) newest(sum [32]byte, all bool) (newest *Item) {
+	for _, w := range q.byKey {
+		i := w.latest()
+		if i.All != all || i.Report.File() != sum || w.dropped() {
+			continue
+		}
+		if newest == nil || i.Report.At().After(newest.Report.At()) {
+			newest = i
+		}
+	}
+	return newest
+}
+
 // items returns the newest item of each key, in no order.
 func (q *queue) items() []Item {
 	items := make([]Item, 0, q.len())

@@ -80,13 +80,31 @@ func (a *Archive) follow(ctx context.Context, b *Backend, ref value, grow func(h
 	return a.read(ctx, b, ref.target, func(stored int) error { return grow(max(ref.size, int64(stored))) })
 }
 
-// Newest returns the newest report of a file that is stored, high-level or complete, given the SHA-256 sum of the file. Of
-// those that are queued it knows nothing. See Load for the rest.
-func (a *Archive) Newest(ctx context.Context, sum [32]byte, all bool, grow func(held int64) error) (Found, error) {
+// Newest returns the newest report of a file that is stored or queued, high-level or complete, given the SHA-256 sum of the
+// file. A report that is not newer than after is not read. If the storage cannot be read, what is queued counts. Target is
+// set in any case. See Load for the rest.
+func (a *Archive) Newest(ctx context.Context, sum [32]byte, all bool, after time.Time, grow func(held int64) error) (Found, error) {
 	b := a.backend()
 	if b == nil {
 		return Found{}, ErrUnreadable
 	}
+	var queued Found
+	if i := a.queuedOf(sum, all); i != nil && i.Report.At().After(after) {
+		queued = Found{Report: i.Report, Target: i.Target, TTL: a.retention(b)}
+		if queued.Target == nil {
+			queued.Target = &i.Key
+		}
+		after = i.Report.At()
+	}
+	stored, err := a.newestStored(ctx, b, sum, all, after, grow)
+	if stored.Report == nil && queued.Report != nil {
+		return queued, nil
+	}
+	return stored, err
+}
+
+// newestStored returns the newest report of a file that is stored. See Newest.
+func (a *Archive) newestStored(ctx context.Context, b *Backend, sum [32]byte, all bool, after time.Time, grow func(held int64) error) (Found, error) {
 	source := task.FileSource(a.Namespace, sum, all)
 	refs, err := readThrough(ctx, a, b, a.lists, task.FileKey(source, task.Key{}), func(ctx context.Context) ([]place, error) {
 		return a.listFile(ctx, b, source)
@@ -95,7 +113,12 @@ func (a *Archive) Newest(ctx context.Context, sum [32]byte, all bool, grow func(
 		return Found{}, err
 	}
 	for _, p := range refs {
-		if found, err := a.loadFrom(ctx, b, p, grow); err != nil || found.Report != nil {
+		if !time.Unix(0, p.at).After(after) {
+			break
+		}
+		found, err := a.loadFrom(ctx, b, p, grow)
+		// Files may be made whose sources are the same.
+		if err != nil || found.Report != nil && found.Report.File() == sum {
 			return found, err
 		}
 	}

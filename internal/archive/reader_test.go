@@ -117,6 +117,41 @@ func TestReference(t *testing.T) {
 	})
 }
 
+// What is queued counts as well, even while the storage cannot be read. What is not newer than what the caller has is not read.
+func TestNewestOfTheQueue(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		file := [32]byte{7}
+		old := reportOf(100, file)
+		f.Save(Item{Key: numbered(1), Report: old})
+		time.Sleep(time.Minute)
+		f.storage.fail(errors.New("away"))
+		queued := reportOf(101, file)
+		f.Save(Item{Key: numbered(2), Report: queued})
+		f.Save(Item{Key: numbered(3), Report: reportOf(102, file), All: true})
+		newest := func(after time.Time) (Found, error) {
+			return f.Newest(t.Context(), file, false, after, func(int64) error { return nil })
+		}
+		if got, err := newest(time.Time{}); got.Report != queued || *got.Target != numbered(2) || err != nil {
+			t.Errorf("found %+v, %v", got, err)
+		}
+		if got, err := newest(queued.At()); got.Report != nil || !errors.Is(err, ErrUnreadable) {
+			t.Errorf("not newer: found %+v, %v", got, err)
+		}
+		f.storage.slow(0)
+		time.Sleep(time.Minute)
+		before := f.storage.Calls(storagetest.Load)
+		if got, err := newest(old.At()); got.Report == nil || got.Report.Length() != 101 || err != nil {
+			t.Errorf("stored: found %+v, %v", got, err)
+		}
+		read := f.storage.Calls(storagetest.Load) - before
+		if got, err := newest(queued.At()); got.Report != nil || err != nil || f.storage.Calls(storagetest.Load) != before+read {
+			t.Errorf("not newer than what is stored: found %+v, %v", got, err)
+		}
+	})
+}
+
 // The newest report of a file is found, high-level and complete apart, however many there are.
 func TestNewest(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -131,7 +166,7 @@ func TestNewest(t *testing.T) {
 		time.Sleep(time.Minute)
 		newest := func(sum [32]byte, all bool) Found {
 			t.Helper()
-			got, err := f.Newest(t.Context(), sum, all, func(int64) error { return nil })
+			got, err := f.Newest(t.Context(), sum, all, time.Time{}, func(int64) error { return nil })
 			if err != nil {
 				t.Error(err)
 			}
@@ -279,7 +314,7 @@ func TestListsThatFail(t *testing.T) {
 		time.Sleep(time.Minute)
 		f.storage.Set(storagetest.On(storagetest.Failing(errAway), storagetest.List))
 		for i := range 10 {
-			if _, err := f.Newest(t.Context(), [32]byte{byte(i + 1)}, false, func(int64) error { return nil }); !errors.Is(err, ErrUnreadable) {
+			if _, err := f.Newest(t.Context(), [32]byte{byte(i + 1)}, false, time.Time{}, func(int64) error { return nil }); !errors.Is(err, ErrUnreadable) {
 				t.Errorf("a list that fails: error %v", err)
 			}
 		}

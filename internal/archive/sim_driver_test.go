@@ -523,7 +523,7 @@ func (s *simulation) loadNow(inc *incarnation, l load, leaves time.Duration) {
 		return nil
 	}
 	if l.file != nil {
-		l.found, l.err = inc.archive.Newest(ctx, *l.file, l.all, grow)
+		l.found, l.err = inc.archive.Newest(ctx, *l.file, l.all, time.Time{}, grow)
 	} else {
 		l.found, l.err = inc.archive.Load(ctx, l.key, grow)
 	}

@@ -728,6 +728,19 @@ func (m *model) newest(inc *incarnation, l load, to time.Time) (ids map[reportID
 			}
 		}
 	}
+	for _, copies := range inc.copies {
+		for _, c := range copies {
+			queued, throughout := c.queued(l.begun, to)
+			if !queued || c.item.All != l.all || c.item.Report.File() != *l.file {
+				continue
+			}
+			found[c.id] = max(found[c.id], c.id.at)
+			if throughout {
+				sure = max(sure, c.id.at)
+				absent = false
+			}
+		}
+	}
 	for id, at := range found {
 		ids[id] = at >= sure
 	}
@@ -737,13 +750,19 @@ func (m *model) newest(inc *incarnation, l load, to time.Time) (ids map[reportID
 // queued adds the reports that are queued under a key, and reports whether one was from one time to another.
 func (m *model) queued(inc *incarnation, k task.Key, from, to time.Time, ids map[reportID]bool) (throughout bool) {
 	for _, c := range inc.copies[k] {
-		if c.saved.After(to) || !c.ended.IsZero() && c.ended.Before(from) {
-			continue
-		}
-		ids[c.id] = true
-		if !c.saved.After(from) && (c.ended.IsZero() || c.ended.After(to)) && !c.maybe {
-			throughout = true
+		queued, all := c.queued(from, to)
+		if queued {
+			ids[c.id] = true
+			throughout = throughout || all
 		}
 	}
 	return throughout
+}
+
+// queued reports whether the report may have been queued within a time, and whether it was all the time.
+func (c *copyOf) queued(from, to time.Time) (ever, throughout bool) {
+	if c.saved.After(to) || !c.ended.IsZero() && c.ended.Before(from) {
+		return false, false
+	}
+	return true, !c.saved.After(from) && (c.ended.IsZero() || c.ended.After(to)) && !c.maybe
 }

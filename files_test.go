@@ -1,0 +1,69 @@
+package fsbroker
+
+import (
+	"crypto/sha256"
+	"math/rand/v2"
+	"testing"
+	"time"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
+)
+
+// keepOf keeps a finished report of a file under a number.
+func (m *memory) keepOf(sum [sha256.Size]byte, i int, all bool, at time.Time) *entry {
+	d := inflatedReport(10).Document()
+	d.File, d.At = sum, at
+	e := m.put(numbered(i), task.NewReport(d), time.Hour)
+	m.save(e, archive.Item{All: all}, nil)
+	return e
+}
+
+// Whatever is kept, replaced, renewed and removed, in any order, memory finds the newest report of each file.
+func TestNewestInMemory(t *testing.T) {
+	random := rand.New(rand.NewPCG(1, 2))
+	files := [][sha256.Size]byte{{1}, {2}, {3}, {}}
+	const names = 60
+	m := newMemory(1 << 30)
+	defer m.close()
+	start := time.Now()
+	for range 20_000 {
+		i, at := random.IntN(names), start.Add(time.Duration(random.IntN(1e6)))
+		switch e, ok := m.get(numbered(i)); {
+		case !ok || random.IntN(3) == 0:
+			m.keepOf(files[random.IntN(len(files))], i, random.IntN(2) == 0, at)
+		case random.IntN(2) == 0:
+			d := e.report.Document()
+			d.At = at
+			m.put(numbered(i), task.NewReport(d), time.Hour)
+		default:
+			m.purge(archive.Selection{Keys: []task.Key{numbered(i)}}.Matches)
+		}
+		sum, all := files[random.IntN(len(files))], random.IntN(2) == 0
+		var want *entry
+		for i := range names {
+			if e, ok := m.get(numbered(i)); ok && sum != [sha256.Size]byte{} && e.report.File() == sum && e.all == all && (want == nil || e.report.At().After(want.report.At())) {
+				want = e
+			}
+		}
+		got := m.newest(sum, all)
+		if (got == nil) != (want == nil) || got != nil && !got.report.At().Equal(want.report.At()) {
+			t.Fatalf("found %v, want %v", got, want)
+		}
+	}
+	m.purge(archive.Selection{}.Matches)
+	if n := len(m.files.byFile); n != 0 {
+		t.Errorf("%d files are left in the index", n)
+	}
+}
+
+// Files whose sums begin alike are told apart.
+func TestFilesThatBeginAlike(t *testing.T) {
+	m := newMemory(1 << 20)
+	defer m.close()
+	one, other := [sha256.Size]byte{0: 1, 31: 1}, [sha256.Size]byte{0: 1, 31: 2}
+	m.keepOf(one, 1, false, time.Now())
+	if m.newest(other, false) != nil || m.newest(one, true) != nil || m.newest(one, false) == nil {
+		t.Error("the report of another file is found, or none")
+	}
+}
