@@ -71,7 +71,7 @@ func TestByFile(t *testing.T) {
 			if fields := s.accessLog("by-file"); fields["fsbroker_cache"] != "hit" || fields["fsbroker_node"] != "node-1" || fields["fsbroker_upstream"] != nil {
 				t.Errorf("logged %v", fields)
 			}
-			s.wantMetrics(before, map[string]string{`requests_total{cache="hit",client="tester",code="200"}`: "1"})
+			s.wantMetrics(before, map[string]string{`requests_total{cache="hit",client="tester",code="200",endpoint="/task"}`: "1"})
 			s.get(byFile(strings.ToUpper(sumB))).wantReport(t, finishedOf(sumB, "b1", "false"), hit)
 			s.get(byFile(sumA)+"&all").wantReport(t, finishedOf(sumA, "a1", "true"), hit)
 			s.get(byFile(sumA), "Accept-Encoding: gzip").wantReport(t, finishedOf(sumA, "a2", "false"), hit)

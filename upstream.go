@@ -412,7 +412,7 @@ func (u *upstream) diagnoseDial(err error) (*problem, []zap.Field) {
 	if isTimeout(err) {
 		return u.problem(problemTimeout, "could not be connected to in time"+tryAgain), nil
 	}
-	return u.problem(problemUnreachable, "could not be connected to: try again after Retry-After; its operator finds the cause in the log"), nil
+	return u.problem(problemUnreachable, "could not be connected to"+tryAgain+"; its operator finds the cause in the log"), nil
 }
 
 // isTimeout reports whether err is a timeout.
