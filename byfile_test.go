@@ -71,7 +71,7 @@ func TestByFile(t *testing.T) {
 			if fields := s.accessLog("by-file"); fields["fsbroker_cache"] != "hit" || fields["fsbroker_node"] != "node-1" || fields["fsbroker_upstream"] != nil {
 				t.Errorf("logged %v", fields)
 			}
-			s.wantMetrics(before, map[string]string{`caddy_fsbroker_requests_total{cache="hit",client="default",code="200"}`: "+1"})
+			s.wantMetrics(before, map[string]string{`requests_total{cache="hit",client="tester",code="200"}`: "1"})
 			s.get(byFile(strings.ToUpper(sumB))).wantReport(t, finishedOf(sumB, "b1", "false"), hit)
 			s.get(byFile(sumA)+"&all").wantReport(t, finishedOf(sumA, "a1", "true"), hit)
 			s.get(byFile(sumA), "Accept-Encoding: gzip").wantReport(t, finishedOf(sumA, "a2", "false"), hit)
@@ -158,8 +158,7 @@ func TestByFileWhileTheStorageIsAway(t *testing.T) {
 	for i := range 12 {
 		s.get(byTask(fmt.Sprint("c", i))).wantStatus(t, http.StatusOK)
 	}
-	s.get(byTask("a1"), "Cache-Control: only-if-cached").wantStatus(t, http.StatusOK)
-	s.get(byFile(sumA)).wantStatus(t, http.StatusOK)
+	s.get(byFile(sumA)).wantReport(t, finishedOf(sumA, "a1", "false"), "fsbroker; hit; detail=storage")
 
 	setFault(nil, nil, false)
 	eventually(t, "the storage to be read again", func() bool { return s.get(byFile(sumB)).status == http.StatusNotFound })
@@ -188,7 +187,9 @@ func TestByFileTogether(t *testing.T) {
 	own := s.goGet(byFile(sumA)) // joins a call that began before its report was kept
 	time.Sleep(50 * time.Millisecond)
 	close(gate)
-	(<-own).wantReport(t, finishedOf(sumA, "a1", "false"), "fsbroker; hit")
+	if r := <-own; r.plain(t) != finishedOf(sumA, "a1", "false") {
+		t.Errorf("got status %d, %s", r.status, r.body)
+	}
 	for _, r := range replies {
 		<-r
 	}

@@ -21,7 +21,7 @@ func (m *memory) keepOf(sum [sha256.Size]byte, i int, all bool, at time.Time) *e
 
 // Whatever is kept, replaced, renewed and removed, in any order, memory finds the newest report of each file.
 func TestNewestInMemory(t *testing.T) {
-	random := rand.New(rand.NewPCG(1, 2)) //nolint:gosec // it need not be unpredictable
+	random := rand.New(rand.NewPCG(1, 2))
 	files := [][sha256.Size]byte{{1}, {2}, {3}, {}}
 	const names = 60
 	m := newMemory(1 << 30)
