@@ -19,7 +19,7 @@ const (
 	purgeTimeout = 30 * time.Second
 
 	// maxPurges is the number of partitions that are purged at once.
-	maxPurges = 32
+	maxPurges = 64
 )
 
 // Selection is what a purge deletes. The zero value is everything.
