@@ -724,7 +724,11 @@ func (s *simulation) window(w *window) {
 			return
 		}
 		for range 1 + s.random.IntN(2) {
-			k := s.keys[s.recent(s.random)]
+			n := s.recent(s.random)
+			k := s.keys[n]
+			if w.stuck {
+				s.purgeWhatIsWritten(n)
+			}
 			for _, kind := range []placeKind{inPartition, large} {
 				w.bad.Store(s.model.layout.name(place{kind: kind, key: k.key}), true)
 			}
@@ -772,6 +776,19 @@ func (s *simulation) window(w *window) {
 			}
 		})
 	}
+}
+
+// purgeWhatIsWritten purges a report while a newer version of it is being written.
+func (s *simulation) purgeWhatIsWritten(n int) {
+	inc := s.any()
+	s.in(time.Second+7, func() {
+		if inc != nil && s.goesOn(inc) {
+			s.renew(inc, &s.keys[n])
+			s.in(between(s.random, time.Second, 20*time.Second), func() {
+				s.purgeNow(inc, Selection{Keys: []task.Key{s.keys[n].key}})
+			})
+		}
+	})
 }
 
 // askForFiles asks for the newest reports of several files, which needs lists, and for others.

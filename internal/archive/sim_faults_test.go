@@ -33,6 +33,7 @@ type window struct {
 	kind     trouble
 	from, to time.Time
 	instance int      // that has the trouble; -1: all
+	stuck    bool     // bad names are bad because writes of them hang
 	bad      sync.Map // the names that are bad
 }
 
@@ -54,7 +55,7 @@ func newPlan(seed uint64, begin time.Time, span time.Duration) *plan {
 	r := rand.New(rand.NewPCG(seed, 1))
 	for at := begin; ; {
 		at = at.Add(between(r, 5*time.Minute, 50*time.Minute))
-		w := &window{kind: trouble(r.IntN(int(troubles))), from: at, instance: -1}
+		w := &window{kind: trouble(r.IntN(int(troubles))), from: at, instance: -1, stuck: at.Nanosecond()%2 == 0}
 		if r.IntN(3) == 0 {
 			w.instance = r.IntN(instances)
 		}
@@ -158,7 +159,11 @@ func (w *window) spoil(d *dice, c storagetest.Call, f *storagetest.Fault) {
 		}
 		f.Late = d.below(2) == 0
 	case badKeys:
-		if w.isBad(c.Name) {
+		switch {
+		case !w.isBad(c.Name):
+		case w.stuck && c.Op == storagetest.Store:
+			f.Deaf, f.Before = true, d.between(time.Minute, 4*time.Minute)
+		case !w.stuck:
 			spoilAnyhow(d, []int{10, 40, 90, 98}[d.below(4)], f)
 		}
 	case badLock:

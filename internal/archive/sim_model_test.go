@@ -349,7 +349,7 @@ func (p *purge) covers(at place, old state) bool {
 	case s.File != nil:
 		return true
 	case !s.Before.IsZero():
-		return old.what == sound && old.val.at.Before(s.Before)
+		return (old.what == sound || old.what == lost) && old.val.at.Before(s.Before)
 	}
 	return true
 }
@@ -466,7 +466,10 @@ func (m *model) deletedIndex(inc *incarnation, name string) {
 		if s.what != sound || m.kind.Lies() || s.at.After(now.Add(-20*time.Minute)) {
 			continue
 		}
-		if age := begun.Sub(s.val.at); age > keep+time.Second {
+		queued := slices.ContainsFunc(inc.copies[p.key], func(c *copyOf) bool { // it is about to be stored anew
+			return c.ended.IsZero() || c.ended.After(inc.lockedAt)
+		})
+		if age := begun.Sub(s.val.at); age > keep+time.Second && !queued {
 			m.wrong("%s deleted an object of the index before %s, which was %s old when the sweep began", inc, m.short(value), age)
 			break
 		}
@@ -474,10 +477,11 @@ func (m *model) deletedIndex(inc *incarnation, name string) {
 	delete(m.indexed, name)
 }
 
-// longestLately returns the longest retention of all instances that lived in the last hour.
+// longestLately returns the longest retention of all instances that lived in the last hours:
+// in an outage, others do not see that one has ended.
 func (m *model) longestLately(now time.Time) (longest time.Duration) {
 	for _, inc := range m.lives {
-		if inc.dead && inc.endedAt.Before(now.Add(-time.Hour)) {
+		if inc.dead && inc.endedAt.Before(now.Add(-4*time.Hour)) {
 			continue
 		}
 		for _, k := range inc.keeps {
