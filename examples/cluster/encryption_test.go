@@ -58,11 +58,11 @@ func TestEncryption(t *testing.T) {
 		c.env = append(c.env, name+"="+c.secrets[name])
 	}
 	const first, second, both = "encryption_key {env.KEY_1}", "encryption_key {env.KEY_2}", "encryption_key {env.KEY_2} {env.KEY_1}"
-	one := c.start("max_size 1")
+	one := c.start("max_size 1B")
 	restart := func(keys string) {
 		t.Helper()
 		one.stop()
-		one.configure("max_size 1", keys)
+		one.configure("max_size 1B", keys)
 		one.run()
 	}
 	store := func() map[string]string {

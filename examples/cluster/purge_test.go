@@ -43,7 +43,7 @@ func (i *instance) purge(query string) (sum purged) {
 func TestPurge(t *testing.T) {
 	c := newCluster(t)
 	// The other instance keeps nothing in memory, so it shows what is stored.
-	one, other := c.start(), c.start("max_size 1")
+	one, other := c.start(), c.start("max_size 1B")
 	file := text(1)
 	byTask, byFile, atNode, old := c.mustScan(1, text(1)), c.mustScan(2, file), c.mustScan(1, text(1)), c.mustScan(2, text(1))
 	reports := one.collect(byTask, byTask+"&all", byFile, old, atNode)

@@ -10,7 +10,7 @@ import (
 func TestSweep(t *testing.T) {
 	c := newCluster(t)
 	const retention = 8 * time.Second
-	options := []string{"retention " + retention.String(), "max_size 1"} // keep nothing in memory
+	options := []string{"retention " + retention.String(), "max_size 1B"} // keep nothing in memory
 	one, other := c.start(options...), c.start(options...)
 	var paths []string
 	for range 100 {
@@ -41,9 +41,9 @@ func TestSweep(t *testing.T) {
 // While an instance with a longer retention runs, that one counts.
 func TestTwoRetentions(t *testing.T) {
 	c := newCluster(t)
-	long := c.start("retention 40s", "max_size 1")
+	long := c.start("retention 40s", "max_size 1B")
 	eventually(t, "the record of an instance", func() bool { return len(c.redis.Keys("*/instances/*")) == 1 })
-	short := c.start("retention 4s", "max_size 1")
+	short := c.start("retention 4s", "max_size 1B")
 	path := c.mustScan(1, text(1))
 	reports := short.collect(path)
 	short.wantStored()
