@@ -660,8 +660,9 @@ func (m *model) loaded(inc *incarnation, l load) {
 
 func (m *model) checkFound(inc *incarnation, l load, possible map[reportID]bool) {
 	id := idOf(l.found.Report)
-	if m.kind.Lies() && l.file != nil && inc.troubled(l.begun, time.Minute) {
-		return // it may have missed a newer one
+	_, known := possible[id]
+	if l.file != nil && (known || m.kind.Lies()) && inc.troubled(l.begun, time.Minute) {
+		return // the storage may have a newer one than the queue
 	}
 	if !possible[id] {
 		m.wrong("%s found a report under %x that is not the one that is stored: %v of %v", inc, l.key[8:12], id, possible)
