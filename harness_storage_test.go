@@ -257,3 +257,13 @@ func overwrite(t testing.TB, name string, content []byte) {
 		t.Fatal(err)
 	}
 }
+
+// stopSweeping stops Caddy and waits for the sweep, for which Caddy does not wait. It must not write into a folder that is
+// being removed.
+func stopSweeping(t *testing.T) {
+	t.Helper()
+	if err := caddy.Stop(); err != nil {
+		t.Error(err)
+	}
+	eventually(t, "the sweep to end", func() bool { return goroutines(t, "", "archive.(*Archive).sweepAll(") == 0 })
+}

@@ -242,6 +242,7 @@ func TestLockThatHangs(t *testing.T) {
 				t.Errorf("%d goroutines hang", n)
 			}
 			close(hang)
+			stopSweeping(t)
 		})
 	}
 }
@@ -366,9 +367,13 @@ func TestValueOfANewerVersion(t *testing.T) {
 
 // The memory that a storage takes that is away is bounded.
 func TestMemoryOfAStorageThatIsAway(t *testing.T) {
+	if fsbroker.RaceDetector {
+		t.Skip("the race detector makes allocations larger")
+	}
 	fault.dir = t.TempDir()
+	document := dense(512 << 10)
 	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
-		responds(http.StatusOK, strings.Replace(dense(512<<10), "SUCCESS", "SUCCESS "+r.URL.Query().Get("taskID"), 1))(w, r)
+		responds(http.StatusOK, strings.Replace(document, "SUCCESS", "SUCCESS "+r.URL.Query().Get("taskID"), 1))(w, r)
 	})
 	s := startSite(t, options(node, "cache {\n storage faulty\n max_size 16MiB\n }"))
 	setFault(errors.New("away"), nil, false)

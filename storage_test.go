@@ -185,6 +185,7 @@ func TestRetentionEndsWhatIsStored(t *testing.T) {
 	if took := time.Since(start); took < retention {
 		t.Errorf("the report was stored for %s only", took)
 	}
+	stopSweeping(t)
 }
 
 func TestStorageFaults(t *testing.T) {
