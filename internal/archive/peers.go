@@ -92,13 +92,21 @@ func (a *Archive) renewRecord(ctx context.Context, b *Backend) error {
 	if err != nil {
 		return err
 	}
-	name := a.layout.recordName(a.writer)
-	if err := b.Storage.Store(ctx, name, text); err != nil {
-		return fmt.Errorf("storing %s: %w", name, err)
+	if err := b.Storage.Store(ctx, a.layout.recordName(a.writer), text); err != nil {
+		return fmt.Errorf("the storage does not work: %w", err)
 	}
 	a.peers.mu.Lock()
 	defer a.peers.mu.Unlock()
 	a.peers.renewed = time.Now()
+	return nil
+}
+
+// checkRecord returns an error if the record of this instance, which was stored before, is not there. Some storages, such as
+// that of Redis, say that there is nothing if they cannot be reached.
+func (a *Archive) checkRecord(ctx context.Context, b *Backend) error {
+	if _, err := b.Storage.Load(ctx, a.layout.recordName(a.writer)); err != nil {
+		return fmt.Errorf("the storage does not work: %w", err)
+	}
 	return nil
 }
 

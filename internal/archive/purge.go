@@ -36,12 +36,7 @@ func (s Selection) Matches(k task.Key, target *task.Key, r *task.Report) bool {
 	is := func(match func(task.Key) bool) bool { return match(k) || target != nil && match(*target) }
 	switch {
 	case s.Keys != nil:
-		for _, wanted := range s.Keys {
-			if is(func(k task.Key) bool { return k == wanted }) {
-				return true
-			}
-		}
-		return false
+		return is(func(k task.Key) bool { return slices.Contains(s.Keys, k) })
 	case s.Source != nil:
 		return is(func(k task.Key) bool { return k.Source() == *s.Source })
 	case s.File != nil:
@@ -77,18 +72,10 @@ func (a *Archive) Purge(ctx context.Context, s Selection, from int) (Purged, err
 	if done.Queued, err = a.purgeQueue(ctx, b, s); err != nil {
 		return done, err
 	}
-	if err := b.Storage.Store(ctx, a.purgeMark(), []byte(a.writer)); err != nil {
-		return done, fmt.Errorf("the storage does not work: %w", err)
-	}
-	if done, err = a.purgeStorage(ctx, b, s, done); err != nil {
+	if err := a.renewRecord(ctx, b); err != nil { // the record must be there as long as the storage works
 		return done, err
 	}
-	if err := a.checkMark(ctx, b); err != nil {
-		return done, err
-	}
-	unmark, cancel := context.WithTimeout(context.WithoutCancel(ctx), readTimeout)
-	defer cancel()
-	return done, ignoreNotExist(b.Storage.Delete(unmark, a.purgeMark()))
+	return a.purgeStorage(ctx, b, s, done)
 }
 
 // purgeStorage deletes what is selected from the storage.
@@ -109,22 +96,11 @@ func (a *Archive) purgeStorage(ctx context.Context, b *Backend, s Selection, don
 	default:
 		return a.purgePartitions(ctx, b, s, done)
 	}
+	if err := a.checkRecord(ctx, b); err != nil {
+		return done, err
+	}
 	done.Next = partitions
 	return done, nil
-}
-
-// purgeMark returns the name of a value that is there as long as the storage works: some storages say that there is nothing
-// if they cannot be reached.
-func (a *Archive) purgeMark() string { return a.layout.recordName(a.writer) + "-purge" }
-
-// checkMark returns an error if the storage does not work.
-func (a *Archive) checkMark(ctx context.Context, b *Backend) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), readTimeout)
-	defer cancel()
-	if _, err := b.Storage.Load(ctx, a.purgeMark()); err != nil {
-		return fmt.Errorf("the storage does not work: %w", err)
-	}
-	return nil
 }
 
 // purgeQueue removes what is selected from the queue, and waits until no write of it is under way, which would bring it
@@ -175,8 +151,8 @@ func (a *Archive) remove(ctx context.Context, b *Backend, p place) (int, error) 
 		return 0, fmt.Errorf("loading %s: %w", name, err)
 	}
 	// Some storages say that there is nothing if they cannot be reached, but all say so if they cannot delete.
-	if err := b.Storage.Delete(ctx, name); ignoreNotExist(err) != nil {
-		return 0, fmt.Errorf("deleting %s: %w", name, err)
+	if err := a.delete(ctx, b, p); err != nil {
+		return 0, err
 	}
 	switch _, err := b.Storage.Load(ctx, name); {
 	case err == nil:
@@ -258,7 +234,7 @@ func (a *Archive) purgePartitions(ctx context.Context, b *Backend, s Selection, 
 			done.Stored += n
 		}
 		if err == nil {
-			err = a.checkMark(ctx, b)
+			err = a.checkRecord(ctx, b)
 		}
 		switch {
 		case ctx.Err() != nil: // the next call begins with these

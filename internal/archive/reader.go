@@ -170,25 +170,22 @@ func (a *Archive) load(ctx context.Context, b *Backend, k task.Key, name string)
 	})
 }
 
-// proveStorage returns an error if the storage does not work: some storages, such as that of Redis, say that there is
-// nothing if they cannot be reached. The record of this instance must be there.
+// proveStorage returns an error if the storage has not shown lately that it works, and does not do so now.
 func (a *Archive) proveStorage(ctx context.Context, b *Backend) error {
 	now := time.Now()
 	if a.proof.holds(now) {
 		return nil
 	}
-	name := a.layout.recordName(a.writer)
-	_, err := b.Storage.Load(ctx, name)
+	err := a.checkRecord(ctx, b)
 	if errors.Is(err, fs.ErrNotExist) {
 		if err = a.renewRecord(ctx, b); err == nil {
-			_, err = b.Storage.Load(ctx, name)
+			err = a.checkRecord(ctx, b)
 		}
 	}
-	if err != nil {
-		return fmt.Errorf("the storage does not work: %w", err)
+	if err == nil {
+		a.proof.note(now)
 	}
-	a.proof.note(now)
-	return nil
+	return err
 }
 
 // readThrough reads about a key from the storage, unless the breaker says that the storage fails. It returns when op has

@@ -251,7 +251,7 @@ func (m *model) effect(inc *incarnation, c *callNote, e storagetest.Event) {
 		}
 		return
 	}
-	if strings.HasPrefix(name, string(m.layout)+"instances/") && e.Call.Op == storagetest.Store && !strings.HasSuffix(name, "-purge") {
+	if strings.HasPrefix(name, string(m.layout)+"instances/") && e.Call.Op == storagetest.Store {
 		inc.recorded(m.now())
 	}
 }
