@@ -48,6 +48,16 @@ func keepFinished(m *memory, i, size int) *entry {
 	return e
 }
 
+// wantAllStored checks that an archive has the reports 0 to n-1.
+func wantAllStored(t *testing.T, a *archive.Archive, n int) {
+	t.Helper()
+	for i := range n {
+		if !isStored(t, a, numbered(i)) {
+			t.Fatalf("%d is not stored", i)
+		}
+	}
+}
+
 // isStored reports whether an archive has a report.
 func isStored(t *testing.T, a *archive.Archive, k task.Key) bool {
 	t.Helper()
@@ -78,11 +88,7 @@ func TestUnsavedIsQueuedWhenThereIsRoom(t *testing.T) {
 		if queued := a.Stats().Queued; queued != 0 || len(m.unsaved[a]) != 0 {
 			t.Errorf("%d are still queued, %d are not", queued, len(m.unsaved[a]))
 		}
-		for i := range reports {
-			if !isStored(t, a, numbered(i)) {
-				t.Fatalf("%d is not stored", i)
-			}
-		}
+		wantAllStored(t, a, reports)
 	})
 }
 
@@ -107,11 +113,7 @@ func TestUnsavedIsStoredAtAStop(t *testing.T) {
 		_ = closeArchive(t.Name(), a, b)
 		other, _ := openArchive("default", t.Name()+" again", savingMemory(t, 1<<20), b)
 		defer func() { _ = closeArchive(t.Name()+" again", other, b) }()
-		for i := range reports {
-			if !isStored(t, other, numbered(i)) {
-				t.Fatalf("%d is not stored", i)
-			}
-		}
+		wantAllStored(t, other, reports)
 	})
 }
 
@@ -221,11 +223,7 @@ func TestAnotherArchiveGetsTheQueue(t *testing.T) {
 		}
 		other, _ := openFaulty(t, m, "other")
 		time.Sleep(time.Minute)
-		for i := range reports {
-			if !isStored(t, other, numbered(i)) {
-				t.Errorf("%d is not stored", i)
-			}
-		}
+		wantAllStored(t, other, reports)
 	})
 }
 

@@ -13,10 +13,10 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
-// listBelow returns the names of all values below a folder. Storage modules differ in what they list: what is in the folder, or
-// all that is below it, or even all that there is; with or without folders, with or without a slash at the end, and with a
-// prefix of their own. So listBelow asks for everything, keeps what is below the folder, and looks into those folders of which
-// nothing else was listed.
+// listBelow returns the names of all values below a folder. Storage modules differ in what they list: what is in the
+// folder, or all that is below it, or even all that there is; with or without folders, with or without a slash at the end,
+// and with a prefix of their own. So listBelow asks for everything, keeps what is below the folder, and looks into those
+// folders of which nothing else was listed.
 func listBelow(ctx context.Context, storage certmagic.Storage, folder string, isValue func(name string) bool) ([]string, error) {
 	values := make(map[string]struct{})
 	asked := make(map[string]bool)
@@ -74,18 +74,20 @@ func (a *Archive) listFile(ctx context.Context, b *Backend, source task.Source) 
 
 // listPlaces returns where there are values below a folder.
 func (a *Archive) listPlaces(ctx context.Context, b *Backend, folder string) ([]place, error) {
+	byName := make(map[string]place)
 	names, err := listBelow(ctx, b.Storage, folder, func(name string) bool {
-		_, ok := a.layout.parse(name)
+		p, ok := a.layout.parse(name)
+		if ok {
+			byName[name] = p
+		}
 		return ok
 	})
 	if err != nil {
 		return nil, err
 	}
-	places := make([]place, 0, len(names))
-	for _, name := range names {
-		if p, ok := a.layout.parse(name); ok {
-			places = append(places, p)
-		}
+	places := make([]place, len(names))
+	for i, name := range names {
+		places[i] = byName[name]
 	}
 	return places, nil
 }

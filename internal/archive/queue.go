@@ -104,6 +104,7 @@ func (q *queue) push(i Item) bool {
 	return true
 }
 
+// add adds a write that has not failed.
 func (q *queue) add(w *write) {
 	if q.byKey == nil {
 		q.byKey = make(map[task.Key]*write)
@@ -204,7 +205,7 @@ func (q *queue) finish(w *write) {
 		return
 	}
 	*w = write{Item: *w.newer}
-	w.fresh = q.fresh.PushBack(w)
+	q.add(w)
 }
 
 // retry schedules another try of a write that has failed.

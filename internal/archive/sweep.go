@@ -131,27 +131,23 @@ func (a *Archive) sweepIndex(ctx context.Context, b *Backend, c *cursor, before 
 	ctx, cancel := context.WithTimeout(ctx, passTimeout)
 	defer cancel()
 	last := indexDay(before)
-	if _, err := time.Parse(indexDayFormat, c.Day); err != nil {
-		first, err := a.firstIndexDay(ctx, b, last)
-		if err != nil {
-			return err
-		}
-		c.Day = first
-	}
 	day, err := time.Parse(indexDayFormat, c.Day)
 	if err != nil {
-		return err
+		if day, err = a.firstIndexed(ctx, b, before); err != nil {
+			return err
+		}
+		c.Day = indexDay(day)
 	}
 	oldest := indexDay(before.AddDate(0, 0, -sweepAgainFor))
 	allDone := true
-	for ; day.Format(indexDayFormat) <= last; day = day.AddDate(0, 0, 1) {
-		name := day.Format(indexDayFormat)
+	for ; indexDay(day) <= last; day = day.AddDate(0, 0, 1) {
+		name := indexDay(day)
 		done, err := a.sweepDay(ctx, b, name, before)
 		if err != nil {
 			return err
 		}
 		if allDone = allDone && (done || name < oldest); allDone && name < last {
-			c.Day = day.AddDate(0, 0, 1).Format(indexDayFormat)
+			c.Day = indexDay(day.AddDate(0, 0, 1))
 		}
 	}
 	return nil
@@ -160,19 +156,19 @@ func (a *Archive) sweepIndex(ctx context.Context, b *Backend, c *cursor, before 
 // indexDay returns the day of the index that has a time.
 func indexDay(t time.Time) string { return t.UTC().Format(indexDayFormat) }
 
-// firstIndexDay returns the first day that the index has, or last if it has none before.
-func (a *Archive) firstIndexDay(ctx context.Context, b *Backend, last string) (string, error) {
+// firstIndexed returns the first time that the index has, in UTC, or last if it has none before.
+func (a *Archive) firstIndexed(ctx context.Context, b *Backend, last time.Time) (time.Time, error) {
 	names, err := listBelow(ctx, b.Storage, a.layout.indexFolder(), a.isIndexName)
 	if err != nil {
-		return "", err
+		return time.Time{}, err
 	}
 	first := last
 	for _, name := range names {
-		if newest, ok := a.layout.parseIndexName(name); ok {
-			first = min(first, indexDay(newest))
+		if newest, ok := a.layout.parseIndexName(name); ok && newest.Before(first) {
+			first = newest
 		}
 	}
-	return first, nil
+	return first.UTC(), nil
 }
 
 func (a *Archive) isIndexName(name string) bool {

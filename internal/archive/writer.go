@@ -221,10 +221,11 @@ func (a *Archive) store(ctx context.Context, b *Backend, i Item) error {
 	if i.Target != nil {
 		doc.key = *i.Target
 	}
-	if len(r.Document().Body) > inlineLimit {
+	length := len(r.Document().Body)
+	if length > inlineLimit {
 		doc.kind = large
 	}
-	size := int64(len(r.Document().Body) + valueOverhead)
+	size := int64(length + valueOverhead)
 	if i.Target == nil {
 		if err := a.storeValue(ctx, b, doc, value{kind: kindDocument, at: r.At(), key: i.Key, report: r}); err != nil {
 			return err
