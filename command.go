@@ -314,7 +314,7 @@ func nodesTable(nodes []nodeState) [][]string {
 	return rows
 }
 
-// problems returns what is wrong with a node now, and its last problem if that is another one.
+// problems returns the problem that a node has now, and its last problem if the code differs.
 func (s *nodeState) problems() string {
 	var problems []string
 	if s.SystemInfoProblem != "" {

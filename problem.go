@@ -101,8 +101,8 @@ var problemKinds = [...]struct {
 	problemInternal:             {status: http.StatusInternalServerError, code: "internal"},
 }
 
-// problem is why a request gets no report, or no response of the broker. It becomes the problem document that the caller reads, so its detail must not
-// hold a secret, a query or an upstream's address.
+// problem is why a request gets no report, or no response of the broker. It becomes the problem document that the caller
+// reads, so its detail must not hold a secret, a query or an upstream's address.
 type problem struct {
 	kind       problemKind
 	role       role          // of the upstream, if it is an upstream's problem

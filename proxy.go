@@ -190,7 +190,7 @@ func (c *proxiedCall) status(written int, undelivered bool) int {
 }
 
 // detached is the end of a context without its values. Caddy's transport would find there what other handlers left for
-// the caller, and would pass interim responses on, whose header nobody has cleaned.
+// the caller. It would also pass on interim responses, with headers that may hold the secret.
 type detached struct{ context.Context }
 
 // Value implements context.Context.

@@ -997,7 +997,7 @@ func TestProxyAfterForwardAuth(t *testing.T) {
 		t.Errorf("the broker got %v", got)
 	}
 	if len(gate.requests()) == 0 {
-		t.Error("forward_auth has asked nobody")
+		t.Error("forward_auth sent no request")
 	}
 }
 

@@ -55,8 +55,8 @@ func (s *site) getAll(n, callers int) []time.Duration {
 	return took
 }
 
-// 300 callers read 1,000 stored reports after a restart. A full pool is waited for, and is no failure. TestManyReads of the
-// archive checks how long, on a virtual clock.
+// 300 callers read 1,000 stored reports after a restart. Callers wait for a full pool, which is no failure. TestManyReads in
+// internal/archive checks how long they wait, on a virtual clock.
 func TestManyCallersReadFromASlowStorage(t *testing.T) {
 	dir := t.TempDir()
 	node := newBackend(t, anyTask)

@@ -10,7 +10,7 @@ import (
 	"time"
 )
 
-// maxSweep is how long a sweep is waited for. With a retention of a second, it begins within a few.
+// maxSweep is the longest wait for a sweep. If the retention is a second, the sweep begins within a few seconds.
 const maxSweep = 2 * time.Minute
 
 // sweepResult is how long it takes to sweep a storage in which everything is older than the retention.

@@ -128,7 +128,7 @@ func TestPurgeDuringAnOutage(t *testing.T) {
 	})
 }
 
-// A purge that does not get on is an error, so that nobody goes on with it for ever.
+// A purge that makes no progress returns an error. Otherwise the caller would repeat the same step for ever.
 func TestPurgeThatHangs(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f, _, _ := filled(t)

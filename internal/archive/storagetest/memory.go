@@ -77,7 +77,7 @@ func (m *Memory) Names(prefix string) []string {
 	return names
 }
 
-// Holder returns who holds a lock: a *Faulty, or nil if nobody does.
+// Holder returns the *Faulty that holds a lock, or nil if the lock is free.
 func (m *Memory) Holder(name string) any {
 	m.mu.Lock()
 	defer m.mu.Unlock()
@@ -132,7 +132,7 @@ func (m *Memory) unlock(name string, owner any) error {
 	return nil
 }
 
-// leak lets a lock that nobody knows of end after a while.
+// leak makes a lock whose holder does not know that it has it end after a while.
 func (m *Memory) leak(name string, owner any, after time.Duration) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
