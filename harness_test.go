@@ -14,6 +14,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime/pprof"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -180,6 +181,23 @@ func (s *site) trust() {
 	})
 }
 
+// send sends a request, again if it fails for a reason that lies neither in the request nor in the module:
+//
+//   - During a reload, Caddy may close a connection that it has only just accepted, before it reads a request.
+//   - net/http may offer a connection to a request while it cancels the one before, and fails both with the reason of that.
+func send(client *http.Client, req *http.Request) (*http.Response, error) {
+	resp, err := client.Do(req)
+	for range 3 {
+		if err == nil || req.Context().Err() != nil || !slices.ContainsFunc(notTheRequests, func(e error) bool { return errors.Is(err, e) }) {
+			break
+		}
+		resp, err = client.Do(req)
+	}
+	return resp, err
+}
+
+var notTheRequests = []error{io.EOF, syscall.ECONNRESET, context.Canceled, context.DeadlineExceeded}
+
 // reply is a response with its body.
 type reply struct {
 	status int
@@ -214,14 +232,7 @@ func (s *site) try(ctx context.Context, method, path string, header ...string) (
 		name, value, _ := strings.Cut(field, ": ")
 		req.Header.Add(name, value)
 	}
-	resp, err := s.client.Do(req)
-	for range 3 {
-		if err == nil || ctx.Err() != nil || !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) {
-			break
-		}
-		// During a reload, Caddy may close a connection that it has only just accepted, before it reads a request.
-		resp, err = s.client.Do(req)
-	}
+	resp, err := send(s.client, req)
 	if err != nil {
 		return reply{}, err
 	}

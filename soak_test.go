@@ -23,7 +23,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -801,13 +800,7 @@ func (s *soak) exchange(ctx context.Context, ns *soakNamespace, c call) (got boo
 	if c.slow > 0 {
 		client = s.slowClient
 	}
-	resp, err := client.Do(req)
-	for range 3 {
-		if err == nil || ctx.Err() != nil || !errors.Is(err, io.EOF) && !errors.Is(err, syscall.ECONNRESET) {
-			break
-		}
-		resp, err = client.Do(req) // see site.try
-	}
+	resp, err := send(client, req)
 	if err != nil {
 		return false, "", err
 	}

@@ -188,6 +188,10 @@ func upstreamContext(ctx context.Context) context.Context {
 // the secret in the query, and would put the URL into its errors. The status is 0 if there is no response.
 func (u *upstream) roundTrip(req *http.Request, body *answerBody, read bodyReader) (status int, err error) {
 	resp, err := u.transport.RoundTrip(req)
+	if isContextError(err) && req.Context().Err() == nil {
+		// net/http may offer a connection to a request while it cancels the one before, and fails both with the reason of that.
+		resp, err = u.transport.RoundTrip(req)
+	}
 	if err != nil {
 		return 0, err
 	}
@@ -215,6 +219,11 @@ func (u *upstream) roundTrip(req *http.Request, body *answerBody, read bodyReade
 	}
 	return resp.StatusCode, u.problem(problemBadAnswer,
 		fmt.Sprintf("answered with the unexpected status %d"+tryAgain, resp.StatusCode))
+}
+
+// isContextError reports whether err is the error of a context, and not only like one, as the timeout of a dial is.
+func isContextError(err error) bool {
+	return err == context.Canceled || err == context.DeadlineExceeded //nolint:errorlint // on purpose
 }
 
 // maxRetryAfter bounds the Retry-After that is passed on.
