@@ -18,6 +18,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -27,6 +28,7 @@ func init() {
 
 // adminAPI is a module that provides endpoints of Caddy's admin API. `GET /fsbroker/nodes` returns the state of the nodes
 // and brokers of all fsbroker_task handlers. `GET /fsbroker/cache` returns how full the cache is, and `DELETE` purges it.
+// `GET /fsbroker/harvest` returns what is followed until its report is finished, and `DELETE` gives one up.
 type adminAPI struct{}
 
 // CaddyModule returns the Caddy module information.
@@ -42,6 +44,7 @@ func (adminAPI) Routes() []caddy.AdminRoute {
 	return []caddy.AdminRoute{
 		adminRoute("/fsbroker/nodes", map[string]adminMethod{http.MethodGet: showNodes}),
 		adminRoute("/fsbroker/cache", map[string]adminMethod{http.MethodGet: showCache, http.MethodDelete: purgeCache}),
+		adminRoute("/fsbroker/harvest", map[string]adminMethod{http.MethodGet: showPending, http.MethodDelete: giveUp}),
 	}
 }
 
@@ -259,6 +262,78 @@ func purgeArchives(ctx context.Context, targets []purgeTarget, from int) (archiv
 	}
 	steps.Wait()
 	return sum, failed
+}
+
+// pendingReport is a submission or a task that is followed until its report is finished.
+type pendingReport struct {
+	Client      string    `json:"client"`
+	SubmitID    string    `json:"submit_id,omitempty"`
+	Node        string    `json:"node,omitempty"`
+	TaskID      string    `json:"task_id,omitempty"`
+	SHA256      string    `json:"sha256,omitempty"`
+	Name        string    `json:"name,omitempty"` // of the file
+	State       string    `json:"state"`
+	Accepted    time.Time `json:"accepted"`
+	AgeSeconds  int64     `json:"age_seconds"`
+	Questions   int       `json:"questions"`
+	LastProblem string    `json:"last_problem,omitempty"`
+
+	// Noted reports whether it is in the storage, so that it outlives the process.
+	Noted bool `json:"noted"`
+}
+
+func newPendingReport(p harvest.Pending) pendingReport {
+	r := pendingReport{
+		Client: p.Client, SubmitID: p.SubmitID, Node: p.AppServerID, TaskID: p.TaskID, SHA256: p.SHA256, Name: p.Name,
+		State: "accepted", Accepted: p.Accepted, AgeSeconds: int64(p.Age.Seconds()),
+		Questions: p.Questions, LastProblem: p.Problem, Noted: p.Noted,
+	}
+	switch {
+	case p.Finished:
+		r.State = "finished" // and not in the storage yet
+	case p.Known:
+		r.State = "unfinished"
+	}
+	return r
+}
+
+// showPending returns what each namespace that follows anything follows, by client, the oldest first.
+func showPending(*http.Request) (any, error) {
+	all := make(map[string][]pendingReport)
+	for namespace, f := range live.followers() {
+		list := []pendingReport{}
+		for _, p := range f.List() {
+			list = append(list, newPendingReport(p))
+		}
+		slices.SortStableFunc(list, func(a, b pendingReport) int { return cmp.Compare(a.Client, b.Client) })
+		all[namespace] = list
+	}
+	return all, nil
+}
+
+var errGiveUp = errors.New("give submitID, or appServerID and taskID together, once each, to give one up")
+
+// givenUp is the answer to a request to give up what is pending.
+type givenUp struct {
+	GivenUp int `json:"given_up"`
+}
+
+// giveUp ends the following of a submission or a task, in every namespace.
+func giveUp(r *http.Request) (any, error) {
+	p, err := parsePurge(r.URL.RawQuery)
+	if err != nil || p.from != 0 || p.query.submitID == "" && p.query.taskID == "" {
+		return nil, adminError(http.StatusBadRequest, errGiveUp)
+	}
+	var done givenUp
+	for _, f := range live.followers() {
+		if f.GiveUp(p.query.id()) {
+			done.GivenUp++
+		}
+	}
+	if done.GivenUp == 0 {
+		return nil, adminError(http.StatusNotFound, errors.New("it is not pending: check the ID, or list what is with GET /fsbroker/harvest"))
+	}
+	return done, nil
 }
 
 // Interface guards

@@ -21,6 +21,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -67,10 +68,11 @@ func (a *App) Provision(ctx caddy.Context) error {
 	return registerMetrics(ctx.GetMetricsRegistry(), live.stats)
 }
 
-// Start begins the health checks.
+// Start begins the health checks, and to follow what is pending.
 func (a *App) Start() error {
 	a.setRunning(true)
 	for _, ns := range a.namespaces {
+		ns.startFollowing()
 		if ns.options.HealthInterval <= 0 {
 			continue
 		}
@@ -104,8 +106,11 @@ func (a *App) checkRegularly(ns *namespace, u *upstream) {
 	}
 }
 
-// Stop ends the health checks.
+// Stop ends the health checks, and to follow what is pending.
 func (a *App) Stop() error {
+	for _, ns := range a.namespaces {
+		ns.stopFollowing()
+	}
 	a.setRunning(false)
 	a.endChecks()
 	return nil
@@ -156,6 +161,7 @@ type namespace struct {
 	proxy     *proxy // nil if nothing is passed through
 	archiveID string // in the pool of archives
 	backend   *archive.Backend
+	source    *harvest.Source // nil if nothing is followed
 }
 
 var namespaceName = regexp.MustCompile(`^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$`)
@@ -204,6 +210,10 @@ func newSettings(h *Handler) (settings, error) {
 	if h.Cache != nil {
 		*with.Cache = *h.Cache
 	}
+	if h.Harvest != nil {
+		followed := *h.Harvest
+		with.Harvest = &followed
+	}
 	with.setDefaults()
 	values := map[string]any{
 		"transport":       with.TransportRaw,
@@ -213,6 +223,7 @@ func newSettings(h *Handler) (settings, error) {
 		"fail_duration":   with.FailDuration,
 		"health_interval": with.HealthInterval,
 		"health_timeout":  with.HealthTimeout,
+		"harvest":         with.Harvest,
 		"ttl":             with.Cache.TTL,
 		"max_size":        with.Cache.MaxSize,
 		"storage":         with.Cache.StorageRaw,
@@ -267,13 +278,16 @@ func (a *App) provision(ctx caddy.Context, ns *namespace) error {
 	if err := ns.setUp(transport, a.logger.With(zap.String("namespace", ns.name)), notify); err != nil {
 		return err
 	}
-	if b := ns.options.Broker; b != nil && len(b.Proxy) > 0 {
-		if ns.proxy, err = newProxy(ctx, ns.resolver.broker, b.Proxy, ns.logger); err != nil {
-			return fmt.Errorf("broker: %w", err)
-		}
-	}
 	if err := ns.openArchive(ctx); err != nil {
 		return err
+	}
+	if err := ns.openFollower(func(t harvest.Target) { a.emitFinished(ns, t) }); err != nil {
+		return err
+	}
+	if b := ns.options.Broker; b != nil && len(b.Proxy) > 0 {
+		if ns.proxy, err = newProxy(ctx, ns.resolver, b.Proxy, ns.logger); err != nil {
+			return fmt.Errorf("broker: %w", err)
+		}
 	}
 	live.add(ns.resolver)
 	return nil
@@ -324,6 +338,7 @@ func (ns *namespace) setUp(transport *reverseproxy.HTTPTransport, logger *zap.Lo
 		pollInterval:         time.Duration(o.PollInterval),
 		failDuration:         time.Duration(o.FailDuration),
 		healthTimeout:        time.Duration(o.HealthTimeout),
+		questionTimeout:      3*time.Duration(o.Timeout) + time.Minute, // the upstreams, one after the other, and the storage
 		closeIdleConnections: transport.Transport.CloseIdleConnections,
 	})
 	ns.pollers = newPollers(ns.resolver.resolve, time.Duration(o.PollInterval))
@@ -402,7 +417,7 @@ func (ns *namespace) openArchive(ctx caddy.Context) error {
 		return err
 	}
 	backend := &archive.Backend{Storage: storage, Logger: ns.logger, Retention: time.Duration(cache.Retention), Keyring: ring}
-	opened, err := openArchive(ns.name, id, ns.member.memory, backend)
+	opened, err := openArchive(ns.name, id, ns.member.shared, backend)
 	if err != nil {
 		return err
 	}
@@ -418,13 +433,17 @@ func (ns *namespace) shutDown() {
 	}
 }
 
-// drain waits until what is queued is stored. A server calls it when it has shut down, while modules can still be used. The
+// drain waits until what is queued is stored, and what is pending is noted. A server calls it when it has shut down, while modules can still be used. The
 // grace period may be over, so its context does not matter.
 func (ns *namespace) drain(context.Context) error {
 	if ns.backend == nil {
 		return nil
 	}
-	return ns.resolver.archive.Drain(ns.backend)
+	err := ns.resolver.archive.Drain(ns.backend)
+	if ns.source != nil {
+		ns.resolver.follower.Flush()
+	}
+	return err
 }
 
 // close undoes provision, which may have failed.
@@ -438,8 +457,9 @@ func (ns *namespace) close() error {
 		}
 		live.remove(ns.resolver)
 	}
+	err = ns.closeFollower()
 	if ns.backend != nil {
-		err = closeArchive(ns.archiveID, ns.resolver.archive, ns.backend)
+		err = errors.Join(err, closeArchive(ns.archiveID, ns.resolver.archive, ns.backend))
 	}
 	if ns.member != nil {
 		err = errors.Join(err, ns.member.leave())

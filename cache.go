@@ -16,6 +16,7 @@ import (
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/coalesce"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -91,6 +92,8 @@ type entry struct {
 	fileReport
 	whole  form
 	unkept bool // it was never kept
+
+	savedIn *archive.Archive // which has it, of those that must; guarded by memory.mu
 
 	target *task.Key // under which the report itself is stored; nil if that is key; guarded by memory.mu
 
@@ -441,6 +444,39 @@ func (m *memory) save(e *entry, as archive.Item, but *archive.Archive) {
 	}
 }
 
+// setSaved notes that an archive has stored the report of an entry.
+func (m *memory) setSaved(e *entry, a *archive.Archive) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	e.savedIn = a
+}
+
+// noteSaved notes that an archive has stored a report under k.
+func (m *memory) noteSaved(k task.Key, report *task.Report, a *archive.Archive) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if v, ok := m.kept.Get(string(k[:])); ok && v.(*entry).report.Same(report) {
+		v.(*entry).savedIn = a
+	}
+}
+
+// isSaved reports whether an archive has stored the report of an entry, and not only a reference to it. It does if there is
+// no archive.
+func (m *memory) isSaved(e *entry, a *archive.Archive) bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if a == nil {
+		return true
+	}
+	if e.savedIn != a || e.target == nil {
+		return e.savedIn == a
+	}
+	if v, ok := m.kept.Get(string(e.target[:])); ok {
+		return v.(*entry).savedIn == a
+	}
+	return !a.IsQueued(*e.target)
+}
+
 // saveUnsaved queues entries to be stored for which an archive had no room, until it has none again.
 func (m *memory) saveUnsaved(a *archive.Archive) {
 	m.mu.Lock()
@@ -607,6 +643,8 @@ type shared struct {
 	members   map[*member]struct{}
 
 	waiters atomic.Int64 // callers that wait for a report to be finished
+
+	follower atomic.Pointer[harvest.Follower] // nil if nothing is followed
 }
 
 // callKey is the key of a call: what is fetched, and the identity of the upstreams. Two configurations that use the same
@@ -697,10 +735,17 @@ type pooledArchive struct {
 	memory *memory
 }
 
-func newPooledArchive(namespace string, m *memory) pooledArchive {
-	p := pooledArchive{memory: m}
+func newPooledArchive(namespace string, s *shared) pooledArchive {
+	p := pooledArchive{memory: s.memory}
 	p.Archive = archive.New(archive.Config{
-		Namespace: namespace, Metrics: storageMetrics, Room: func() { m.saveUnsaved(p.Archive) },
+		Namespace: namespace, Metrics: storageMetrics,
+		Room: func() { s.saveUnsaved(p.Archive) },
+		Stored: func(k task.Key, report *task.Report) {
+			s.noteSaved(k, report, p.Archive)
+			if f := s.follower.Load(); f != nil {
+				f.Saved(k)
+			}
+		},
 	})
 	return p
 }
@@ -714,15 +759,15 @@ func (p pooledArchive) Destruct() error {
 
 // openArchive attaches a backend to the archive of a namespace with that ID. It makes the archive if there is none, and
 // stores in it what memory has.
-func openArchive(namespace, id string, m *memory, b *archive.Backend) (*archive.Archive, error) {
-	v, loaded, err := archives.LoadOrNew(id, func() (caddy.Destructor, error) { return newPooledArchive(namespace, m), nil })
+func openArchive(namespace, id string, s *shared, b *archive.Backend) (*archive.Archive, error) {
+	v, loaded, err := archives.LoadOrNew(id, func() (caddy.Destructor, error) { return newPooledArchive(namespace, s), nil })
 	if err != nil {
 		return nil, err
 	}
 	a := v.(pooledArchive).Archive
 	a.Attach(b)
 	if !loaded {
-		m.attach(a)
+		s.attach(a)
 	}
 	return a, nil
 }

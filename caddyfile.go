@@ -109,6 +109,9 @@ func compareWithOthers(helper httpcaddyfile.Helper, h *Handler, place string) er
 //	    fail_duration <duration>
 //	    health_interval <duration>
 //	    health_timeout  <duration>
+//	    harvest [summary] [complete] {
+//	        for <duration>
+//	    }
 //	    cache {
 //	        namespace <name>
 //	        ttl       <duration>
@@ -189,10 +192,12 @@ func (h *Handler) unmarshalOption(d *caddyfile.Dispenser) error {
 		return unmarshalDuration(d, &h.HealthInterval)
 	case "health_timeout":
 		return unmarshalDuration(d, &h.HealthTimeout)
+	case "harvest":
+		return h.unmarshalHarvest(d)
 	case "cache":
 		return h.unmarshalCache(d)
 	default:
-		return d.Errf("unknown option %s: the options of fsbroker_task are secret, node, broker, transport, timeout, poll_interval, max_wait, max_report, fail_duration, health_interval, health_timeout and cache", option)
+		return d.Errf("unknown option %s: the options of fsbroker_task are secret, node, broker, transport, timeout, poll_interval, max_wait, max_report, fail_duration, health_interval, health_timeout, harvest and cache", option)
 	}
 }
 
@@ -355,6 +360,37 @@ func (h *Handler) unmarshalTransport(d *caddyfile.Dispenser) error {
 		return err
 	}
 	h.TransportRaw = caddyconfig.JSONModuleObject(transport, "protocol", "http", nil)
+	return nil
+}
+
+func (h *Handler) unmarshalHarvest(d *caddyfile.Dispenser) error {
+	if h.Harvest != nil {
+		return d.Err("harvest is given more than once")
+	}
+	h.Harvest = new(Harvest)
+	for _, kind := range d.RemainingArgs() {
+		var wanted *bool
+		switch kind {
+		case "summary":
+			wanted = &h.Harvest.Summary
+		case "complete":
+			wanted = &h.Harvest.Complete
+		default:
+			return d.Err("harvest takes summary, complete, or both; without an argument, it is both")
+		}
+		if *wanted {
+			return d.Errf("harvest: %s is given more than once", kind)
+		}
+		*wanted = true
+	}
+	for nesting := d.Nesting(); d.NextBlock(nesting); {
+		if option := d.Val(); option != "for" {
+			return d.Errf("unknown option %s: the option of harvest is for", option)
+		}
+		if err := unmarshalDuration(d, &h.Harvest.For); err != nil {
+			return err
+		}
+	}
 	return nil
 }
 

@@ -189,7 +189,7 @@ func TestCaddyfileErrors(t *testing.T) {
 		"cache {\nstorage\nencryption_key hush {\nx\n}\n}":    "encryption_key takes no block",
 		"cache {\nencryption_key hush\n}":                     "encryption_key needs a storage: configure storage as well",
 		"cache {\nstorage\nencryption_key hush\nencryption_key hush\n}": "encryption_key is given more than once: give all keys at once, the newest first",
-		"nodes a b": "unknown option nodes: the options of fsbroker_task are secret, node, broker, transport, timeout, poll_interval, max_wait, max_report, fail_duration, health_interval, health_timeout and cache",
+		"nodes a b": "unknown option nodes: the options of fsbroker_task are secret, node, broker, transport, timeout, poll_interval, max_wait, max_report, fail_duration, health_interval, health_timeout, harvest and cache",
 	} {
 		t.Run(options, func(t *testing.T) {
 			text := "fsbroker_task {\n" + options

@@ -29,11 +29,11 @@ import (
 func init() {
 	caddycmd.RegisterCommand(caddycmd.Command{
 		Name:  "fsbroker",
-		Usage: "nodes|cache|purge",
-		Short: "Shows nodes, brokers and the cache of fsbroker_task, and purges reports",
+		Usage: "nodes|cache|purge|harvest|give-up",
+		Short: "Shows what fsbroker_task asks, keeps and follows, and purges reports",
 		Long: `
 Shows the nodes, the brokers and the cache of the fsbroker_task handlers of a
-running Caddy, and purges reports from the cache.
+running Caddy, and what they follow, and purges reports from the cache.
 
 The commands send requests to Caddy's admin API, so Caddy must be running, and
 its admin API must be on. They need no secret, and show no report.
@@ -65,7 +65,7 @@ type usageError struct{ error }
 func configureCommand(parent *cobra.Command) {
 	parent.Args = noArguments
 	parent.RunE = withExitCode(func(caddycmd.Flags) error {
-		return usageError{errors.New("say what to do: caddy fsbroker nodes, cache or purge")}
+		return usageError{errors.New("say what to do: caddy fsbroker nodes, cache, purge, harvest or give-up")}
 	})
 	parent.SetFlagErrorFunc(usageFailure)
 	parent.AddCommand(
@@ -76,7 +76,7 @@ func configureCommand(parent *cobra.Command) {
 Shows the state of all nodes and brokers. Each is asked for its system
 information at that moment.
 `,
-		}, show("/fsbroker/nodes", nodesTable)),
+		}, show("/fsbroker/nodes", "fsbroker_task", nodesTable)),
 		adminCommand(&cobra.Command{
 			Use:   "cache",
 			Short: "Shows the memory and the storage queue of each namespace",
@@ -84,13 +84,26 @@ information at that moment.
 Shows how much memory the reports of each namespace use, and what is queued for
 its storage.
 `,
-		}, show("/fsbroker/cache", cacheTable)),
+		}, show("/fsbroker/cache", "fsbroker_task", cacheTable)),
 		purgeCommand(),
+		adminCommand(&cobra.Command{
+			Use:   "harvest",
+			Short: "Shows what is followed until its report is finished",
+			Long: `
+Shows the submissions and tasks that are followed, by namespace and client, the
+oldest first. Each is "accepted" until an upstream has known it, then
+"unfinished", and "finished" while its report is being stored.
+`,
+		}, show("/fsbroker/harvest", "fsbroker_task with harvest", pendingTable)),
+		giveUpCommand(),
 	)
 }
 
-// purgeFlags are the flags that say what to purge, with their parameters of the admin API.
-var purgeFlags = []struct{ name, parameter, usage string }{
+// parameterFlag is a flag that becomes a parameter of the admin API.
+type parameterFlag struct{ name, parameter, usage string }
+
+// purgeFlags are the flags that say what to purge.
+var purgeFlags = []parameterFlag{
 	{"submit-id", "submitID", "Purge the reports of this submission"},
 	{"app-server-id", "appServerID", "Purge the reports of this node, or of one of its tasks"},
 	{"task-id", "taskID", "With --app-server-id: purge the reports of this task only"},
@@ -121,6 +134,49 @@ If it fails or is interrupted, run it again: what is removed stays removed.
 	}
 	cmd.Flags().Bool("all", false, "Purge everything")
 	return cmd
+}
+
+// giveUpFlags are the flags that say what to give up.
+var giveUpFlags = []parameterFlag{
+	{"submit-id", "submitID", "Give up this submission"},
+	{"app-server-id", "appServerID", "With --task-id: give up a task of this node"},
+	{"task-id", "taskID", "With --app-server-id: give up this task"},
+}
+
+func giveUpCommand() *cobra.Command {
+	cmd := adminCommand(&cobra.Command{
+		Use:   "give-up {--submit-id <value> | --app-server-id <value> --task-id <value>}",
+		Short: "Ends the following of a submission or a task",
+		Long: `
+Ends the following of a submission or a task, in all namespaces. Its report is
+not fetched any longer unless somebody asks for it.
+`,
+		Example: `  caddy fsbroker give-up --submit-id 7f6c5a0e
+  caddy fsbroker give-up --app-server-id node-1 --task-id 42`,
+	}, runGiveUp)
+	for _, f := range giveUpFlags {
+		cmd.Flags().String(f.name, "", f.usage)
+	}
+	return cmd
+}
+
+// runGiveUp is `caddy fsbroker give-up`.
+func runGiveUp(c *invocation) error {
+	query, err := parameters(c.Flags, giveUpFlags, "give it a value")
+	if err != nil {
+		return err
+	}
+	var done givenUp
+	body, err := c.request(http.MethodDelete, "/fsbroker/harvest?"+query.Encode(), &done)
+	if err != nil {
+		return err
+	}
+	if c.Bool("json") {
+		_, err = c.out.Write(body)
+		return err
+	}
+	_, err = fmt.Fprintln(c.out, "given up")
+	return err
 }
 
 // invocation is one run of a subcommand.
@@ -243,14 +299,14 @@ func (c *invocation) explain(err error) error {
 	return fmt.Errorf("the admin API at %s: %s", c.address, refusal.Message)
 }
 
-// errNotLoaded is the error if the admin API works, but knows no handler.
-func (c *invocation) errNotLoaded() error {
-	return fmt.Errorf("no fsbroker_task is loaded in Caddy at %s: load a config that has one, or give the --address of another Caddy", c.address)
+// errNotLoaded is the error if the admin API works, but knows no handler of a kind.
+func (c *invocation) errNotLoaded(handler string) error {
+	return fmt.Errorf("no %s is loaded in Caddy at %s: load a config that has one, or give the --address of another Caddy", handler, c.address)
 }
 
 // show returns a subcommand that shows what an endpoint returns, as a table or as JSON. The first row of the table is the
-// header.
-func show[T any](path string, table func(T) [][]string) func(*invocation) error {
+// header. The table is nil if there is no handler of a kind.
+func show[T any](path, handler string, table func(T) [][]string) func(*invocation) error {
 	return func(c *invocation) error {
 		var value T
 		body, err := c.request(http.MethodGet, path, &value)
@@ -258,8 +314,8 @@ func show[T any](path string, table func(T) [][]string) func(*invocation) error 
 			return err
 		}
 		rows := table(value)
-		if len(rows) == 1 {
-			return c.errNotLoaded()
+		if rows == nil {
+			return c.errNotLoaded(handler)
 		}
 		if c.Bool("json") {
 			_, err = c.out.Write(body)
@@ -299,6 +355,9 @@ func printable(text string) string {
 }
 
 func nodesTable(nodes []nodeState) [][]string {
+	if len(nodes) == 0 {
+		return nil
+	}
 	rows := [][]string{{"NAMESPACE", "ROLE", "NODE", "ADDRESS", "STATE", "REQUESTS", "VERSION", "ACTIVE", "QUEUED", "COMPLETED", "DISK FREE", "PROBLEM"}}
 	for _, n := range nodes {
 		info := systemInfo{}
@@ -335,6 +394,9 @@ func optionalNumber(n *int64, unit string) string {
 }
 
 func cacheTable(caches map[string]cacheStats) [][]string {
+	if len(caches) == 0 {
+		return nil
+	}
 	rows := [][]string{{"NAMESPACE", "MEMORY", "LIMIT", "ENTRIES", "EVICTIONS", "WAITING", "STORAGE", "QUEUED", "QUEUE SIZE"}}
 	for _, namespace := range slices.Sorted(maps.Keys(caches)) {
 		cache := caches[namespace]
@@ -354,6 +416,26 @@ func cacheTable(caches map[string]cacheStats) [][]string {
 	return rows
 }
 
+func pendingTable(all map[string][]pendingReport) [][]string {
+	if len(all) == 0 {
+		return nil
+	}
+	rows := [][]string{{"NAMESPACE", "CLIENT", "SUBMISSION", "NODE", "TASK", "AGE", "STATE", "QUESTIONS", "NOTED", "PROBLEM", "FILE"}}
+	for _, namespace := range slices.Sorted(maps.Keys(all)) {
+		for _, p := range all[namespace] {
+			noted := "no"
+			if p.Noted {
+				noted = "yes"
+			}
+			rows = append(rows, []string{
+				namespace, p.Client, p.SubmitID, p.Node, p.TaskID, (time.Duration(p.AgeSeconds) * time.Second).String(),
+				p.State, strconv.Itoa(p.Questions), noted, p.LastProblem, p.Name,
+			})
+		}
+	}
+	return rows
+}
+
 func bytesText(n int64) string { return humanize.IBytes(uint64(max(0, n))) }
 
 // runPurge is `caddy fsbroker purge`.
@@ -367,7 +449,7 @@ func runPurge(c *invocation) error {
 		return err
 	}
 	if len(caches) == 0 {
-		return c.errNotLoaded()
+		return c.errNotLoaded("fsbroker_task")
 	}
 	removed, err := c.purge(query)
 	if err != nil && removed != (purged{}) {
@@ -386,16 +468,9 @@ func runPurge(c *invocation) error {
 // purgeQuery returns what to purge as the query of the admin API. An empty query purges everything, so it must have been
 // asked for: a variable that is empty by mistake is an error.
 func purgeQuery(fl caddycmd.Flags) (url.Values, error) {
-	query := make(url.Values)
-	for _, f := range purgeFlags {
-		if !fl.Changed(f.name) {
-			continue
-		}
-		value := fl.String(f.name)
-		if value == "" {
-			return nil, usageError{fmt.Errorf("--%s is empty: give it a value, or use --all to purge everything", f.name)}
-		}
-		query.Set(f.parameter, value)
+	query, err := parameters(fl, purgeFlags, "give it a value, or use --all to purge everything")
+	if err != nil {
+		return nil, err
 	}
 	selected := len(query)
 	if query.Has("taskID") {
@@ -409,6 +484,23 @@ func purgeQuery(fl caddycmd.Flags) (url.Values, error) {
 	}
 	if selected != 1 {
 		return nil, usageError{errors.New("say what to purge with exactly one of --submit-id, --app-server-id, --sha256, --older-than and --all")}
+	}
+	return query, nil
+}
+
+// parameters returns the flags that are given as parameters of the admin API. An empty one is an error, which says what to do
+// instead.
+func parameters(fl caddycmd.Flags, flags []parameterFlag, instead string) (url.Values, error) {
+	query := make(url.Values)
+	for _, f := range flags {
+		if !fl.Changed(f.name) {
+			continue
+		}
+		value := fl.String(f.name)
+		if value == "" {
+			return nil, usageError{fmt.Errorf("--%s is empty: %s", f.name, instead)}
+		}
+		query.Set(f.parameter, value)
 	}
 	return query, nil
 }

@@ -234,7 +234,7 @@ func TestCommandUsage(t *testing.T) {
 	admin := newFakeAdmin(t, `{"memory":0,"queue":0,"storage":0}`)
 	const one = "exactly one of --submit-id, --app-server-id, --sha256, --older-than and --all"
 	for line, want := range map[string]string{
-		"":                                      "say what to do: caddy fsbroker nodes, cache or purge",
+		"":                                      "say what to do: caddy fsbroker nodes, cache, purge, harvest or give-up",
 		"node":                                  "unknown command or an argument without a flag: see caddy fsbroker --help",
 		"nodes node-1":                          "unknown command or an argument without a flag: see caddy fsbroker nodes --help",
 		"nodes --secret " + callerSecret:        "unknown flag: --secret: see caddy fsbroker nodes --help",

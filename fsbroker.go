@@ -91,6 +91,10 @@ type Handler struct {
 	// The maximum duration of a health check. Default: `5s`
 	HealthTimeout caddy.Duration `json:"health_timeout,omitempty"`
 
+	// Whether submissions and tasks are followed until their reports are finished, although nobody asks for them. Default:
+	// they are not
+	Harvest *Harvest `json:"harvest,omitempty"`
+
 	// What is kept, and for how long.
 	Cache *Cache `json:"cache,omitempty"`
 
@@ -172,6 +176,9 @@ func (h *Handler) setDefaults() {
 	if h.TransportRaw == nil {
 		h.TransportRaw = json.RawMessage(`{"protocol":"http"}`)
 	}
+	if h.Harvest != nil {
+		h.Harvest.setDefaults()
+	}
 	setDefault(&h.Cache.Namespace, defaultNamespace)
 	setDefault(&h.Cache.TTL, caddy.Duration(defaultTTL))
 	setDefault(&h.Cache.MaxSize, defaultMaxSize)
@@ -189,7 +196,12 @@ func setDefault[T comparable](option *T, value T) {
 
 // validate checks the options. Those of a Caddyfile have been checked before.
 func (h *Handler) validate() error {
+	var harvestFor caddy.Duration
+	if h.Harvest != nil {
+		harvestFor = h.Harvest.For
+	}
 	for name, d := range map[string]caddy.Duration{
+		"harvest.for":     harvestFor,
 		"timeout":         h.Timeout,
 		"poll_interval":   h.PollInterval,
 		"max_wait":        h.MaxWait,
@@ -242,6 +254,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	}
 	res, err := h.namespace.resolver.resolve(r.Context(), q)
 	if err == nil && !res.entry.report.Finished() {
+		h.namespace.resolver.follow(q, info.clientName())
 		res, err = h.wait(w, r, q, res)
 	}
 	h.respond(w, r, info, res, err)
@@ -344,7 +357,7 @@ func (h *Handler) pass(w http.ResponseWriter, r *http.Request, info *requestInfo
 		p = h.namespace.proxy.broker.down(time.Now())
 	}
 	recorder := caddyhttp.NewResponseRecorder(w, nil, nil)
-	call := new(proxiedCall)
+	call := &proxiedCall{client: info.clientName()}
 	defer func() {
 		countRequest(call.status(recorder.Status(), undelivered(w, r)), outcomeNone, info.clientName(), e)
 	}()

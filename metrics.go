@@ -55,6 +55,7 @@ var (
 // are read from current.
 func registerMetrics(registry *prometheus.Registry, current func() stats) error {
 	collectors := append(storageMetrics.Collectors(), requestsTotal, questionsTotal, questionSeconds, gauges{current})
+	collectors = append(collectors, harvestMetrics.Collectors()...)
 	for _, c := range collectors {
 		err := registry.Register(c)
 		if _, already := errors.AsType[prometheus.AlreadyRegisteredError](err); err != nil && !already {

@@ -22,6 +22,8 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
 )
 
 // proxy passes requests for the broker's other endpoints through to it, by means of Caddy's reverse_proxy handler.
@@ -38,8 +40,9 @@ type proxiedEndpoint struct {
 	matcher caddyhttp.MatchPath
 }
 
-// newProxy returns a proxy for paths of the broker.
-func newProxy(ctx caddy.Context, broker *upstream, paths []string, logger *zap.Logger) (*proxy, error) {
+// newProxy returns a proxy for paths of the broker of a namespace.
+func newProxy(ctx caddy.Context, rs *resolver, paths []string, logger *zap.Logger) (*proxy, error) {
+	broker := rs.broker
 	if err := checkProxy(paths); err != nil {
 		return nil, err
 	}
@@ -50,7 +53,7 @@ func newProxy(ctx caddy.Context, broker *upstream, paths []string, logger *zap.L
 		return nil, fmt.Errorf("loading reverse_proxy: %w", err)
 	}
 	p := &proxy{broker: broker, reverse: mod.(*reverseproxy.Handler), logger: logger}
-	p.reverse.Transport = &proxyTransport{broker}
+	p.reverse.Transport = &proxyTransport{broker, rs.follower}
 	for _, path := range paths {
 		p.endpoints = append(p.endpoints, proxiedEndpoint{
 			&endpoint{path, proxiedMethods}, caddyhttp.MatchPath{strings.ToLower(path)},
@@ -170,6 +173,7 @@ func (b *callerBody) late() *problem {
 
 // proxiedCall is a request that is passed to the broker.
 type proxiedCall struct {
+	client   string      // the name of the caller
 	body     *callerBody // nil if there is none
 	returned bool        // a response was written, instead of aborted
 	broken   atomic.Bool // the broker did not finish its response
@@ -198,7 +202,10 @@ func (detached) Value(any) any { return nil }
 
 // proxyTransport is the transport of reverse_proxy. It adds the broker's address and secret to a copy of the request, so
 // that reverse_proxy never has them. Its errors are problems, or context.Canceled if the caller has left.
-type proxyTransport struct{ broker *upstream }
+type proxyTransport struct {
+	broker   *upstream
+	follower *harvest.Follower // of what is submitted; nil if nothing is followed
+}
 
 // RoundTrip implements http.RoundTripper.
 func (t *proxyTransport) RoundTrip(req *http.Request) (*http.Response, error) {
@@ -210,7 +217,12 @@ func (t *proxyTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	a := &proxiedAnswer{upstream: u, call: call, span: span}
 
 	var dial dialTrace
-	resp, err := u.transport.RoundTrip(u.proxiedRequest(httptrace.WithClientTrace(ctx, dial.trace()), req))
+	out := u.proxiedRequest(httptrace.WithClientTrace(ctx, dial.trace()), req)
+	learns := t.follower != nil && isSubmit(req)
+	if learns {
+		out.Header.Del("Accept-Encoding") // the answer must be read
+	}
+	resp, err := u.transport.RoundTrip(out)
 	if err != nil && req.Context().Err() != nil {
 		late := call.body.late()
 		if late == nil {
@@ -236,6 +248,9 @@ func (t *proxyTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	u.cleanResponse(resp)
 	a.ReadCloser, a.trailer = resp.Body, &resp.Trailer
 	resp.Body = a
+	if learns {
+		t.learn(req.Context(), resp, call.client)
+	}
 	return resp, nil
 }
 

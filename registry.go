@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
 )
 
 // live has the resolvers of all configurations that run, for metrics and the admin API.
@@ -84,6 +85,17 @@ func (rg *registry) stats() stats {
 		s.caches[rs.namespace] = one
 	}
 	return s
+}
+
+// followers returns the followers of the namespaces that have one.
+func (rg *registry) followers() map[string]*harvest.Follower {
+	all := make(map[string]*harvest.Follower)
+	for _, rs := range rg.all() { // during a reload, two resolvers may share one follower
+		if rs.follower != nil {
+			all[rs.namespace] = rs.follower
+		}
+	}
+	return all
 }
 
 // purgeTarget is what to purge of a resolver.

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -27,15 +28,17 @@ type resolver struct {
 	identity  task.Key  // of all upstreams: resolvers with the same identity share calls
 	submitted task.Source
 	shared    *shared
-	archive   *archive.Archive // nil without a storage
-	absent    recentKeys       // of reports that the storage did not have lately
-	retired   atomic.Bool      // the configuration has ended, although requests may still be under way
+	archive   *archive.Archive  // nil without a storage
+	follower  *harvest.Follower // nil if nothing is followed
+	absent    recentKeys        // of reports that the storage did not have lately
+	retired   atomic.Bool       // the configuration has ended, although requests may still be under way
 }
 
 // resolverOptions are the options of a handler that its resolver needs.
 type resolverOptions struct {
 	ttl, pollInterval, failDuration time.Duration
 	healthTimeout                   time.Duration
+	questionTimeout                 time.Duration // of all that a question of the follower does
 	closeIdleConnections            func()
 }
 
@@ -98,8 +101,18 @@ func (rs *resolver) upstreams() iter.Seq[*upstream] {
 	}
 }
 
-// resolve returns the report that q asks for.
+// resolve returns the report that q asks for. A submission that was accepted through here has nothing to report yet until an
+// upstream has known it.
 func (rs *resolver) resolve(ctx context.Context, q query) (result, error) {
+	res, err := rs.find(ctx, q)
+	if rs.isAccepted(q, err) {
+		res.entry, err = unkept(task.NothingYet(time.Now())), nil
+	}
+	return res, err
+}
+
+// find returns the report that q asks for, if it is kept or an upstream knows it.
+func (rs *resolver) find(ctx context.Context, q query) (result, error) {
 	q = q.target()
 	if q.sha256 != "" {
 		return rs.resolveFile(ctx, q)
@@ -250,7 +263,11 @@ func (rs *resolver) fetch(ctx context.Context, k task.Key, q query, fresh bool) 
 	}
 	a, err := rs.fetchFromUpstreams(ctx, q, fresh)
 	if err == nil {
-		return fetchResult{entry: rs.keep(k, q.all, a), from: a.from, span: lastSpan(ctx)}, nil
+		e := rs.keep(k, q.all, a)
+		if e.report.Finished() {
+			rs.nudge(q)
+		}
+		return fetchResult{entry: e, from: a.from, span: lastSpan(ctx)}, nil
 	}
 	p, ok := errors.AsType[*problem](err)
 	if ok && !kept && p.kind != problemSubmissionFailed {
@@ -450,6 +467,9 @@ func (rs *resolver) keepStored(k task.Key, all bool, found archive.Found) *entry
 	rs.absent.remove(k)
 	e := rs.shared.put(k, found.Report, min(rs.ttl, found.TTL))
 	rs.shared.save(e, archive.Item{All: all, Target: found.Target}, rs.archive)
+	if !found.Queued {
+		rs.shared.setSaved(e, rs.archive)
+	}
 	return e
 }
 

@@ -16,14 +16,14 @@ import (
 )
 
 // savingMemory is a memory of a limit.
-func savingMemory(t *testing.T, limit int64) *memory {
-	m := newMemory(limit)
+func savingMemory(t *testing.T, limit int64) *shared {
+	m := &shared{memory: newMemory(limit)}
 	t.Cleanup(m.close)
 	return m
 }
 
 // openFaulty opens an archive for a memory, in a storage of its own.
-func openFaulty(t *testing.T, m *memory, name string) (*archive.Archive, *storagetest.Faulty) {
+func openFaulty(t *testing.T, m *shared, name string) (*archive.Archive, *storagetest.Faulty) {
 	t.Helper()
 	f := storagetest.NewFaulty(storagetest.New(storagetest.FileSystem))
 	b := &archive.Backend{Storage: f.Storage(), Logger: zap.NewNop(), Retention: 24 * time.Hour}
@@ -40,7 +40,7 @@ func openFaulty(t *testing.T, m *memory, name string) (*archive.Archive, *storag
 }
 
 // keepFinished keeps a finished report, and saves it.
-func keepFinished(m *memory, i, size int) *entry {
+func keepFinished(m *shared, i, size int) *entry {
 	d := inflatedReport(size).Document()
 	d.At = time.Now()
 	e := m.put(numbered(i), task.NewReport(d), 10*time.Minute)
@@ -119,9 +119,9 @@ func TestUnsavedIsStoredAtAStop(t *testing.T) {
 
 // What the queue has no room for is queued before it leaves memory, if there is room by then.
 func TestUnsavedIsQueuedBeforeItIsEvicted(t *testing.T) {
-	for what, leave := range map[string]func(m *memory){
-		"evicted": func(m *memory) { m.setLimit(0) },
-		"expired": func(*memory) { time.Sleep(11 * time.Minute) },
+	for what, leave := range map[string]func(m *shared){
+		"evicted": func(m *shared) { m.setLimit(0) },
+		"expired": func(*shared) { time.Sleep(11 * time.Minute) },
 	} {
 		t.Run(what, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -152,7 +152,7 @@ func TestUnsavedIsQueuedBeforeItIsEvicted(t *testing.T) {
 	}
 }
 
-func (m *memory) isUnsaved(a *archive.Archive, k task.Key) bool {
+func (m *shared) isUnsaved(a *archive.Archive, k task.Key) bool {
 	e, ok := m.get(k)
 	if !ok {
 		return false

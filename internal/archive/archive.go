@@ -54,6 +54,7 @@ type Archive struct {
 	lists  *breaker // of lists that callers wait for: a storage may be unable to list, and yet be read
 	writes *breaker
 	slots  chan struct{} // one for each read
+	notes  chan struct{} // one for each operation on a note
 	proof  proof
 	peers  peers
 
@@ -150,6 +151,9 @@ func (a *Archive) queued(k task.Key) *Item {
 	defer a.mu.Unlock()
 	return clone(a.queue.get(k))
 }
+
+// IsQueued reports whether a report is queued under k.
+func (a *Archive) IsQueued(k task.Key) bool { return a.queued(k) != nil }
 
 // queuedOf returns the newest item that is queued of a file, or nil.
 func (a *Archive) queuedOf(sum [32]byte, all bool) *Item {

@@ -24,7 +24,7 @@ type value struct {
 	report *task.Report // of a document, finished
 	target place        // of a reference: where the document is
 	size   int64        // of a reference: of the stored form of the document, in bytes
-	raw    []byte       // of a damaged value: what was found
+	raw    []byte       // of a damaged value: what was found; of a note: its content
 }
 
 // kind is the kind of a value.
@@ -34,6 +34,7 @@ const (
 	kindDocument kind = iota + 1
 	kindReference
 	kindDamaged // wraps a damaged value that was set aside
+	kindNote    // is no report
 )
 
 // header begins each stored value. It is big-endian, as is everything in a value, and never encrypted. What follows
@@ -42,8 +43,8 @@ const (
 //	0: the SHA-256 sum of the whole value with a zero sum, and the body
 //	1: the ID of a key, a nonce, and the body encrypted with AES-256-GCM, which also authenticates the header and the name
 //
-// The body depends on Kind: documentBody and the document in the representation that memory keeps, referenceBody, or what
-// was found.
+// The body depends on Kind: documentBody and the document in the representation that memory keeps, referenceBody, what was
+// found, or the content of a note.
 type header struct {
 	Magic   [4]byte
 	Version uint8
@@ -122,7 +123,7 @@ func (v value) body() (begin, rest []byte, err error) {
 		}
 		begin, err = binary.Append(nil, binary.BigEndian, b)
 		return begin, nil, err
-	case kindDamaged:
+	case kindDamaged, kindNote:
 		return nil, v.raw, nil
 	}
 	return nil, nil, errors.New("its kind is not known")
@@ -236,7 +237,7 @@ func readHeader(stored []byte, h *header) error {
 	if _, err := binary.Decode(stored, binary.BigEndian, h); err != nil {
 		return errCutShort
 	}
-	if h.Kind < kindDocument || h.Kind > kindDamaged {
+	if h.Kind < kindDocument || h.Kind > kindNote {
 		return errUnknownVersion
 	}
 	return nil
@@ -267,7 +268,7 @@ func parseBody(h header, body []byte) (value, error) {
 		v.report, err = parseDocument(h, body)
 	case kindReference:
 		v.target, v.size, err = parseReference(body)
-	case kindDamaged:
+	case kindDamaged, kindNote:
 		v.raw = body
 	}
 	if err != nil {
@@ -320,7 +321,11 @@ func parseReference(body []byte) (target place, size int64, err error) {
 // it cannot be used.
 func CheckValue(name string, stored []byte, ring *Keyring) (time.Time, error) {
 	namespace, _, _ := strings.Cut(strings.TrimPrefix(name, root), "/")
-	p, ok := newLayout(namespace).parse(name)
+	l := newLayout(namespace)
+	p, ok := l.parse(name)
+	if folder, note, isNote := l.parseNoteName(name); isNote {
+		p, ok = place{key: noteKey(folder, note)}, true
+	}
 	if !ok {
 		return time.Time{}, errors.New("it is not stored where a value can be")
 	}

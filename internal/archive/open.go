@@ -25,6 +25,7 @@ func New(c Config) *Archive {
 		Config:  c,
 		layout:  newLayout(c.Namespace),
 		slots:   make(chan struct{}, maxReads),
+		notes:   make(chan struct{}, maxNotes),
 		changed: make(chan struct{}),
 		alone:   make(map[task.Key]struct{}),
 	}

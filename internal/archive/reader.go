@@ -32,6 +32,7 @@ type Found struct {
 	Report *task.Report
 	Target *task.Key     // the key under which the report is stored, if it was found through a reference
 	TTL    time.Duration // how long the report may still be kept
+	Queued bool          // it is not stored yet
 }
 
 // Load returns the report that is stored or queued under k. It calls grow with the memory that it needs, in bytes, and an
@@ -42,7 +43,7 @@ func (a *Archive) Load(ctx context.Context, k task.Key, grow func(held int64) er
 		return Found{}, ErrUnreadable
 	}
 	if i := a.queued(k); i != nil {
-		return Found{Report: i.Report, Target: i.Target, TTL: a.retention(b)}, nil
+		return Found{Report: i.Report, Target: i.Target, TTL: a.retention(b), Queued: true}, nil
 	}
 	return a.loadFrom(ctx, b, place{kind: inPartition, key: k}, grow)
 }
@@ -90,7 +91,7 @@ func (a *Archive) Newest(ctx context.Context, sum [32]byte, all bool, after time
 	}
 	var queued Found
 	if i := a.queuedOf(sum, all); i != nil && i.Report.At().After(after) {
-		queued = Found{Report: i.Report, Target: i.Target, TTL: a.retention(b)}
+		queued = Found{Report: i.Report, Target: i.Target, TTL: a.retention(b), Queued: true}
 		if queued.Target == nil {
 			queued.Target = &i.Key
 		}

@@ -1,0 +1,184 @@
+package archive
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path"
+	"strings"
+	"time"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
+)
+
+// Notes are small values beside the reports, in folders. They have a checksum or a seal as reports have, but no retention:
+// neither the sweep nor a purge deletes them. Operations on them go past the queue.
+
+const (
+	// maxNotes is the number of operations on notes at once. Further ones wait.
+	maxNotes = 64
+
+	// noteTimeout bounds an operation on a note.
+	noteTimeout = 10 * time.Second
+
+	// maxNoteName is the maximum length of the name of a note or a folder of notes, in bytes.
+	maxNoteName = 128
+)
+
+// ErrDamagedNote means that a note is not what was stored, so nobody can read it.
+var ErrDamagedNote = errors.New("the note is damaged")
+
+// ErrLockedNote means that a note cannot be read here: another version of this package has stored it, or it is sealed with
+// another key.
+var ErrLockedNote = errors.New("the note cannot be read here")
+
+var errNoteName = errors.New("the name must have letters, digits, dashes, underscores and dots, and not begin with a dot")
+
+// StoreNote stores a note, or replaces the one of that name. Like the other operations on notes, it returns when ctx ends,
+// even if the storage ignores ctx. Then the note may be stored nevertheless.
+func (a *Archive) StoreNote(ctx context.Context, folder, name string, note []byte) error {
+	_, err := onNote(ctx, a, folder, name, func(ctx context.Context, b *Backend, at string) (struct{}, error) {
+		stored, err := encode(value{kind: kindNote, at: a.Now(), key: noteKey(folder, name), raw: note}, at, b.Keyring)
+		if err != nil {
+			return struct{}{}, err
+		}
+		return struct{}{}, b.Storage.Store(ctx, at, stored)
+	})
+	return wrapNoteError("storing", folder, name, err)
+}
+
+// LoadNote returns a note. The error is fs.ErrNotExist if there is none, and ErrDamagedNote or ErrLockedNote if it cannot be
+// used.
+func (a *Archive) LoadNote(ctx context.Context, folder, name string) ([]byte, error) {
+	note, err := onNote(ctx, a, folder, name, func(ctx context.Context, b *Backend, at string) ([]byte, error) {
+		stored, err := b.Storage.Load(ctx, at)
+		if err != nil {
+			return nil, err
+		}
+		v, err := decode(stored, at, noteKey(folder, name), b.Keyring)
+		switch {
+		case err == nil:
+			return v.raw, nil
+		case errors.Is(err, errUnknownVersion), errors.Is(err, errLostKey):
+			return nil, fmt.Errorf("%w: %w", ErrLockedNote, err)
+		}
+		return nil, fmt.Errorf("%w: %w", ErrDamagedNote, err)
+	})
+	return note, wrapNoteError("loading", folder, name, err)
+}
+
+// DeleteNote deletes a note. It is no error if there is none.
+func (a *Archive) DeleteNote(ctx context.Context, folder, name string) error {
+	_, err := onNote(ctx, a, folder, name, func(ctx context.Context, b *Backend, at string) (struct{}, error) {
+		return struct{}{}, ignoreNotExist(b.Storage.Delete(ctx, at))
+	})
+	return wrapNoteError("deleting", folder, name, err)
+}
+
+// ListNotes returns the names of the notes in a folder.
+func (a *Archive) ListNotes(ctx context.Context, folder string) ([]string, error) {
+	in := a.layout.noteFolder(folder)
+	names, err := onNote(ctx, a, folder, folder, func(ctx context.Context, b *Backend, _ string) ([]string, error) {
+		return listBelow(ctx, b.Storage, in, func(name string) bool { return isNoteName(strings.TrimPrefix(name, in+"/")) })
+	})
+	if err != nil {
+		return nil, fmt.Errorf("listing the notes of %s: %w", folder, err)
+	}
+	for i, name := range names {
+		names[i] = path.Base(name)
+	}
+	return names, nil
+}
+
+// LockNotes takes the lock of a folder of notes if it is free, and reports whether it has. If it has, the caller must call
+// unlock. Not every storage has locks that exclude others.
+func (a *Archive) LockNotes(ctx context.Context, folder string) (unlock func() error, locked bool, err error) {
+	b := a.backend()
+	if b == nil {
+		return nil, false, ErrUnreadable
+	}
+	name := a.layout.noteLock(folder)
+	locked, err = onNote(ctx, a, folder, folder, func(ctx context.Context, _ *Backend, _ string) (bool, error) {
+		return tryLock(ctx, b.Storage, name)
+	})
+	if err != nil || !locked {
+		return nil, false, wrapNoteError("locking", folder, "", err)
+	}
+	return func() error {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), noteTimeout)
+		defer cancel()
+		return b.Storage.Unlock(ctx, name)
+	}, true, nil
+}
+
+// onNote runs an operation on a note. It returns when ctx has ended, even if the storage ignores it.
+func onNote[T any](
+	ctx context.Context, a *Archive, folder, name string, op func(ctx context.Context, b *Backend, at string) (T, error),
+) (got T, err error) {
+	b := a.backend()
+	if b == nil {
+		return got, ErrUnreadable
+	}
+	if !isNoteName(folder) || !isNoteName(name) {
+		return got, errNoteName
+	}
+	ctx, cancel := context.WithTimeout(ctx, noteTimeout)
+	defer cancel()
+	select {
+	case a.notes <- struct{}{}:
+	case <-ctx.Done():
+		return got, ctx.Err()
+	}
+	type result struct {
+		got T
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		got, err := op(ctx, b, a.layout.noteName(folder, name))
+		<-a.notes // an operation that hangs holds its slot
+		done <- result{got, err}
+	}()
+	select {
+	case r := <-done:
+		return r.got, r.err
+	case <-ctx.Done():
+		return got, ctx.Err()
+	}
+}
+
+func wrapNoteError(doing, folder, name string, err error) error {
+	if err == nil {
+		return nil
+	}
+	return fmt.Errorf("%s the note %s: %w", doing, path.Join(folder, name), err)
+}
+
+// isNoteName reports whether a name can be that of a note or a folder of notes.
+func isNoteName(name string) bool {
+	return name != "" && len(name) <= maxNoteName && name[0] != '.' &&
+		!strings.ContainsFunc(name, func(r rune) bool { return !strings.ContainsRune(noteNameCharacters, r) })
+}
+
+const noteNameCharacters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_."
+
+// noteKey returns what stands in the header of a note for its key.
+func noteKey(folder, name string) task.Key { return task.NewKey("note", folder, name) }
+
+const notesDir = "notes"
+
+func (l layout) noteFolder(folder string) string { return string(l) + notesDir + "/" + folder }
+
+func (l layout) noteName(folder, name string) string { return l.noteFolder(folder) + "/" + name }
+
+func (l layout) noteLock(folder string) string { return string(l) + notesDir + "-" + folder + ".lock" }
+
+// parseNoteName returns the folder and the name of a note by its name in the storage.
+func (l layout) parseNoteName(stored string) (folder, name string, ok bool) {
+	rest, ok := strings.CutPrefix(stored, string(l)+notesDir+"/")
+	if !ok {
+		return "", "", false
+	}
+	folder, name, _ = strings.Cut(rest, "/")
+	return folder, name, isNoteName(folder) && isNoteName(name)
+}

@@ -1,0 +1,389 @@
+package harvest
+
+import (
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
+)
+
+// An answer with several IDs is one note, which is deleted when all of them have ended.
+func TestNotesOfAnAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u := newUpstream()
+		m := storagetest.New(storagetest.Redis)
+		p := u.start(m, Config{Instance: "a"}, nil)
+		defer p.stop()
+		time.Sleep(time.Second)
+		targets := []Target{u.submit(1, 10*time.Second), u.submit(2, time.Minute), u.submit(3, 10*time.Second)}
+		if !p.mustAdd(t, targets...) || len(noted(m)) != 1 || !p.List()[0].Noted {
+			t.Fatalf("notes %q", noted(m))
+		}
+		if !p.mustAdd(t, targets[1]) || len(noted(m)) != 1 {
+			t.Errorf("what is pending is noted again: %q", noted(m))
+		}
+		time.Sleep(30 * time.Second)
+		if p.pending() != 1 || len(noted(m)) != 1 {
+			t.Errorf("%d pending, notes %q", p.pending(), noted(m))
+		}
+		time.Sleep(time.Minute)
+		if p.counts() != [3]int{3} || len(noted(m)) != 0 {
+			t.Errorf("counts %v, notes %q", p.counts(), noted(m))
+		}
+	})
+}
+
+// A large answer becomes several notes that every storage takes.
+func TestLargeAnswer(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u := newUpstream()
+		m := storagetest.New(storagetest.Consul)
+		p := u.start(m, Config{Instance: "a"}, nil)
+		time.Sleep(time.Second)
+		var targets []Target
+		for i := range 5000 {
+			target := u.submit(i, 5*time.Minute)
+			target.Name = strings.Repeat("name", 50)
+			targets = append(targets, target)
+		}
+		if !p.mustAdd(t, targets...) || len(noted(m)) < 2 {
+			t.Fatalf("notes %q", noted(m))
+		}
+		p.kill(storagetest.None)
+		p = u.start(m, Config{Instance: "a"}, nil)
+		defer p.stop()
+		time.Sleep(time.Second)
+		if p.pending() != 5000 {
+			t.Errorf("%d are pending after a restart", p.pending())
+		}
+		time.Sleep(10 * time.Minute)
+		if p.counts() != [3]int{5000} || len(noted(m)) != 0 {
+			t.Errorf("counts %v, notes %q", p.counts(), noted(m))
+		}
+	})
+}
+
+// An instance that comes back resumes its own at once, and says when it was accepted.
+func TestResume(t *testing.T) {
+	for _, kind := range storagetest.Kinds {
+		t.Run(kind.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				u := newUpstream()
+				m := storagetest.New(kind)
+				p := u.start(m, Config{Instance: "a"}, nil)
+				time.Sleep(time.Second)
+				for i := range 100 {
+					if !p.mustAdd(t, u.submit(i, 3*time.Minute)) {
+						t.Fatal("it is not noted")
+					}
+				}
+				time.Sleep(time.Minute)
+				p.kill(storagetest.None)
+				time.Sleep(time.Minute)
+				p = u.start(m, Config{Instance: "a"}, nil)
+				defer p.stop()
+				asked := u.questions()
+				synctest.Wait()
+				if list := p.List(); len(list) != 100 || list[0].Age < 2*time.Minute || !list[0].Noted {
+					t.Fatalf("pending is %+v", list)
+				}
+				time.Sleep(time.Second)
+				if u.questions() < asked+100 {
+					t.Errorf("%d questions at once", u.questions()-asked)
+				}
+				time.Sleep(2 * time.Minute)
+				if p.counts() != [3]int{100} || len(noted(m)) != 0 {
+					t.Errorf("counts %v, notes %q", p.counts(), noted(m))
+				}
+			})
+		})
+	}
+}
+
+// Another instance takes over what an instance has followed that does not come back: one, and at the time that is promised.
+func TestTakeOver(t *testing.T) {
+	for _, kind := range storagetest.Kinds {
+		t.Run(kind.String(), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				u := newUpstream()
+				m := storagetest.New(kind)
+				a := u.start(m, Config{Instance: "a"}, nil)
+				b, c := u.start(m, Config{Instance: "b"}, nil), u.start(m, Config{Instance: "c"}, nil)
+				defer b.stop()
+				defer c.stop()
+				time.Sleep(time.Minute)
+				for i := range 100 {
+					if !a.mustAdd(t, u.submit(i, 5*time.Minute)) {
+						t.Fatal("it is not noted")
+					}
+				}
+				time.Sleep(time.Minute)
+				if b.pending()+c.pending() != 0 {
+					t.Error("others follow what a living instance follows")
+				}
+				a.kill(storagetest.None)
+				killed := time.Now()
+				for b.pending()+c.pending() < 100 && time.Since(killed) < time.Hour {
+					time.Sleep(100 * time.Millisecond)
+				}
+				if took := time.Since(killed); took < expireAfter-renewEvery || took > expireAfter+2*lookEvery {
+					t.Errorf("it took %s", took)
+				}
+				time.Sleep(5 * time.Second)
+				if n := b.pending() + c.pending(); n != 100 && kind.Exclusive() {
+					t.Errorf("%d are followed", n)
+				}
+				time.Sleep(5 * time.Minute)
+				finished := b.counts()[0] + c.counts()[0]
+				if finished < 100 || len(noted(m)) != 0 || kind.Exclusive() && finished != 100 {
+					t.Errorf("counts %v and %v, notes %q", b.counts(), c.counts(), noted(m))
+				}
+				time.Sleep(time.Hour)
+				if leases := m.Names("fsbroker_task/tested/notes/leases/"); len(leases) != 2 {
+					t.Errorf("leases %q", leases)
+				}
+			})
+		})
+	}
+}
+
+// What cannot be noted in time is followed anyway, and noted when the storage works again.
+func TestNotedLater(t *testing.T) {
+	for name, fault := range map[string]func(storagetest.Call) storagetest.Fault{
+		"fails": storagetest.Failing(storagetest.ErrInjected),
+		"hangs": storagetest.Hanging(false),
+		"deaf":  storagetest.Hanging(true),
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				u := newUpstream()
+				m := storagetest.New(storagetest.FileSystem)
+				p := u.start(m, Config{Instance: "a"}, nil)
+				defer p.stop()
+				time.Sleep(time.Second)
+				p.faulty.Set(fault)
+				for i := range 100 {
+					began := time.Now()
+					if p.mustAdd(t, u.submit(i, time.Hour)) || time.Since(began) != 500*time.Millisecond {
+						t.Fatalf("it is noted, or not after %s", time.Since(began))
+					}
+				}
+				short := u.submit(100, time.Minute)
+				p.mustAdd(t, short)
+				time.Sleep(3 * time.Minute)
+				stores := p.faulty.Calls(storagetest.Store)
+				time.Sleep(time.Minute)
+				if n := p.faulty.Calls(storagetest.Store) - stores; n > 200 {
+					t.Errorf("%d writes in a minute to a storage that fails", n)
+				}
+				if p.pending() != 100 || p.counts() != [3]int{1} || p.List()[0].Noted || p.logged("cannot be noted") != 1 {
+					t.Errorf("%d pending, counts %v", p.pending(), p.counts())
+				}
+				p.faulty.Mend()
+				time.Sleep(time.Minute)
+				if len(noted(m)) != 100 || !p.List()[99].Noted || p.logged("can be noted") != 1 {
+					t.Errorf("%d notes", len(noted(m)))
+				}
+			})
+		})
+	}
+}
+
+// A value that the storage refuses, or that hangs, does not hold up others.
+func TestOneBadNote(t *testing.T) {
+	for name, fault := range map[string]storagetest.Fault{
+		"refused": {Effect: storagetest.None, Err: storagetest.ErrInjected},
+		"hangs":   {Hang: true, Deaf: true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				u := newUpstream()
+				m := storagetest.New(storagetest.FileSystem)
+				p := u.start(m, Config{Instance: "a"}, nil)
+				defer p.stop()
+				time.Sleep(time.Second)
+				bad := ""
+				p.faulty.Set(func(c storagetest.Call) storagetest.Fault {
+					if bad == "" && c.Op == storagetest.Store {
+						bad = c.Name
+					}
+					if c.Name == bad {
+						return fault
+					}
+					return storagetest.Fault{Before: 20 * time.Millisecond}
+				})
+				if p.mustAdd(t, u.submit(0, time.Hour)) {
+					t.Fatal("it is noted")
+				}
+				for i := range 1000 {
+					if !p.mustAdd(t, u.submit(i+1, time.Hour)) {
+						t.Fatalf("another one is not noted: %d", i)
+					}
+					time.Sleep(10 * time.Millisecond)
+				}
+				p.faulty.Mend()
+			})
+		})
+	}
+}
+
+// What a storage has lost is noted again.
+func TestLostNotes(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u := newUpstream()
+		m := storagetest.New(storagetest.FileSystem)
+		p := u.start(m, Config{Instance: "a"}, nil)
+		defer p.stop()
+		time.Sleep(time.Second)
+		p.mustAdd(t, u.submit(1, time.Hour))
+		m.Remove(noted(m)[0])
+		time.Sleep(2 * compareEvery)
+		if len(noted(m)) != 1 {
+			t.Error("it is not noted again")
+		}
+	})
+}
+
+// Two processes with one data directory have two leases. One that is started again takes its own, even after a crash.
+func TestSlots(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "locks")
+	synctest.Test(t, func(t *testing.T) {
+		u := newUpstream()
+		m := storagetest.New(storagetest.FileSystem)
+		c := Config{Instance: "a", LockDir: dir}
+		first, second := u.start(m, c, nil), u.start(m, c, nil)
+		if first.lease.holder != "a-0" || second.lease.holder != "a-1" {
+			t.Errorf("the leases are %s and %s", first.lease.holder, second.lease.holder)
+		}
+		time.Sleep(time.Second)
+		first.mustAdd(t, u.submit(1, time.Hour))
+		second.mustAdd(t, u.submit(2, time.Hour))
+		first.kill(storagetest.None)
+		again := u.start(m, c, nil)
+		time.Sleep(time.Second)
+		if again.lease.holder != "a-0" || again.pending() != 1 || second.pending() != 1 {
+			t.Errorf("%s follows %d, the other one %d", again.lease.holder, again.pending(), second.pending())
+		}
+		time.Sleep(10 * time.Minute)
+		if again.pending() != 1 || second.pending() != 1 {
+			t.Error("they fight")
+		}
+		again.stop()
+		second.stop()
+	})
+}
+
+// Without a directory for locks, a process has a lease of its own.
+func TestNoSlot(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	synctest.Test(t, func(t *testing.T) {
+		u := newUpstream()
+		m := storagetest.New(storagetest.FileSystem)
+		p := u.start(m, Config{Instance: "a", LockDir: file}, nil)
+		defer p.stop()
+		if !strings.HasPrefix(p.lease.holder, "a-") || len(p.lease.holder) < 10 || p.logged("cannot be told from others") != 1 {
+			t.Errorf("the lease is %s", p.lease.holder)
+		}
+	})
+}
+
+// A note that is damaged is deleted, and one that another version has stored is left alone. Both are told once.
+func TestNotesThatCannotBeRead(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u := newUpstream()
+		m := storagetest.New(storagetest.FileSystem)
+		other := u.start(m, Config{Instance: "b"}, nil)
+		defer other.stop()
+		if err := other.archive.StoreNote(t.Context(), "a-0", "strange", []byte(`{"a": 1}`)); err != nil {
+			t.Fatal(err)
+		}
+		if err := other.archive.StoreNote(t.Context(), "a-0", "empty", []byte(`[{}]`)); err != nil {
+			t.Fatal(err)
+		}
+		const folder = "fsbroker_task/tested/notes/a-0/"
+		m.Put(folder+"damaged", []byte("damaged"))
+		p := u.start(m, Config{Instance: "a"}, nil)
+		defer p.stop()
+		time.Sleep(time.Hour)
+		if left := noted(m); !slices.Equal(left, []string{folder + "empty", folder + "strange"}) {
+			t.Errorf("left is %q", left)
+		}
+		if p.logged("cannot be read") != 2 || p.logged("is damaged") != 1 || p.pending() != 0 {
+			t.Errorf("logged %+v", p.log.All())
+		}
+	})
+}
+
+// A process that could not reach the storage for a while, like all others, is not taken over afterwards.
+func TestOutageIsNoDeath(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u := newUpstream()
+		m := storagetest.New(storagetest.FileSystem)
+		a, b := u.start(m, Config{Instance: "a"}, nil), u.start(m, Config{Instance: "b"}, nil)
+		defer a.stop()
+		defer b.stop()
+		time.Sleep(time.Minute)
+		a.mustAdd(t, u.submit(1, time.Hour))
+		for range 3 {
+			a.faulty.Set(storagetest.Failing(storagetest.ErrInjected))
+			b.faulty.Set(storagetest.Failing(storagetest.ErrInjected))
+			time.Sleep(5 * time.Minute)
+			b.faulty.Mend()
+			time.Sleep(5 * time.Second)
+			a.faulty.Mend()
+			time.Sleep(time.Minute)
+		}
+		if a.pending() != 1 || b.pending() != 0 {
+			t.Errorf("%d and %d are pending", a.pending(), b.pending())
+		}
+	})
+}
+
+func TestEncodeTargets(t *testing.T) {
+	now := time.Now().UTC()
+	targets := []Target{
+		{ID: ID{SubmitID: "a"}, Client: "client", SHA256: "sum", Name: "\"name\"\xff", Accepted: now},
+		{ID: ID{AppServerID: "node", TaskID: "task"}, Known: true, Accepted: now},
+	}
+	pages := encodeTargets(targets)
+	got, err := decodeTargets(pages[0])
+	targets[0].Name = "\"name\"�"
+	if len(pages) != 1 || err != nil || !slices.Equal(got, targets) {
+		t.Errorf("%d pages, %+v, error %v", len(pages), got, err)
+	}
+	for _, wrong := range []string{"", "{}", `[{}]`, `[{"node": "a"}]`, `[{"submit_id": "a"`} {
+		if _, err := decodeTargets([]byte(wrong)); err == nil {
+			t.Errorf("%q can be read", wrong)
+		}
+	}
+}
+
+// FuzzDecodeTargets reads any note, and what it has read again.
+func FuzzDecodeTargets(f *testing.F) {
+	f.Add([]byte(`[{"submit_id": "a", "accepted": "2026-01-01T00:00:00Z"}, {"node": "a", "task_id": "b"}]`))
+	f.Fuzz(func(t *testing.T, content []byte) {
+		targets, err := decodeTargets(content)
+		if err != nil || len(targets) == 0 {
+			return
+		}
+		var again []Target
+		for _, page := range encodeTargets(targets) {
+			more, err := decodeTargets(page)
+			if err != nil {
+				t.Fatal(err)
+			}
+			again = append(again, more...)
+		}
+		if !slices.EqualFunc(targets, again, func(p, q Target) bool { return p.ID == q.ID && p.Accepted.Equal(q.Accepted) }) {
+			t.Errorf("%+v became %+v", targets, again)
+		}
+	})
+}

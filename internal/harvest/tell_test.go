@@ -1,0 +1,150 @@
+package harvest
+
+import (
+	"context"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
+)
+
+// An event handler that hangs holds up no question. Its targets stay pending, so that another process tells of them.
+func TestHandlerThatHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u, m := newUpstream(), storagetest.New(storagetest.Redis)
+		hang, calls := make(chan struct{}), 0
+		p := u.start(m, Config{Instance: "one"}, func(s *Source) {
+			tell := s.Finished
+			s.Finished = func(target Target) {
+				u.mu.Lock()
+				calls++
+				u.mu.Unlock()
+				<-hang
+				tell(target)
+			}
+		})
+		const many = 200
+		for i := range many {
+			p.mustAdd(t, u.submit(i, time.Second))
+		}
+		time.Sleep(time.Minute)
+		u.mu.Lock()
+		kept, begun := 0, calls
+		for _, k := range u.tasks {
+			if k.kept[0] && k.kept[1] {
+				kept++
+			}
+		}
+		u.mu.Unlock()
+		if kept != many || begun != maxTelling || p.pending() != many {
+			t.Errorf("%d of %d are kept, %d handlers run, %d are pending", kept, many, begun, p.pending())
+		}
+		p.stop() // although the handlers hang
+		close(hang)
+		synctest.Wait()
+		p = u.start(m, Config{Instance: "one"}, nil)
+		defer p.stop()
+		time.Sleep(10 * time.Second)
+		told := 0
+		for i := range many {
+			told += u.task(u.id(i), func(*fakeTask) {}).told
+		}
+		if p.pending() != 0 || told != many+maxTelling {
+			t.Errorf("%d are pending; %d were told, want %d, and again %d that were told while the process ended", p.pending(), told, many, maxTelling)
+		}
+	})
+}
+
+// What the storage has in the end is noted without another question, even when the source is paused.
+func TestSavedMeanwhile(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u, m := newUpstream(), storagetest.New(storagetest.Redis)
+		saved := false
+		u.saved = func() bool { return saved }
+		var source *Source
+		p := u.start(m, Config{Instance: "one"}, func(s *Source) {
+			source = s
+			fetch := s.Fetch
+			s.Fetch = func(ctx context.Context, target Target, all bool) (Outcome, error) {
+				out, err := fetch(ctx, target, all)
+				out.Key = keyOf(all)
+				return out, err
+			}
+		})
+		defer p.stop()
+		target := u.submit(1, time.Second)
+		p.mustAdd(t, target)
+		time.Sleep(time.Minute)
+		p.Pause(source)
+		synctest.Wait()
+		p.Saved(keyOf(false))
+		if list := p.List(); len(list) != 1 || !list[0].Finished {
+			t.Errorf("pending is %+v, want one that is finished", list)
+		}
+		p.Saved(task.NewKey("another"))
+		p.Saved(keyOf(true))
+		p.Flush()
+		if p.pending() != 0 || p.counts() != [3]int{1} || len(noted(m)) != 0 {
+			t.Errorf("pending is %+v, counts %v, notes %v", p.List(), p.counts(), noted(m))
+		}
+	})
+}
+
+func keyOf(all bool) task.Key {
+	if all {
+		return task.NewKey("complete")
+	}
+	return task.NewKey("summary")
+}
+
+// A source that is paused is asked nothing, but what is added meanwhile is noted. The one before is asked again.
+func TestPause(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u, m := newUpstream(), storagetest.New(storagetest.Redis)
+		var before *Source
+		p := u.start(m, Config{Instance: "one"}, func(s *Source) { before = s })
+		defer p.stop()
+		failed := u.source(p.archive, before.Logger) // a configuration that does not start
+		p.Attach(failed)
+		p.Pause(failed)
+		p.mustAdd(t, u.submit(1, time.Second))
+		time.Sleep(10 * time.Second)
+		if p.pending() != 0 || p.counts() != [3]int{1} {
+			t.Errorf("pending is %+v", p.List())
+		}
+		p.Detach(failed)
+		p.Pause(before)
+		asked := u.questions()
+		if !p.mustAdd(t, u.submit(2, time.Second)) {
+			t.Error("it is not noted")
+		}
+		time.Sleep(10 * time.Second)
+		if p.pending() != 1 || u.questions() != asked || len(noted(m)) != 1 {
+			t.Errorf("pending is %+v, %d questions, notes %v", p.List(), u.questions()-asked, noted(m))
+		}
+	})
+}
+
+// The number of targets is bounded.
+func TestTooMany(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u := newUpstream()
+		p := u.start(nil, Config{}, func(s *Source) { s.PollInterval = time.Hour })
+		defer p.stop()
+		targets := make([]Target, maxPending+10)
+		for i := range targets {
+			targets[i] = Target{ID: u.id(i), Accepted: time.Now()}
+		}
+		if err := p.Add(t.Context(), targets); err != nil {
+			t.Error(err)
+		}
+		p.Follow(Target{ID: u.id(-1), Accepted: time.Now()})
+		if p.pending() != maxPending || testutil.ToFloat64(p.Metrics.refused) != 11 || p.logged("too much is pending") != 1 {
+			t.Errorf("%d are pending, %v refused, %d lines", p.pending(), testutil.ToFloat64(p.Metrics.refused), p.logged("too much is pending"))
+		}
+	})
+}
