@@ -53,7 +53,18 @@ func TestMain(m *testing.M) {
 			panic(err)
 		}
 	}
+	data, err := os.MkdirTemp("", "caddy-data") // has the instance's name and locks
+	if err != nil {
+		panic(err)
+	}
+	if err := os.Setenv("XDG_DATA_HOME", data); err != nil {
+		panic(err)
+	}
 	goleak.VerifyTestMain(m,
+		goleak.Cleanup(func(code int) {
+			_ = os.RemoveAll(data)
+			os.Exit(code)
+		}),
 		// Caddy and its libraries start these once in a process.
 		goleak.IgnoreAnyFunction("github.com/caddyserver/caddy/v2.trapSignalsCrossPlatform.func1"),
 		goleak.IgnoreAnyFunction("github.com/caddyserver/certmagic.(*Cache).maintainAssets"),
@@ -430,13 +441,19 @@ func startProcessWithGrace(t *testing.T, shared, directives, grace string) *proc
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	p := &process{site: s, cmd: exec.Command(os.Args[0], "run", "--config", config)}
-	p.cmd.Env = append(os.Environ(), beCaddy+"=1", "XDG_DATA_HOME="+s.dir, "XDG_CONFIG_HOME="+s.dir)
+	return (&process{site: s}).again()
+}
+
+// again starts the process another time, with the same configuration and data directory.
+func (p *process) again() *process {
+	p.t.Helper()
+	p = &process{site: p.site, cmd: exec.Command(os.Args[0], "run", "--config", filepath.Join(p.dir, "Caddyfile"))}
+	p.cmd.Env = append(os.Environ(), beCaddy+"=1", "XDG_DATA_HOME="+p.dir, "XDG_CONFIG_HOME="+p.dir)
 	p.cmd.Stderr = os.Stderr
 	if err := p.cmd.Start(); err != nil {
-		t.Fatal(err)
+		p.t.Fatal(err)
 	}
-	t.Cleanup(p.kill)
+	p.t.Cleanup(p.kill)
 	p.trust()
 	return p
 }

@@ -33,8 +33,13 @@ func (eventRecorder) UnmarshalCaddyfile(*caddyfile.Dispenser) error { return nil
 func (eventRecorder) Handle(_ context.Context, e caddy.Event) error {
 	recorded.Lock()
 	defer recorded.Unlock()
-	recorded.events = append(recorded.events, fmt.Sprintf("%s of %v: %v %v at %v, since %v",
-		e.Name(), e.Origin().CaddyModule().ID, e.Data["role"], e.Data["node"], e.Data["address"], e.Data["reason"]))
+	text := fmt.Sprintf("%s of %v: %v %v at %v, since %v",
+		e.Name(), e.Origin().CaddyModule().ID, e.Data["role"], e.Data["node"], e.Data["address"], e.Data["reason"])
+	if e.Name() == "fsbroker_report_finished" {
+		text = fmt.Sprintf("%v %v %v %v/%v %v %v",
+			e.Data["namespace"], e.Data["client"], e.Data["submit_id"], e.Data["node"], e.Data["task_id"], e.Data["sha256"], e.Data["name"])
+	}
+	recorded.events = append(recorded.events, text)
 	return nil
 }
 
@@ -42,6 +47,9 @@ var _ caddyevents.Handler = eventRecorder{}
 
 // recordEvents are the global options that record the events of nodes.
 const recordEvents = "events {\non fsbroker_node_unhealthy record\non fsbroker_node_healthy record\n}"
+
+// recordFinished are the global options that record the events of finished reports.
+const recordFinished = "events {\non fsbroker_report_finished record\n}"
 
 // wantEvents checks the events since its last call.
 func wantEvents(t *testing.T, want ...string) {

@@ -152,7 +152,7 @@ func TestUnsavedIsQueuedBeforeItIsEvicted(t *testing.T) {
 	}
 }
 
-func (m *shared) isUnsaved(a *archive.Archive, k task.Key) bool {
+func (m *memory) isUnsaved(a *archive.Archive, k task.Key) bool {
 	e, ok := m.get(k)
 	if !ok {
 		return false
