@@ -108,7 +108,7 @@ func newBackup(t *testing.T, globalStorage, cacheStorage string) *backup {
 	}
 	program := filepath.Join(b.dir, "bin", "caddy")
 	writeFile(t, program, fmt.Sprintf("#!/bin/sh\n%s=1 exec '%s' \"$@\"\n", beCaddy, self))
-	if err := os.Chmod(program, 0o700); err != nil { //nolint:gosec // it is a program
+	if err := os.Chmod(program, 0o700); err != nil {
 		t.Fatal(err)
 	}
 	return b
