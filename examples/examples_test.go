@@ -679,8 +679,14 @@ type output struct{ *bufio.Scanner }
 // start starts Caddy. It is killed when the test ends, or after a minute.
 func start(t *testing.T, args ...string) output {
 	t.Helper()
+	return startWith(t, nil, args...)
+}
+
+// startWith is like start, with environment variables.
+func startWith(t *testing.T, env []string, args ...string) output {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	command := caddyCommand(ctx, t, nil, args...)
+	command := caddyCommand(ctx, t, env, args...)
 	stderr, err := command.StderrPipe()
 	if err != nil {
 		t.Fatal(err)

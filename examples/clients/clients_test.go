@@ -8,6 +8,9 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -18,6 +21,12 @@ const (
 	generateGo         = "go tool oapi-codegen -generate types,client -package api -o api/client.gen.go openapi.yaml"
 	generateTypeScript = "npx openapi-ts -i openapi.yaml -o client"
 	compileTypeScript  = "npx tsc"
+)
+
+// The commands that let Java trust the site's certificate, as docs/CLIENTS.md has them.
+const (
+	importCertificate = "keytool -importcert -noprompt -file root.crt -keystore trust.p12 -storetype PKCS12 -storepass changeit"
+	trustStoreOptions = `export JDK_JAVA_OPTIONS="-Djavax.net.ssl.trustStore=trust.p12 -Djavax.net.ssl.trustStorePassword=changeit"`
 )
 
 // checked is how long an analysis takes that the generated clients are checked with: longer than their first wait.
@@ -59,6 +68,33 @@ func needShell(t *testing.T) string {
 	return need(t, "a shell", []string{"-c", "true"}, "sh")
 }
 
+// needJava needs the version that has all methods of Poll.java, with a compiler.
+func needJava(t *testing.T) string {
+	t.Helper()
+	need(t, "keytool", []string{"-help"}, "keytool")
+	modules, err := exec.CommandContext(t.Context(), "java", "--list-modules").Output()
+	if err != nil {
+		t.Skipf("SKIPPED: Java is missing (%v)", err)
+	}
+	compiler := regexp.MustCompile(`(?m)^jdk\.compiler@(\d+)`).FindSubmatch(modules)
+	if compiler == nil {
+		t.Skip("SKIPPED: Java has no compiler")
+	}
+	if version, err := strconv.Atoi(string(compiler[1])); err != nil || version < 17 {
+		t.Skipf("SKIPPED: Java %s is too old", compiler[1])
+	}
+	return "java"
+}
+
+// trustStore makes a trust store with the site's certificate, as docs/CLIENTS.md has it, and returns the variable for Java.
+func trustStore(t *testing.T, s *site) string {
+	t.Helper()
+	dir := t.TempDir()
+	mustRun(t, dir, nil, strings.Fields(strings.Replace(importCertificate, "root.crt", s.ca, 1))...)
+	_, options, _ := strings.Cut(trustStoreOptions, "=")
+	return "JDK_JAVA_OPTIONS=" + strings.Replace(strings.Trim(options, `"`), "trust.p12", filepath.ToSlash(filepath.Join(dir, "trust.p12")), 1)
+}
+
 // run runs a command. It returns the standard output, and what went wrong with the standard error.
 func run(t *testing.T, dir string, env []string, command ...string) (stdout string, err error) {
 	t.Helper()
@@ -86,7 +122,8 @@ func mustRun(t *testing.T, dir string, env []string, command ...string) string {
 	return out
 }
 
-// env returns the variables that the clients read. Each of them has its own for the certificate.
+// env returns the variables that the clients read. Each of them has its own for the certificate. That of Java is the one
+// that trustStore returns.
 func (s *site) env(more ...string) []string {
 	return append(more, "FSBROKER_SITE="+s.url, "FSBROKER_SECRET="+s.secret,
 		"SSL_CERT_FILE="+s.ca, "CURL_CA_BUNDLE="+s.ca, "REQUESTS_CA_BUNDLE="+s.ca, "NODE_EXTRA_CA_CERTS="+s.ca)
@@ -169,6 +206,7 @@ var scripts = []struct {
 	{"curl", needShell, "curl/poll.sh"},
 	{"Python", needPython, "python/poll.py"},
 	{"Node", needNode, "node/poll.mjs"},
+	{"Java", needJava, "java/Poll.java"},
 }
 
 func TestScripts(t *testing.T) {
@@ -176,12 +214,24 @@ func TestScripts(t *testing.T) {
 		t.Run(script.name, func(t *testing.T) {
 			tool := script.tool(t)
 			s := startSite(t, time.Second)
-			checkReport(t, mustRun(t, ".", s.env(), tool, script.file, s.url, "Caddyfile"))
+			env := s.env()
+			if script.name == "Java" {
+				env = append(env, trustStore(t, s))
+			}
 
-			// A problem that no polling can cure ends the script.
-			out, err := run(t, ".", append(s.env(), "FSBROKER_SECRET=wrong"), tool, script.file, s.url, "Caddyfile")
-			if err == nil || !strings.Contains(err.Error(), `"code":"unauthorized"`) {
-				t.Errorf("with a wrong secret, the script ends with %v: %s", err, out)
+			// The first response is 503, which passes. Then come 204 or an unfinished report.
+			s.overloaded.Store(true)
+			checkReport(t, mustRun(t, ".", env, tool, script.file, s.url, "Caddyfile"))
+			if s.overloaded.Load() {
+				t.Error("the broker was not asked for a report")
+			}
+
+			// A problem that no polling can cure ends the script, whether the client may not submit, or not get a report.
+			for secret, code := range map[string]string{"wrong": "unauthorized", s.uploader: "forbidden"} {
+				out, err := run(t, ".", append(slices.Clip(env), "FSBROKER_SECRET="+secret), tool, script.file, s.url, "Caddyfile")
+				if err == nil || !strings.Contains(err.Error(), `"code":"`+code+`"`) {
+					t.Errorf("with the secret of %s, the script ends with %v: %s", code, err, out)
+				}
 			}
 		})
 	}

@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -35,6 +36,9 @@ type site struct {
 	secret string
 	client *http.Client
 
+	uploader   string      // the secret of a client that may only submit
+	overloaded atomic.Bool // whether the broker refuses the next request for a report
+
 	broker, node *upstream
 }
 
@@ -44,7 +48,7 @@ type site struct {
 func startSite(t *testing.T, analysis time.Duration) *site {
 	t.Helper()
 	dir := t.TempDir()
-	s := &site{ca: filepath.Join(dir, "cert.pem"), secret: rand.Text()}
+	s := &site{ca: filepath.Join(dir, "cert.pem"), secret: rand.Text(), uploader: rand.Text()}
 	for name, content := range map[string][]byte{"cert.pem": testsite.Localhost().PEM, "key.pem": testsite.Localhost().Key} {
 		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
 			t.Fatal(err)
@@ -67,6 +71,11 @@ func startSite(t *testing.T, analysis time.Duration) *site {
 	t.Cleanup(func() { cancel(); running.Wait() })
 	dispatch := sync.OnceFunc(func() { running.Go(func() { broker.Run(ctx) }) })
 	s.broker = startUpstream(t, pinned, http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/task" && s.overloaded.CompareAndSwap(true, false) {
+			w.Header().Set("Retry-After", "1")
+			w.WriteHeader(http.StatusServiceUnavailable)
+			return
+		}
 		broker.ServeHTTP(w, r)
 		if analysis > 0 && (r.URL.Path == "/task" || r.URL.Path == "/submit-result") {
 			dispatch()
@@ -78,7 +87,7 @@ func startSite(t *testing.T, analysis time.Duration) *site {
 	for name, value := range map[string]string{
 		"CLIENTS_DIR": filepath.ToSlash(dir), "CLIENTS_PORT": port, "XDG_DATA_HOME": dir, // Caddy writes its instance ID there
 		"NODE_ADDRESS": s.node.address, "BROKER_ADDRESS": s.broker.address,
-		"CALLER_SECRET": s.secret, "NODE_SECRET": nodeSecret, "BROKER_SECRET": brokerSecret,
+		"CALLER_SECRET": s.secret, "UPLOADER_SECRET": s.uploader, "NODE_SECRET": nodeSecret, "BROKER_SECRET": brokerSecret,
 	} {
 		t.Setenv(name, value)
 	}
@@ -89,6 +98,9 @@ func startSite(t *testing.T, analysis time.Duration) *site {
 	return s
 }
 
+// submitted is the file that submit submits.
+const submitted = "hello"
+
 // submit submits a file and returns the submission's ID.
 func (s *site) submit(t *testing.T) string {
 	t.Helper()
@@ -98,7 +110,7 @@ func (s *site) submit(t *testing.T) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := part.Write([]byte("hello")); err != nil {
+	if _, err := part.Write([]byte(submitted)); err != nil {
 		t.Fatal(err)
 	}
 	if err := writer.Close(); err != nil {

@@ -9,14 +9,17 @@ call() {
 	curl -sS -H "Authorization: Bearer $FSBROKER_SECRET" "$@"
 }
 
-id=$(call --fail -F "file=@$file" "$site/submit" | sed 's/.*"ID":"\([^"]*\)".*/\1/')
+status=$(call -o "$report" -w '%{http_code}' -F "file=@$file" "$site/submit")
+test "$status" = 200 || { cat "$report" >&2 && exit 1; }
+id=$(sed -n 's/.*"ID" *: *"\([^"]*\)".*/\1/p' "$report")
+
 deadline=$(($(date +%s) + 600))
 while [ "$(date +%s)" -lt "$deadline" ]; do
-	got=$(call -o "$report" -w '%{http_code} %header{cache-control}' "$site/task?submitID=$id&wait=30")
+	got=$(call -o "$report" -w '%{http_code} %header{retry-after}' "$site/task?submitID=$id&wait=30")
 	case $got in
-	"200 private"*) cat "$report" && exit ;;     # the report is finished
-	200* | 204* | 502* | 503* | 504*) sleep 2 ;; # not yet
-	*) cat "$report" >&2 && exit 1 ;;            # a problem
+	*" "[0-9]*) sleep "${got#* }" ;;  # not yet: Retry-After says when to try again
+	"200 ") cat "$report" && exit ;;  # the report is finished
+	*) cat "$report" >&2 && exit 1 ;; # a problem
 	esac
 done
 echo "the report is not finished" >&2

@@ -41,18 +41,16 @@ func await(ctx context.Context, site, secret, submitID string) (*api.GetTaskResp
 		if err != nil {
 			return nil, err
 		}
-		switch response.StatusCode() {
-		case http.StatusOK:
-			if response.Headers200.CacheControl != "no-store" {
-				return response, nil
+		retryAfter := response.HTTPResponse.Header.Get("Retry-After")
+		if retryAfter == "" {
+			if response.StatusCode() != http.StatusOK {
+				return nil, fmt.Errorf("%s: %s", response.Status(), response.Body)
 			}
-		case http.StatusNoContent, http.StatusBadGateway, http.StatusServiceUnavailable, http.StatusGatewayTimeout:
-		default:
-			return nil, fmt.Errorf("%s: %s", response.Status(), response.Body)
+			return response, nil
 		}
-		seconds, err := strconv.Atoi(response.HTTPResponse.Header.Get("Retry-After"))
+		seconds, err := strconv.Atoi(retryAfter)
 		if err != nil {
-			seconds = 2
+			return nil, err
 		}
 		select {
 		case <-time.After(time.Duration(seconds) * time.Second):

@@ -18,11 +18,11 @@ for (;;) {
   // The timeout must be longer than the wait.
   const response = await fetch(`${site}/task?${query}`, { headers, signal: AbortSignal.timeout(60_000) });
   const body = await response.text(); // not json(): 204 has no body
-  if (response.status === 200 && response.headers.get("Cache-Control") !== "no-store") {
+  const seconds = response.headers.get("Retry-After");
+  if (seconds === null && response.status === 200) {
     console.log(body); // the report is finished
     break;
   }
-  const again = [200, 204, 502, 503, 504].includes(response.status) && Date.now() < deadline;
-  if (!again) throw new Error(`${response.status}: ${body}`);
-  await sleep(1000 * (response.headers.get("Retry-After") ?? 2));
+  if (seconds === null || Date.now() > deadline) throw new Error(`${response.status}: ${body}`);
+  await sleep(1000 * seconds);
 }

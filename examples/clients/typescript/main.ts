@@ -15,11 +15,10 @@ async function finished(submitID: string): Promise<Report> {
   for (;;) {
     const { data, error, response } = await getTask({ query: { submitID, wait: 30 } });
     if (!response) throw error; // there is no connection
-    // For 204, data is an empty object.
-    if (data && response.status === 200 && response.headers.get("Cache-Control") !== "no-store") return data;
-    const again = [200, 204, 502, 503, 504].includes(response.status) && Date.now() < deadline;
-    if (!again) throw new Error(`${response.status}: ${JSON.stringify(error)}`);
-    await sleep(1000 * Number(response.headers.get("Retry-After") ?? 2));
+    const seconds = response.headers.get("Retry-After");
+    if (seconds === null && response.status === 200 && data) return data;
+    if (seconds === null || Date.now() > deadline) throw new Error(`${response.status}: ${JSON.stringify(error ?? data)}`);
+    await sleep(1000 * Number(seconds));
   }
 }
 
