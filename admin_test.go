@@ -305,14 +305,10 @@ func TestPurgeOfTheQueue(t *testing.T) {
 	}
 }
 
-// The README's commands for the admin API work.
-func TestReadmeAdminCommands(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+// The documented requests to the admin API work.
+func TestDocsAdminCommands(t *testing.T) {
 	var commands []string
-	for _, block := range regexp.MustCompile("(?s)```sh\n(.*?)```").FindAllStringSubmatch(string(readme), -1) {
+	for _, block := range regexp.MustCompile("(?s)```sh\n(.*?)```").FindAllStringSubmatch(readDoc(t, "OPERATION.md"), -1) {
 		for line := range strings.Lines(block[1]) {
 			if strings.Contains(line, "localhost:2019") {
 				commands = append(commands, strings.TrimSpace(line))
@@ -320,7 +316,7 @@ func TestReadmeAdminCommands(t *testing.T) {
 		}
 	}
 	if len(commands) < 4 {
-		t.Fatalf("the README has only %d commands", len(commands))
+		t.Fatalf("the page has only %d commands", len(commands))
 	}
 	node := newBackend(t, systemInfo)
 	s := startWithAdmin(t, options(node, "broker "+node.URL+"\n"+stored), "")

@@ -355,17 +355,13 @@ func TestCommandHelp(t *testing.T) {
 	}
 }
 
-// The README's commands work.
-func TestReadmeCommands(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+// The documented commands work.
+func TestDocsCommands(t *testing.T) {
 	node := newBackend(t, systemInfo)
 	s := startWithAdmin(t, options(node, "broker "+node.URL+"\n"+stored), "")
-	commands := regexp.MustCompile(`(?m)^caddy fsbroker (.*?)( *#.*)?$`).FindAllStringSubmatch(string(readme), -1)
+	commands := regexp.MustCompile(`(?m)^caddy fsbroker (.*?)( *#.*)?$`).FindAllStringSubmatch(readDoc(t, "OPERATION.md"), -1)
 	if len(commands) < 5 {
-		t.Fatalf("the README has only %d commands", len(commands))
+		t.Fatalf("the page has only %d commands", len(commands))
 	}
 	for _, command := range commands {
 		runCommand(t, append(strings.Fields(command[1]), "--address", s.admin)...).want(t, 0, ".")

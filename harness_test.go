@@ -292,7 +292,7 @@ func (r reply) wantProblem(t *testing.T, status int, code string) {
 	if bytes.Contains(r.body, []byte(`\u00`)) || bytes.HasSuffix(r.body, []byte("\n")) {
 		t.Errorf("the problem is hard to read: %s", r.body)
 	}
-	if doc.Code != code || doc.Status != status || doc.Title != http.StatusText(status) || doc.Detail == "" || !strings.HasSuffix(doc.Type, "#"+code) {
+	if doc.Code != code || doc.Status != status || doc.Title != http.StatusText(status) || doc.Detail == "" || !strings.HasSuffix(doc.Type, "/docs/API.md#"+code) {
 		t.Errorf("the problem is %+v, want code %s", doc, code)
 	}
 }

@@ -104,18 +104,15 @@ func exportedMetrics(t *testing.T) map[string]bool {
 	return exported
 }
 
-func TestReadmeExplainsEveryMetric(t *testing.T) {
-	readme, err := os.ReadFile("README.md")
-	if err != nil {
-		t.Fatal(err)
-	}
+func TestDocsExplainEveryMetric(t *testing.T) {
+	page := readDoc(t, "OPERATION.md")
 	for name := range exportedMetrics(t) {
 		name = strings.TrimPrefix(name, "caddy_fsbroker_")
 		for _, suffix := range []string{"_bucket", "_sum", "_count"} { // of a histogram
 			name = strings.TrimSuffix(name, suffix)
 		}
-		if !strings.Contains(string(readme), "`"+name+"`") {
-			t.Errorf("the README does not explain %s", name)
+		if !strings.Contains(page, "`"+name+"`") {
+			t.Errorf("the page does not explain %s", name)
 		}
 	}
 }

@@ -149,8 +149,8 @@ func (p *problem) with(detail string) *problem {
 	return &more
 }
 
-// problemBase is where each code is explained: the README has an anchor for every code.
-const problemBase = "https://github.com/caddy-fsbroker/caddy-fsbroker#"
+// problemBase is where each code is explained: the page has an anchor for every code.
+const problemBase = "https://github.com/caddy-fsbroker/caddy-fsbroker/blob/main/docs/API.md#"
 
 // document returns the problem as JSON (RFC 9457, section 3), with the code as its extension member.
 func (p *problem) document() []byte {
