@@ -334,16 +334,22 @@ func TestNoSecretIsLogged(t *testing.T) {
 			testNoSecretIsLogged(t, path)
 		})
 	}
-	t.Run("README.md", func(t *testing.T) {
-		caddyfile := regexp.MustCompile("(?s)## Configure\n\n```caddyfile\n(.*?)```").FindSubmatch(readFile(t, "../README.md"))
-		if caddyfile == nil {
-			t.Fatal("the README has no Caddyfile")
+	sites := 0
+	for _, block := range pages(t)["README.md"].blocks {
+		if block.language != "caddyfile" {
+			continue
 		}
-		path := filepath.Join(t.TempDir(), "Caddyfile")
-		writeFile(t, path, string(caddyfile[1]))
-		testCaddyfile(t, path)
-		testNoSecretIsLogged(t, path)
-	})
+		sites++
+		t.Run(fmt.Sprintf("README.md:%d", block.line), func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "Caddyfile")
+			writeFile(t, path, string(block.code))
+			testCaddyfile(t, path)
+			testNoSecretIsLogged(t, path)
+		})
+	}
+	if sites != 2 {
+		t.Errorf("the README has %d Caddyfiles, want 2", sites)
+	}
 }
 
 func testNoSecretIsLogged(t *testing.T, path string) {
