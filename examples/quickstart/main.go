@@ -19,13 +19,15 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strconv"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
-	_ "github.com/caddyserver/caddy/v2/modules/standard"
+	_ "github.com/caddyserver/caddy/v2/modules/caddytls/standardstek" // not all of modules/standard, which takes longer to compile
+	_ "github.com/caddyserver/caddy/v2/modules/filestorage"
 
 	_ "github.com/caddy-fsbroker/caddy-fsbroker"
 	"github.com/caddy-fsbroker/caddy-fsbroker/examples/quickstart/backend"
@@ -35,7 +37,9 @@ import (
 var caddyfile []byte
 
 func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	// Otherwise, writing to a pipe whose reader has ended would kill the program before it cleans up.
+	signal.Ignore(syscall.SIGPIPE)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT)
 	err := run(ctx, os.Args[1:], os.Stdout)
 	stop()
 	if err != nil && !errors.Is(err, flag.ErrHelp) {
@@ -44,21 +48,31 @@ func main() {
 	}
 }
 
+// ports are the ports of the site, the broker and the nodes, with their flags.
+var ports = [...]struct {
+	flag, usage string
+	port        int
+}{
+	{"port", "port of the site; for each of the ports, 0 selects a free one", 8443},
+	{"broker-port", "port of the broker", 23001},
+	{"node-1-port", "port of the first node", 22001},
+	{"node-2-port", "port of the second node", 22002},
+}
+
 // options are the command's flags.
 type options struct {
-	port, brokerPort, node1Port, node2Port int
-	analysis, forget                       time.Duration
+	ports            [len(ports)]int
+	analysis, forget time.Duration
 }
 
 func parse(args []string) (options, error) {
 	var o options
 	flags := flag.NewFlagSet("quickstart", flag.ContinueOnError)
-	flags.IntVar(&o.port, "port", 8443, "port of the site; for each of the ports, 0 selects a free one")
-	flags.IntVar(&o.brokerPort, "broker-port", 23001, "port of the broker")
-	flags.IntVar(&o.node1Port, "node-1-port", 22001, "port of the first node")
-	flags.IntVar(&o.node2Port, "node-2-port", 22002, "port of the second node")
+	for i, p := range ports {
+		flags.IntVar(&o.ports[i], p.flag, p.port, p.usage)
+	}
 	flags.DurationVar(&o.analysis, "analysis", 3*time.Second, "how long a node takes to analyze a file")
-	flags.DurationVar(&o.forget, "forget", 20*time.Second, "how long a node keeps a task after the analysis")
+	flags.DurationVar(&o.forget, "forget", 30*time.Second, "how long a node keeps a task after the analysis")
 	if err := flags.Parse(args); err != nil {
 		return o, err
 	}
@@ -77,6 +91,11 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	if err != nil {
 		return err
 	}
+	listeners, err := o.listen()
+	defer closeAll(listeners)
+	if err != nil {
+		return err
+	}
 	dir, err := os.MkdirTemp("", "fsbroker-quickstart-")
 	if err != nil {
 		return err
@@ -84,40 +103,70 @@ func run(ctx context.Context, args []string, stdout io.Writer) (err error) {
 	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 
 	secret := rand.Text()
-	stopBackend, err := startBackend(o, secret, dir)
+	g, err := newGuide(stdout, dir, portOf(listeners[0]), secret)
+	if err != nil {
+		return err
+	}
+	stopBackend, err := startBackend(o, secret, dir, listeners[1:], g)
 	if err != nil {
 		return err
 	}
 	defer stopBackend()
 
-	port, err := startCaddy(o.port, dir)
-	if err != nil {
+	if err := listeners[0].Close(); err != nil { // Caddy listens on its own
 		return err
 	}
 	defer func() { err = errors.Join(err, caddy.Stop()) }()
-
-	site := fmt.Sprintf("https://localhost:%d", port)
-	ca := filepath.Join(dir, "pki", "authorities", "local", "root.crt")
-	if err := await(ctx, site, ca); err != nil {
-		if ctx.Err() != nil {
-			return nil // stopped during the start
-		}
+	if err := startCaddy(portOf(listeners[0]), dir); err != nil {
+		return err
+	}
+	if err := await(g.site, g.authority); err != nil {
 		return err
 	}
 	file, err := sample(dir)
 	if err != nil {
 		return err
 	}
-	printLines(stdout, site, ca, secret, dir, file, o)
+	g.started(file)
 	<-ctx.Done()
-	fmt.Fprintln(stdout, "\nStopping.")
 	return nil
 }
+
+// listen listens on all ports. Its error names each one that cannot be used, and the flags for free ones.
+func (o options) listen() (listeners []net.Listener, err error) {
+	var problems, flags []string
+	for i, port := range o.ports {
+		l, err := new(net.ListenConfig).Listen(context.Background(), "tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
+		if err != nil {
+			if failed, ok := errors.AsType[*net.OpError](err); ok {
+				err = failed.Err // without the address and the network
+			}
+			problems = append(problems, fmt.Sprintf("port %d: %s", port, err))
+			flags = append(flags, "-"+ports[i].flag+"=0")
+			continue
+		}
+		listeners = append(listeners, l)
+	}
+	if problems != nil {
+		return listeners, fmt.Errorf("%s: stop what uses these ports, or select free ones with %s",
+			strings.Join(problems, "; "), strings.Join(flags, " "))
+	}
+	return listeners, nil
+}
+
+// closeAll closes listeners, of which some may be closed already.
+func closeAll(listeners []net.Listener) {
+	for _, l := range listeners {
+		_ = l.Close()
+	}
+}
+
+func portOf(l net.Listener) int { return l.Addr().(*net.TCPAddr).Port }
 
 // startBackend runs the broker and the nodes over HTTPS, with a certificate that it writes into dir. They take their
 // secrets in a header only. It sets environment variables with their ports and secrets for the Caddyfile. The callers use
 // the broker's secret.
-func startBackend(o options, brokerSecret, dir string) (stop func(), err error) {
+func startBackend(o options, brokerSecret, dir string, listeners []net.Listener, g *guide) (stop func(), err error) {
 	certificate, err := backend.NewCertificate()
 	if err != nil {
 		return nil, err
@@ -126,95 +175,70 @@ func startBackend(o options, brokerSecret, dir string) (stop func(), err error) 
 		return nil, err
 	}
 	secretIn := []backend.SecretPlace{backend.SecretInHeader}
-
 	servers := backend.Servers{TLS: certificate.ServerConfig()}
+
+	env := map[string]string{"BROKER_SECRET": brokerSecret, "BROKER_PORT": strconv.Itoa(portOf(listeners[0]))}
+	var refs []backend.NodeRef
+	for i, l := range listeners[1:] {
+		secret := rand.Text()
+		node := backend.NewNode(secret, o.analysis, o.forget)
+		node.SecretIn = secretIn
+		refs = append(refs, backend.NodeRef{AppServerID: fmt.Sprintf("node-%d", i+1), Address: servers.Serve(l, node), Secret: secret})
+		env[fmt.Sprintf("NODE_%d_PORT", i+1)] = strconv.Itoa(portOf(l))
+		env[fmt.Sprintf("NODE_%d_SECRET", i+1)] = secret
+	}
+	broker := backend.NewBroker(brokerSecret, refs...)
+	broker.SecretIn, broker.NodeClient = secretIn, certificate.Client()
+	broker.Dispatched = func(submitID string, finish time.Time) {
+		g.dispatched(submitID, o.analysis, o.forget)
+		time.AfterFunc(time.Until(finish.Add(o.forget)), func() { g.deleted(submitID) })
+	}
+	servers.Serve(listeners[0], broker)
+
 	var dispatching sync.WaitGroup
 	ctx, cancel := context.WithCancel(context.Background())
+	dispatching.Go(func() { broker.Run(ctx) })
 	stop = func() {
 		cancel()
 		servers.Stop()
 		dispatching.Wait()
 	}
-	serve := func(name string, port int, handler http.Handler) (int, error) {
-		l, err := listen(port, name+"-port")
-		if err != nil {
-			return 0, err
-		}
-		servers.Serve(l, handler)
-		return l.Addr().(*net.TCPAddr).Port, nil
-	}
-	env := map[string]string{"BROKER_SECRET": brokerSecret}
-	var refs []backend.NodeRef
-	for i, port := range []int{o.node1Port, o.node2Port} {
-		name, secret := fmt.Sprintf("node-%d", i+1), rand.Text()
-		node := backend.NewNode(secret, o.analysis, o.forget)
-		node.SecretIn = secretIn
-		port, err := serve(name, port, node)
-		if err != nil {
-			stop()
-			return nil, err
-		}
-		refs = append(refs, backend.NodeRef{AppServerID: name, Address: fmt.Sprintf("https://127.0.0.1:%d", port), Secret: secret})
-		env[fmt.Sprintf("NODE_%d_PORT", i+1)] = strconv.Itoa(port)
-		env[fmt.Sprintf("NODE_%d_SECRET", i+1)] = secret
-	}
-	broker := backend.NewBroker(brokerSecret, refs...)
-	broker.SecretIn, broker.NodeClient = secretIn, certificate.Client()
-	port, err := serve("broker", o.brokerPort, broker)
-	if err != nil {
+	if err := setenv(env); err != nil {
 		stop()
 		return nil, err
-	}
-	dispatching.Go(func() { broker.Run(ctx) })
-	env["BROKER_PORT"] = strconv.Itoa(port)
-	for name, value := range env {
-		if err := os.Setenv(name, value); err != nil {
-			stop()
-			return nil, err
-		}
 	}
 	return stop, nil
 }
 
-// listen listens on a loopback port. If that fails, its error names the flag for another port.
-func listen(port int, flag string) (net.Listener, error) {
-	l, err := new(net.ListenConfig).Listen(context.Background(), "tcp", net.JoinHostPort("127.0.0.1", strconv.Itoa(port)))
-	if err != nil {
-		return nil, fmt.Errorf("%w: choose another port with -%s", err, flag)
+func setenv(env map[string]string) error {
+	for name, value := range env {
+		if err := os.Setenv(name, value); err != nil {
+			return err
+		}
 	}
-	return l, nil
+	return nil
 }
 
-// startCaddy runs Caddy with the site, and returns its port.
-func startCaddy(port int, dir string) (int, error) {
-	// Check the port first. Caddy's own error would not name the flag for another port.
-	l, err := listen(port, "port")
-	if err != nil {
-		return 0, err
-	}
-	port = l.Addr().(*net.TCPAddr).Port
-	if err := l.Close(); err != nil {
-		return 0, err
-	}
-	for name, value := range map[string]string{
+// startCaddy runs Caddy with the site.
+func startCaddy(port int, dir string) error {
+	if err := setenv(map[string]string{
 		"QUICKSTART_PORT": strconv.Itoa(port),
 		"QUICKSTART_DIR":  filepath.ToSlash(dir),
 		"XDG_DATA_HOME":   dir, // Caddy writes its instance ID here, regardless of its storage
-	} {
-		if err := os.Setenv(name, value); err != nil {
-			return 0, err
-		}
+	}); err != nil {
+		return err
 	}
 	config, _, err := caddyconfig.GetAdapter("caddyfile").Adapt(caddyfile, map[string]any{"filename": "Caddyfile"})
 	if err != nil {
-		return 0, err
+		return err
 	}
-	return port, caddy.Load(config, true)
+	return caddy.Load(config, true)
 }
 
-// await waits until the site responds over TLS. Caddy obtains its certificate in the background.
-func await(ctx context.Context, site, ca string) error {
-	root, err := os.ReadFile(ca)
+// await waits until the site responds over TLS. Caddy obtains its certificate in the background. So a signal does not
+// end the wait: Caddy would write the certificate after the folder has been removed.
+func await(site, authority string) error {
+	root, err := os.ReadFile(authority)
 	if err != nil {
 		return err
 	}
@@ -222,7 +246,7 @@ func await(ctx context.Context, site, ca string) error {
 	pool.AppendCertsFromPEM(root)
 	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}}
 	defer transport.CloseIdleConnections()
-	ctx, cancel := context.WithTimeout(ctx, 20*time.Second)
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 	defer cancel()
 	for {
 		req, err := http.NewRequestWithContext(ctx, http.MethodGet, site, nil)
@@ -239,39 +263,4 @@ func await(ctx context.Context, site, ca string) error {
 		case <-time.After(50 * time.Millisecond):
 		}
 	}
-}
-
-// printLines prints the commands to paste.
-func printLines(stdout io.Writer, site, ca, secret, dir, file string, o options) {
-	curl := fmt.Sprintf("curl -sS --cacert '%s'", ca)
-	bearer := fmt.Sprintf("-H 'Authorization: Bearer %s'", secret)
-	fmt.Fprintf(stdout, `Caddy serves %[1]s, in front of a broker and two processor nodes.
-The access log is %[2]s. Press Ctrl-C to stop.
-
-Paste these commands into another shell:
-
-# 1. Submit a file.
-ID=$(%[3]s %[6]s -F 'file=@%[4]s' '%[1]s/submit' | sed 's/.*"ID":"\([^"]*\)".*/\1/'); echo "submission $ID"
-
-# 2. Poll for its report. The analysis takes %[5]s.
-until %[3]s %[6]s "%[1]s/task?submitID=$ID" | grep '"overallState":"success"'; do sleep 1; done
-
-# 3. Get it again after %[7]s. The node has deleted it, but it is cached ("Cache-Status: fsbroker; hit").
-sleep %[8]g; %[3]s -i %[6]s "%[1]s/task?submitID=$ID"
-
-# 4. Bypass the cache. The node no longer has the report, so the response is 404.
-%[3]s -i %[6]s "%[1]s/task?submitID=$ID&nocache=true"
-`, site, filepath.Join(dir, "access.log"), curl, file, o.analysis, bearer, o.forget, (o.forget + time.Second).Seconds())
-}
-
-// sample returns the path of a file to submit: a common program if there is one, or else the Caddyfile.
-func sample(dir string) (string, error) {
-	for _, name := range []string{"/bin/ls", os.Getenv("ComSpec")} {
-		//nolint:gosec // the user who sets the variable also runs this program
-		if info, err := os.Stat(name); err == nil && info.Mode().IsRegular() {
-			return name, nil
-		}
-	}
-	name := filepath.Join(dir, "Caddyfile")
-	return name, os.WriteFile(name, caddyfile, 0o600)
 }

@@ -27,6 +27,9 @@ type Broker struct {
 	SubmitResult SubmitResultMode // the form of the answers to /submit-result; default: SubmitResultIDs
 	Forget       time.Duration    // how long it keeps a submission that is completed; default: ten minutes
 
+	// Dispatched is called when a node has got a submission, with the time when its analysis is finished. Default: nothing
+	Dispatched func(submitID string, finish time.Time)
+
 	mux   http.ServeMux
 	queue chan *submission
 
@@ -63,6 +66,7 @@ type submission struct {
 	HTTPStatus      int               `json:"httpStatus,omitempty"` // of the node's answer
 	Result          json.RawMessage   `json:"result,omitempty"`     // the node's answer
 
+	id      string
 	number  int // of the submissions before it
 	name    string
 	file    []byte // until a node has it
@@ -141,9 +145,9 @@ func (b *Broker) submit(w http.ResponseWriter, r *http.Request) {
 	id := rand.Text()
 	sub := &submission{
 		FileSize: len(file), MediaType: mediaType(file, readExecutable(file)), Digests: digests(file), State: "QUEUED",
-		name: name, file: file,
+		id: id, name: name, file: file,
 	}
-	position, ok := b.enqueue(id, sub)
+	position, ok := b.enqueue(sub)
 	if !ok {
 		http.Error(w, "the queue is full, come back later", http.StatusServiceUnavailable)
 		return
@@ -159,7 +163,7 @@ func (b *Broker) submit(w http.ResponseWriter, r *http.Request) {
 }
 
 // enqueue queues a submission. It reports false if the queue is full.
-func (b *Broker) enqueue(id string, sub *submission) (position int, ok bool) {
+func (b *Broker) enqueue(sub *submission) (position int, ok bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	sub.number = b.accepted
@@ -169,7 +173,7 @@ func (b *Broker) enqueue(id string, sub *submission) (position int, ok bool) {
 		return 0, false
 	}
 	b.accepted++
-	b.submissions[id] = sub
+	b.submissions[sub.id] = sub
 	return sub.number - b.dispatched, true
 }
 
@@ -177,23 +181,30 @@ func (b *Broker) enqueue(id string, sub *submission) (position int, ok bool) {
 func (b *Broker) dispatch(ctx context.Context, sub *submission) {
 	node := b.Nodes[sub.number%len(b.Nodes)]
 	answer, err := b.scan(ctx, node, sub.name, sub.file)
-	taskID := taskIDOf(answer.body)
-	completed := answer.finish
-	if completed.IsZero() {
-		completed = time.Now()
+	if answer.finish.IsZero() {
+		answer.finish = time.Now()
 	}
+	if b.complete(sub, node, answer, err) && b.Dispatched != nil {
+		b.Dispatched(sub.id, answer.finish)
+	}
+}
+
+// complete notes a node's answer to a submission. It reports whether the node has accepted the file.
+func (b *Broker) complete(sub *submission, node NodeRef, answer nodeAnswer, err error) bool {
+	taskID := taskIDOf(answer.body)
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.dispatched++
 	sub.file = nil
 	sub.HTTPStatus = answer.status
-	sub.deleted = b.deletion(completed)
+	sub.deleted = b.deletion(answer.finish)
 	if err != nil || answer.status != http.StatusOK || taskID == "" {
 		sub.State = "FAILED"
-		return
+		return false
 	}
 	sub.State, sub.AppServerID, sub.Result, sub.taskID = "SUCCESS", node.AppServerID, answer.body, taskID
 	b.tasks[taskKey{node.AppServerID, taskID}] = &brokerTask{reports: make(map[bool][]byte), deleted: sub.deleted}
+	return true
 }
 
 // taskIDOf reads the ID of the task from a node's answer to /scan.
