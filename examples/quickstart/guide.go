@@ -58,7 +58,8 @@ Submit a file, this one or another. Paste the command into another shell:
 
 // dispatched prints the command that waits for the report of a submission.
 func (g *guide) dispatched(submitID string, analysis, forget time.Duration) {
-	fmt.Fprintf(g.out, `A node analyzes submission %[1]s, which takes %[2]s. Wait for its report, 60 seconds at most:
+	fmt.Fprintf(g.out, `A node analyzes submission %[1]s, which takes %[2]s. Wait for its report, 60 seconds at most. Or do nothing:
+the report is kept all the same.
 
 %[3]s -i "%[4]s/task?submitID=%[1]s&wait=60"
 
@@ -69,8 +70,8 @@ The verdict is always UNKNOWN: the example nodes do not look for malware. The no
 
 // deleted prints the commands that ask for the report of a task that the node has deleted.
 func (g *guide) deleted(submitID string) {
-	fmt.Fprintf(g.out, `The node has deleted the task of submission %[1]s. If you have waited for its report, the cache still has
-it ("Cache-Status: fsbroker; hit"). With nocache=true, the request bypasses the cache, and the response is 404:
+	fmt.Fprintf(g.out, `The node has deleted the task of submission %[1]s. Its report is kept, whether you have asked for it or not
+("Cache-Status: fsbroker; hit"). With nocache=true, the request bypasses the cache, and the response is 404:
 
 %[2]s -i "%[3]s/task?submitID=%[1]s"
 %[2]s -i "%[3]s/task?submitID=%[1]s&nocache=true"

@@ -122,6 +122,7 @@ func testCommands(t *testing.T, program string) {
 			testShell(t, shell, q, submit)
 		})
 	}
+	t.Run("nobody asks", func(t *testing.T) { testUnasked(t, q, submit) })
 	site := siteOf(submit)
 	config := only(t, filepath.Join(q.temp, "*", "curl.conf"))
 	secret := secretOf(t, config)
@@ -175,6 +176,23 @@ func testShell(t *testing.T, shell string, q *quickstart, submit string) {
 	}
 	if out := run(bypass); !strings.HasPrefix(out, "HTTP/2 404") || !strings.Contains(out, `"code":"unknown_submission"`) {
 		t.Errorf("%s: %s", bypass, out)
+	}
+}
+
+// testUnasked submits a file, and asks for its reports only when the node has deleted them.
+func testUnasked(t *testing.T, q *quickstart, submit string) {
+	out, err := exec.CommandContext(t.Context(), "sh", "-c", submit).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	id := submissionID(t, string(out))
+	_, again, _ := q.command(t), q.command(t), q.command(t)
+	config := only(t, filepath.Join(q.temp, "*", "curl.conf"))
+	for _, kind := range []string{"", "&all=true"} {
+		out := curl(t, "-K", config, "-i", siteOf(again)+"/task?submitID="+id+kind)
+		if !strings.HasPrefix(out, "HTTP/2 200") || !strings.Contains(out, "cache-status: fsbroker; hit") {
+			t.Errorf("%s: %s", kind, out)
+		}
 	}
 }
 
