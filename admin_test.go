@@ -99,7 +99,7 @@ func TestAdminCache(t *testing.T) {
 		return strings.Contains(body, `"queued":0`)
 	})
 	s.wantAdmin(http.MethodGet, "/fsbroker/cache", http.StatusOK,
-		`{"default":{"bytes":0,"sending":0,"reading":0,"limit":1,"entries":0,"evictions":1,"waiters":0,"storage":{"queued":0,"queued_bytes":0,"failing":false}}}`)
+		`{"default":{"bytes":0,"sending":0,"reading":0,"limit":1,"entries":0,"evictions":1,"waiters":0,"storage":{"module":"file_system","queued":0,"queued_bytes":0,"failing":false}}}`)
 
 	s.load("respond 404") // without the handler, there is nothing to show
 	s.wantAdmin(http.MethodGet, "/fsbroker/cache", http.StatusOK, `{}`)
@@ -266,7 +266,7 @@ func TestPurgeOfTheQueue(t *testing.T) {
 		s.get("/task?appServerID=node-1&taskID="+task).wantStatus(t, http.StatusOK)
 	}
 	// Nobody knows what a storage has that is away, so that is no success. Memory and the queue are purged nevertheless.
-	const away = `{"error":"memory is purged, but the storage is not, or only in part: try again with from=0: the storage does not work: storage is away"}`
+	const away = `{"error":"memory is purged, but the storage is not, or only in part: try again with from=0: the storage faulty: it does not work: storage is away"}`
 	s.wantAdmin(http.MethodDelete, "/fsbroker/cache?appServerID=node-1&taskID=t1", http.StatusBadGateway, away)
 	if _, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache"); !strings.Contains(body, `"entries":2`) || !strings.Contains(body, `"queued":2`) {
 		t.Errorf("after a purge of a task: %s", body)

@@ -1,6 +1,7 @@
 package fsbroker
 
 import (
+	"cmp"
 	"context"
 	"crypto/sha256"
 	"encoding/json"
@@ -13,6 +14,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/caddyserver/certmagic"
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
@@ -406,23 +408,37 @@ func (ns *namespace) openArchive(ctx caddy.Context) error {
 	if module.Name != "" {
 		mod, err := ctx.LoadModule(cache, "StorageRaw")
 		if err != nil {
-			return fmt.Errorf("loading the storage: %w", err)
+			return fmt.Errorf("loading the storage %s: %w", module.Name, err)
 		}
 		if storage, err = mod.(caddy.StorageConverter).CertMagicStorage(); err != nil {
-			return fmt.Errorf("opening the storage: %w", err)
+			return fmt.Errorf("opening the storage %s: %w", module.Name, err)
 		}
 	}
+	name := cmp.Or(module.Name, storageName(storage))
 	ring, err := cache.keyring()
 	if err != nil {
 		return err
 	}
-	backend := &archive.Backend{Storage: storage, Logger: ns.logger, Retention: time.Duration(cache.Retention), Keyring: ring}
+	backend := &archive.Backend{
+		Name: name, Storage: storage, Logger: ns.logger.With(zap.String("storage", name)), Retention: time.Duration(cache.Retention), Keyring: ring,
+	}
 	opened, err := openArchive(ns.name, id, ns.member.shared, backend)
 	if err != nil {
 		return err
 	}
 	ns.resolver.archive, ns.archiveID, ns.backend = opened, id, backend
 	return nil
+}
+
+// storageName returns the name of the module of Caddy's own storage.
+func storageName(storage certmagic.Storage) string {
+	switch s := storage.(type) {
+	case caddy.Module:
+		return s.CaddyModule().ID.Name()
+	case *certmagic.FileStorage: // not its module, filestorage.FileStorage
+		return "file_system"
+	}
+	return fmt.Sprintf("%T", storage)
 }
 
 // shutDown ends waits, and begins to store what is queued. A server calls it at the beginning of its grace period.

@@ -397,19 +397,19 @@ func cacheTable(caches map[string]cacheStats) [][]string {
 	if len(caches) == 0 {
 		return nil
 	}
-	rows := [][]string{{"NAMESPACE", "MEMORY", "LIMIT", "ENTRIES", "EVICTIONS", "WAITING", "STORAGE", "QUEUED", "QUEUE SIZE"}}
+	rows := [][]string{{"NAMESPACE", "MEMORY", "LIMIT", "ENTRIES", "EVICTIONS", "WAITING", "STORAGE", "QUEUED", "QUEUE SIZE", "PROBLEM"}}
 	for _, namespace := range slices.Sorted(maps.Keys(caches)) {
 		cache := caches[namespace]
 		row := []string{
 			namespace, bytesText(cache.Bytes), bytesText(cache.Limit), strconv.Itoa(cache.Entries),
-			strconv.FormatUint(cache.Evictions, 10), strconv.FormatInt(cache.Waiters, 10), "", "", "",
+			strconv.FormatUint(cache.Evictions, 10), strconv.FormatInt(cache.Waiters, 10), "", "", "", "",
 		}
 		if storage := cache.Storage; storage != nil {
 			state := "works"
 			if storage.Failing {
 				state = "fails"
 			}
-			row = append(row[:6], state, strconv.Itoa(storage.Queued), bytesText(int64(storage.QueuedBytes)))
+			row = append(row[:6], storage.Module+" "+state, strconv.Itoa(storage.Queued), bytesText(int64(storage.QueuedBytes)), storage.Error)
 		}
 		rows = append(rows, row)
 	}

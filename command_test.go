@@ -104,9 +104,9 @@ func TestCommandCache(t *testing.T) {
 	s := startWithAdmin(t, options(node, stored)+"\n"+options(node, "cache {\nnamespace other\n}"), "")
 	s.get(pair).wantStatus(t, http.StatusOK)
 	s.wantValues(1)
-	runCommand(t, "cache", "--address", s.admin).want(t, 0, `^NAMESPACE +MEMORY +LIMIT +ENTRIES +EVICTIONS +WAITING +STORAGE +QUEUED +QUEUE SIZE\n`+
-		`default +\d\.\d KiB +256 MiB +1 +0 +0 +works +0 +0 B\n`+
-		`other +0 B +256 MiB +0 +0 +0 +- +- +-\n$`)
+	runCommand(t, "cache", "--address", s.admin).want(t, 0, `^NAMESPACE +MEMORY +LIMIT +ENTRIES +EVICTIONS +WAITING +STORAGE +QUEUED +QUEUE SIZE +PROBLEM\n`+
+		`default +\d\.\d KiB +256 MiB +1 +0 +0 +file_system works +0 +0 B +-\n`+
+		`other +0 B +256 MiB +0 +0 +0 +- +- +- +-\n$`)
 	_, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache")
 	runCommand(t, "cache", "--address", s.admin, "--json").want(t, 0, "^"+regexp.QuoteMeta(body)+"$")
 }

@@ -6,9 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -16,6 +18,8 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
 func TestStoredReportsOutliveTheProcess(t *testing.T) {
@@ -241,6 +245,50 @@ func TestStorageFaults(t *testing.T) {
 				s.get(fmt.Sprintf("/task?appServerID=node-1&taskID=t%d", i)).wantStatus(t, http.StatusOK)
 			}
 		})
+	}
+}
+
+// A storage that refuses connections is told at once. The log and the admin API name it and say why it fails.
+func TestStorageThatRefuses(t *testing.T) {
+	fault.dir = t.TempDir()
+	node := newBackend(t, anyTask)
+	s := startWithAdmin(t, options(node, "cache {\n storage faulty\n }"), "")
+	address := fmt.Sprintf("127.0.0.1:%d", testsite.FreePort(t))
+	var dials atomic.Int64
+	beforeEach(t, func(operation, _ string, _ int) error {
+		if operation == "Load" {
+			dials.Add(1)
+		}
+		conn, err := net.Dial("tcp", address)
+		if err == nil {
+			conn.Close()
+		}
+		return err
+	})
+	for i := range 5 {
+		begin := time.Now()
+		s.get(taskPath(i)).wantStatus(t, http.StatusOK)
+		if took := time.Since(begin); took > time.Second {
+			t.Errorf("answer %d took %s", i, took)
+		}
+	}
+	if n := dials.Load(); n > 2 { // a probe may have been due
+		t.Errorf("the storage was read %d times", n)
+	}
+	refused := "dial tcp " + address + ": connect: connection refused"
+	eventually(t, "writes to fail", func() bool { return len(s.logged("the storage fails")) == 2 })
+	for _, line := range s.logged("storage") {
+		if text, _ := line["error"].(string); line["storage"] != "faulty" || line["level"] == "warn" && !strings.HasSuffix(text, refused) {
+			t.Errorf("logged is %v", line)
+		}
+	}
+	_, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache")
+	if !strings.Contains(body, `"storage":{"module":"faulty","queued":5`) || !strings.Contains(body, `"failing":true,"error":"`) || !strings.Contains(body, refused) {
+		t.Errorf("the admin API answers %s", body)
+	}
+	runCommand(t, "cache", "--address", s.admin).want(t, 0, `faulty fails +5 .*`+regexp.QuoteMeta(refused)+`\n$`)
+	if _, body := s.requestAdmin(http.MethodDelete, "/fsbroker/cache"); !strings.Contains(body, "the storage faulty: ") || !strings.Contains(body, refused) {
+		t.Errorf("a purge answers %s", body)
 	}
 }
 

@@ -7,10 +7,13 @@
 package archive
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"math/rand/v2"
+	"regexp"
 	"slices"
 	"sync"
 	"time"
@@ -81,6 +84,7 @@ type Archive struct {
 
 // Backend is what a configuration lets an Archive use.
 type Backend struct {
+	Name      string // of the storage's module, which stats and errors have
 	Storage   certmagic.Storage
 	Logger    *zap.Logger
 	Retention time.Duration // how long values are kept
@@ -101,10 +105,44 @@ var ErrUnreadable = errors.New("the storage cannot be read")
 
 var errTimeout = errors.New("the storage takes too long")
 
+// shownError is an error of a storage as operators see it: without the queries of URLs, which may hold secrets of the storage.
+type shownError struct{ error }
+
+var urlQuery = regexp.MustCompile(`(://[^\s"?]*)\?[^\s"]*`)
+
+func (e shownError) Error() string { return urlQuery.ReplaceAllString(e.error.Error(), "$1?REDACTED") }
+func (e shownError) Unwrap() error { return e.error }
+
+func errorField(err error) zap.Field { return zap.Error(shownError{err}) }
+
+// timeout returns the error of an operation whose time is over, with what the storage said before, since it last worked.
+func (a *Archive) timeout() error {
+	if a.writes.lastError() == nil {
+		return a.reads.explain(errTimeout)
+	}
+	return a.writes.explain(errTimeout)
+}
+
+// timedOut returns the error of an operation whose time is over. It has the error of the operation, if that says more.
+func timedOut(err error) error {
+	if err == nil || err.Error() == context.DeadlineExceeded.Error() {
+		return errTimeout
+	}
+	return fmt.Errorf("%w: %w", errTimeout, err)
+}
+
 // random returns random numbers for one purpose, so that none depends on when another is drawn.
 func (a *Archive) random(purpose string) *rand.Rand {
 	k := task.NewKey(purpose)
 	return rand.New(rand.NewPCG(a.Seed, uint64(k[0])<<8|uint64(k[1]))) //nolint:gosec // it need not be unpredictable
+}
+
+// Logger returns the logger of the backend in use, whose lines name the storage. It returns nil if there is none.
+func (a *Archive) Logger() *zap.Logger {
+	if b := a.backend(); b != nil {
+		return b.Logger
+	}
+	return nil
 }
 
 // backend returns the newest backend, preferably one that is not leaving. It returns nil if there is none.
@@ -178,19 +216,27 @@ func (a *Archive) Queued() []Item {
 	return a.queue.items()
 }
 
-// Stats describes the queue to a storage.
+// Stats describes a storage and the queue to it.
 type Stats struct {
-	Queued      int  `json:"queued"`
-	QueuedBytes int  `json:"queued_bytes"`
-	Failing     bool `json:"failing"`
+	Module      string `json:"module"`
+	Queued      int    `json:"queued"`
+	QueuedBytes int    `json:"queued_bytes"`
+	Failing     bool   `json:"failing"`
+	Error       string `json:"error,omitempty"` // the last one, while the storage fails
 }
 
 // Stats returns the current stats.
 func (a *Archive) Stats() Stats {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	failing := a.failing || a.reads.open() || a.writes.open()
-	return Stats{Queued: a.queue.len(), QueuedBytes: a.queue.bytes, Failing: failing}
+	s := Stats{Queued: a.queue.len(), QueuedBytes: a.queue.bytes, Failing: a.failing || a.reads.open() || a.writes.open()}
+	if b := a.current(); b != nil {
+		s.Module = b.Name
+	}
+	if err := cmp.Or(a.writes.lastError(), a.reads.lastError()); s.Failing && err != nil {
+		s.Error = shownError{err}.Error()
+	}
+	return s
 }
 
 // notify wakes those who wait for a change. The caller holds the mutex.
@@ -202,7 +248,7 @@ func (a *Archive) notify() {
 // tellOpened logs that the breaker of an operation has opened.
 func (a *Archive) tellOpened(b *Backend, operation string, err error) {
 	b.Logger.Warn("the storage fails: answers go on without it",
-		zap.String("operation", operation), zap.Int("queued", a.Stats().Queued), zap.Error(err))
+		zap.String("operation", operation), zap.Int("queued", a.Stats().Queued), errorField(err))
 }
 
 // tellClosed logs that the breaker of an operation has closed.

@@ -3,8 +3,6 @@ package archive
 import (
 	"context"
 	"time"
-
-	"go.uber.org/zap"
 )
 
 const (
@@ -83,7 +81,7 @@ func (a *Archive) writeBatch(backend *Backend, o indexObject) {
 	b.writing = false
 	defer a.notify()
 	if err != nil {
-		backend.Logger.Debug("writing the index of the storage", zap.Error(err))
+		backend.Logger.Debug("writing the index of the storage", errorField(err))
 		a.indexIn(b.backoff.next(time.Second, indexDelay, a.jitter))
 		return
 	}

@@ -82,7 +82,7 @@ func (a *Archive) ListNotes(ctx context.Context, folder string) ([]string, error
 		return listBelow(ctx, b.Storage, in, func(name string) bool { return isNoteName(strings.TrimPrefix(name, in+"/")) })
 	})
 	if err != nil {
-		return nil, fmt.Errorf("listing the notes of %s: %w", folder, err)
+		return nil, fmt.Errorf("listing the notes of %s: %w", folder, shownError{err})
 	}
 	for i, name := range names {
 		names[i] = path.Base(name)
@@ -127,31 +127,42 @@ func onNote[T any](
 	select {
 	case a.notes <- struct{}{}:
 	case <-ctx.Done():
-		return got, ctx.Err()
+		return got, a.noteEnd(ctx)
 	}
 	type result struct {
 		got T
 		err error
 	}
 	done := make(chan result, 1)
+	watched, dials := watchDials(ctx)
 	go func() {
-		got, err := op(ctx, b, a.layout.noteName(folder, name))
+		got, err := op(watched, b, a.layout.noteName(folder, name))
 		<-a.notes // an operation that hangs holds its slot
 		done <- result{got, err}
 	}()
 	select {
 	case r := <-done:
 		return r.got, r.err
+	case refusal := <-dials.refused:
+		return got, refusal
 	case <-ctx.Done():
-		return got, ctx.Err()
+		return got, a.noteEnd(ctx)
 	}
+}
+
+// noteEnd returns the error of an operation on a note whose context has ended.
+func (a *Archive) noteEnd(ctx context.Context) error {
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		return a.timeout()
+	}
+	return ctx.Err()
 }
 
 func wrapNoteError(doing, folder, name string, err error) error {
 	if err == nil {
 		return nil
 	}
-	return fmt.Errorf("%s the note %s: %w", doing, path.Join(folder, name), err)
+	return fmt.Errorf("%s the note %s: %w", doing, path.Join(folder, name), shownError{err})
 }
 
 // isNoteName reports whether a name can be that of a note or a folder of notes.

@@ -76,7 +76,7 @@ func (a *Archive) renewAll() {
 		}
 		ctx, cancel := context.WithTimeout(a.ctx, writeTimeout)
 		if err := a.renewRecord(ctx, b); err != nil && a.ctx.Err() == nil {
-			b.Logger.Debug("renewing the record of this instance in the storage", zap.Error(err))
+			b.Logger.Debug("renewing the record of this instance in the storage", errorField(err))
 		}
 		cancel()
 	}
@@ -93,7 +93,7 @@ func (a *Archive) renewRecord(ctx context.Context, b *Backend) error {
 		return err
 	}
 	if err := b.Storage.Store(ctx, a.layout.recordName(a.writer), text); err != nil {
-		return fmt.Errorf("the storage does not work: %w", err)
+		return fmt.Errorf("it does not work: %w", err)
 	}
 	a.peers.mu.Lock()
 	defer a.peers.mu.Unlock()
@@ -105,7 +105,7 @@ func (a *Archive) renewRecord(ctx context.Context, b *Backend) error {
 // that of Redis, say that there is nothing if they cannot be reached.
 func (a *Archive) checkRecord(ctx context.Context, b *Backend) error {
 	if _, err := b.Storage.Load(ctx, a.layout.recordName(a.writer)); err != nil {
-		return fmt.Errorf("the storage does not work: %w", err)
+		return fmt.Errorf("it does not work: %w", err)
 	}
 	return nil
 }

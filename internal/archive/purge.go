@@ -67,8 +67,18 @@ func (a *Archive) Purge(ctx context.Context, s Selection, from int) (Purged, err
 	}
 	ctx, cancel := context.WithTimeout(ctx, purgeTimeout)
 	defer cancel()
-	done := Purged{Next: from}
-	var err error
+	done, err := a.purge(ctx, b, s, Purged{Next: from})
+	if err == nil {
+		return done, nil
+	}
+	if ctx.Err() != nil {
+		err = a.writes.explain(timedOut(err))
+	}
+	return done, fmt.Errorf("the storage %s: %w", b.Name, shownError{err})
+}
+
+// purge deletes what is selected from the queue and then from the storage.
+func (a *Archive) purge(ctx context.Context, b *Backend, s Selection, done Purged) (_ Purged, err error) {
 	if done.Queued, err = a.purgeQueue(ctx, b, s); err != nil {
 		return done, err
 	}

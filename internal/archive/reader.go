@@ -142,13 +142,13 @@ func (a *Archive) read(ctx context.Context, b *Backend, p place, grow func(store
 		return v, nil
 	case errors.Is(err, errUnknownVersion), errors.Is(err, errLostKey):
 		if a.leaveAlone(p.key) {
-			b.Logger.Warn("a stored value cannot be read and is left alone", zap.String("key", name), zap.Error(err))
+			b.Logger.Warn("a stored value cannot be read and is left alone", zap.String("key", name), errorField(err))
 		}
 		return value{}, nil
 	}
-	b.Logger.Warn("a stored value is damaged and is set aside", zap.String("key", name), zap.Error(err))
+	b.Logger.Warn("a stored value is damaged and is set aside", zap.String("key", name), errorField(err))
 	if err := a.setAside(b, p, stored); err != nil {
-		b.Logger.Warn("a damaged value could not be set aside", zap.String("key", name), zap.Error(err))
+		b.Logger.Warn("a damaged value could not be set aside", zap.String("key", name), errorField(err))
 	}
 	return value{}, nil
 }
@@ -193,7 +193,7 @@ func (a *Archive) proveStorage(ctx context.Context, b *Backend) error {
 // returned or ctx has ended, even if the storage ignores ctx.
 func readThrough[T any](ctx context.Context, a *Archive, b *Backend, through *breaker, k task.Key, op func(context.Context) (T, error)) (got T, err error) {
 	if !through.allow(time.Now()) {
-		return got, ErrUnreadable
+		return got, through.unreadable()
 	}
 	if err := a.takeSlot(ctx, through); err != nil {
 		through.abandon()
@@ -201,11 +201,12 @@ func readThrough[T any](ctx context.Context, a *Archive, b *Backend, through *br
 	}
 	ctx, cancel := context.WithTimeout(ctx, readTimeout)
 	defer cancel()
+	watched, dials := watchDials(ctx)
 	done := make(chan struct{})
 	var read T
 	var failed error
 	go func() {
-		read, failed = op(ctx)
+		read, failed = op(watched)
 		<-a.slots // a read that hangs holds its slot
 		close(done)
 	}()
@@ -214,6 +215,8 @@ func readThrough[T any](ctx context.Context, a *Archive, b *Backend, through *br
 	select {
 	case <-done:
 		return read, a.noteRead(ctx, b, through, k, failed)
+	case refusal := <-dials.refused:
+		return got, a.noteRead(ctx, b, through, k, refusal)
 	case <-slow.Done():
 	}
 	if ctx.Err() != nil {
@@ -233,7 +236,7 @@ func readThrough[T any](ctx context.Context, a *Archive, b *Backend, through *br
 	if errors.Is(ctx.Err(), context.Canceled) {
 		return got, ctx.Err()
 	}
-	return got, fmt.Errorf("%w: %w", ErrUnreadable, errTimeout)
+	return got, fmt.Errorf("%w: %w", ErrUnreadable, through.explain(errTimeout))
 }
 
 // suspect returns a channel that is closed if the storage does not show in time that it works. It is asked by one operation
@@ -274,7 +277,7 @@ func (a *Archive) takeSlot(ctx context.Context, through *breaker) error {
 	case <-ctx.Done():
 		return ctx.Err()
 	case <-through.done():
-		return ErrUnreadable
+		return through.unreadable()
 	}
 }
 
@@ -290,7 +293,7 @@ func (a *Archive) noteRead(ctx context.Context, b *Backend, through *breaker, k 
 		through.abandon()
 		return ctx.Err()
 	case ctx.Err() != nil:
-		err = errTimeout
+		err = timedOut(err)
 	}
 	a.noteFailedRead(b, through, k, err)
 	return fmt.Errorf("%w: %w", ErrUnreadable, err)
@@ -299,7 +302,8 @@ func (a *Archive) noteRead(ctx context.Context, b *Backend, through *breaker, k 
 // noteFailedRead tells the breaker that a read has failed or is slow.
 func (a *Archive) noteFailedRead(b *Backend, through *breaker, k task.Key, err error) {
 	now := time.Now()
-	if through.fail(k, now) {
+	err = through.explain(err)
+	if through.fail(k, now, err) {
 		a.tellOpened(b, through.operation, err)
 		return
 	}
@@ -310,7 +314,7 @@ func (a *Archive) noteFailedRead(b *Backend, through *breaker, k task.Key, err e
 	}
 	a.mu.Unlock()
 	if complain {
-		b.Logger.Warn("a stored value could not be read", zap.String("key", a.layout.name(place{kind: inPartition, key: k})), zap.Error(err))
+		b.Logger.Warn("a stored value could not be read", zap.String("key", a.layout.name(place{kind: inPartition, key: k})), errorField(err))
 	}
 }
 

@@ -4,8 +4,13 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
+	"net"
+	"net/url"
 	"slices"
+	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -300,6 +305,95 @@ func TestReadsDuringAnOutage(t *testing.T) {
 		for i := range 10 {
 			if got, err := f.find(t, numbered(i)); err != nil || got.Report == nil {
 				t.Errorf("after the outage: %+v, error %v", got, err)
+			}
+		}
+	})
+}
+
+// A storage that refuses connections is asked once.
+func TestReadsThatAreRefused(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := storedFixture(t, 10)
+		defer f.Close()
+		f.storage.fail(&net.OpError{Op: "dial", Net: "tcp", Err: syscall.ECONNREFUSED})
+		for i := range 10 {
+			if _, err := f.find(t, numbered(i)); !errors.Is(err, ErrUnreadable) || !errors.Is(err, syscall.ECONNREFUSED) {
+				t.Errorf("got %v", err)
+			}
+		}
+		if n := f.storage.Calls(storagetest.Load); n != 1 {
+			t.Errorf("the storage was read %d times", n)
+		}
+		if s := f.Stats(); !s.Failing || s.Module != "tested" || !strings.Contains(s.Error, "connection refused") {
+			t.Errorf("the stats are %+v", s)
+		}
+	})
+}
+
+// A timeout has the error that the storage gave before.
+func TestTimeoutAfterAnError(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := storedFixture(t, 10)
+		defer f.Close()
+		f.storage.fail(errAway)
+		if _, err := f.find(t, numbered(0)); !errors.Is(err, errAway) {
+			t.Errorf("got %v", err)
+		}
+		f.storage.Set(storagetest.Hanging(true))
+		for i := range tripAfter - 1 {
+			if _, err := f.find(t, numbered(i)); !errors.Is(err, errTimeout) || !errors.Is(err, errAway) {
+				t.Errorf("got %v", err)
+			}
+		}
+		for _, line := range f.log.FilterMessageSnippet("the storage fails").All() {
+			if text := fmt.Sprint(line.ContextMap()["error"]); !strings.Contains(text, "takes too long; before that: ") || !strings.Contains(text, errAway.Error()) {
+				t.Errorf("logged is %q", text)
+			}
+		}
+		if f.logged("the storage fails") == 0 {
+			t.Error("it is not logged")
+		}
+	})
+}
+
+// An operation on a note that times out has the error that the storage gave before.
+func TestNoteTimeout(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := storedFixture(t, 1)
+		defer f.Close()
+		f.storage.fail(errAway)
+		if _, err := f.find(t, numbered(0)); !errors.Is(err, errAway) {
+			t.Errorf("got %v", err)
+		}
+		f.storage.Set(storagetest.Hanging(true))
+		if err := f.StoreNote(t.Context(), "folder", "note", nil); !errors.Is(err, errTimeout) || !errors.Is(err, errAway) {
+			t.Errorf("got %v", err)
+		}
+	})
+}
+
+// An error of a storage may have a URL whose query holds a secret. No log line and no answer has it.
+func TestSecretInAnError(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := storedFixture(t, 10)
+		defer f.Close()
+		f.storage.fail(&url.Error{Op: "Get", URL: "https://storage.example.com/a?sig=the-secret", Err: errAway})
+		for i := range 5 {
+			_, _ = f.find(t, numbered(i))
+			f.Save(item(i, 100))
+		}
+		time.Sleep(time.Minute)
+		_, purge := f.Purge(t.Context(), Selection{}, 0)
+		texts := []string{f.Stats().Error, fmt.Sprint(purge), fmt.Sprint(f.StoreNote(t.Context(), "folder", "note", nil))}
+		for _, line := range f.log.FilterMessageSnippet("the storage fails").All() {
+			texts = append(texts, fmt.Sprint(line.ContextMap()["error"]))
+		}
+		if len(texts) != 5 { // reads and writes fail
+			t.Errorf("there are %d errors", len(texts))
+		}
+		for _, text := range texts {
+			if strings.Contains(text, "the-secret") || !strings.Contains(text, `"https://storage.example.com/a?REDACTED": away`) {
+				t.Errorf("shown is %s", text)
 			}
 		}
 	})

@@ -78,7 +78,7 @@ func newFixture() *fixture { return newFixtureWith(nil) }
 func newFixtureWith(set func(f *fixture, c *Config)) *fixture {
 	core, log := observer.New(zapcore.DebugLevel)
 	f := &fixture{storage: newTestStorage(), log: log, confirmed: make(map[task.Key]int)}
-	f.backend = &Backend{Logger: zap.New(core), Retention: 24 * time.Hour}
+	f.backend = &Backend{Name: "tested", Logger: zap.New(core), Retention: 24 * time.Hour}
 	c := Config{
 		Namespace: "tested", Seed: 1,
 		Stored: func(k task.Key, _ *task.Report) {

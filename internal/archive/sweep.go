@@ -46,7 +46,7 @@ func (a *Archive) sweepAll() {
 		wait = time.Minute
 		if b := a.backend(); b != nil {
 			if err := a.pass(b, jitter); err != nil && a.ctx.Err() == nil {
-				b.Logger.Debug("sweeping the storage", zap.Error(err))
+				b.Logger.Debug("sweeping the storage", errorField(err))
 			}
 			interval := sweepInterval(b.Retention)
 			wait = interval - interval/10 + time.Duration(jitter.Int64N(int64(interval/5)))
@@ -211,7 +211,7 @@ func (a *Archive) sweepObject(ctx context.Context, b *Backend, name string, newe
 		return false, nil
 	}
 	if err != nil { // the scan finds what it said
-		b.Logger.Warn("an object of the index is damaged and is deleted", zap.String("key", name), zap.Error(err))
+		b.Logger.Warn("an object of the index is damaged and is deleted", zap.String("key", name), errorField(err))
 	}
 	left, err := forEach(ctx, places, func(ctx context.Context, p place) error { return a.expire(ctx, b, p, before) })
 	switch {

@@ -111,6 +111,9 @@ func (a *Archive) write(b *Backend, w *write, i Item) {
 	})
 	err := a.store(ctx, b, i)
 	overdue.Stop()
+	if err != nil && ctx.Err() != nil {
+		err = timedOut(err)
+	}
 	if a.ctx.Err() != nil {
 		return
 	}
@@ -167,7 +170,8 @@ func (a *Archive) queueChanged(b *Backend) {
 
 // noteFailedWrite tells the breaker of a write that has failed or hangs.
 func (a *Archive) noteFailedWrite(b *Backend, k task.Key, err error) {
-	if a.writes.fail(k, time.Now()) {
+	err = a.writes.explain(err)
+	if a.writes.fail(k, time.Now(), err) {
 		a.tellOpened(b, a.writes.operation, err)
 	}
 }
@@ -184,11 +188,11 @@ func (a *Archive) retry(b *Backend, w *write, now time.Time, err error) {
 	field := zap.String("key", a.layout.name(place{kind: inPartition, key: w.Key}))
 	if w.tries >= reportAfter && w.failedFor > 0 && !w.reported {
 		w.reported = true
-		b.Logger.Warn("the storage does not take a report: it is retried", field, zap.Error(err))
+		b.Logger.Warn("the storage does not take a report: it is retried", field, errorField(err))
 	}
 	if w.failedFor >= giveUpAfter {
 		a.Metrics.givenUp.Inc()
-		b.Logger.Warn("the storage does not take a report: it is given up", field, zap.Error(err))
+		b.Logger.Warn("the storage does not take a report: it is given up", field, errorField(err))
 		a.queue.finish(w)
 		return
 	}

@@ -213,14 +213,18 @@ func (f *Follower) source() *Source {
 	return newest
 }
 
-// storage returns where notes are kept, or nil.
+// storage returns where notes are kept, or nil, and the logger for what happens there.
 func (f *Follower) storage() (*archive.Archive, *zap.Logger) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if s := f.source(); s != nil && s.Notes != nil {
-		return s.Notes, s.Logger
+	s := f.source()
+	if s == nil || s.Notes == nil {
+		return nil, nil
 	}
-	return nil, nil
+	if logger := s.Notes.Logger(); logger != nil {
+		return s.Notes, logger
+	}
+	return s.Notes, s.Logger
 }
 
 // openNotebook begins to keep notes. The caller holds the mutex.
