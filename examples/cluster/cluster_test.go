@@ -183,6 +183,26 @@ func TestOutage(t *testing.T) {
 	}
 }
 
+// A Redis that refuses connections costs no caller a wait, and the log says what is wrong with which storage.
+func TestRefusal(t *testing.T) {
+	c := newCluster(t)
+	one := c.start()
+	var paths []string
+	for range 5 {
+		paths = append(paths, c.mustScan(1, text(1)))
+	}
+	c.redis.Kill()
+	for _, path := range paths {
+		if r := one.want(path, http.StatusOK, fromNode); r.took > time.Second {
+			t.Errorf("%s took %s", path, r.took)
+		}
+	}
+	eventually(t, "the cause in the log", func() bool { return one.logged("connect: connection refused") })
+	if !one.logged(`"storage":"redis"`) {
+		t.Error("the log does not name the storage")
+	}
+}
+
 // A full Redis refuses values. Answers go on, and all are stored when it has room.
 func TestFull(t *testing.T) {
 	c := newCluster(t)
