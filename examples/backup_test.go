@@ -42,12 +42,12 @@ func TestBackup(t *testing.T) {
 			}
 
 			want := b.report(t, http.StatusOK, "fsbroker; fwd=uri-miss; stored")
-			b.shell(t, commands[0])
+			b.shell.run(commands[0])
 			b.forgotten.Store(true)
 			b.lose(t)
 			b.report(t, http.StatusNotFound, "fsbroker; fwd=uri-miss; detail=unknown_task")
 			b.lose(t)
-			b.shell(t, commands[1])
+			b.shell.run(commands[1])
 			if got := b.report(t, http.StatusOK, "fsbroker; hit; detail=storage"); got != want {
 				t.Errorf("the report is %s, want %s", got, want)
 			}
@@ -66,13 +66,14 @@ func TestBackup(t *testing.T) {
 // backup is a Caddy whose storage is backed up.
 type backup struct {
 	dir         string // stands for the root of the file system
+	shell       shell
 	site, admin string
 	forgotten   atomic.Bool // whether the node has deleted its tasks
 }
 
 func newBackup(t *testing.T, globalStorage, cacheStorage string) *backup {
 	t.Helper()
-	b := &backup{dir: t.TempDir(), site: "http://" + freeAddress(t), admin: freeAddress(t)}
+	b := &backup{dir: t.TempDir(), shell: newShell(t), site: "http://" + freeAddress(t), admin: freeAddress(t)}
 	node := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
 		if b.forgotten.Load() {
 			w.WriteHeader(http.StatusNotFound)
@@ -81,7 +82,8 @@ func newBackup(t *testing.T, globalStorage, cacheStorage string) *backup {
 		_, _ = io.WriteString(w, `{"processTime":1,"result":{"taskReference":{"state":"SUCCESS"}}}`)
 	}))
 	t.Cleanup(node.Close)
-	for _, folder := range []string{"etc/caddy", "var/lib", "var/backups", "bin"} {
+	b.shell.home = b.dir
+	for _, folder := range []string{"etc/caddy", "var/lib", "var/backups"} {
 		if err := os.MkdirAll(filepath.Join(b.dir, folder), 0o700); err != nil {
 			t.Fatal(err)
 		}
@@ -101,16 +103,6 @@ func newBackup(t *testing.T, globalStorage, cacheStorage string) *backup {
 	}
 }
 `, b.admin, globalStorage, b.site, node.URL, cacheStorage)))
-
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	program := filepath.Join(b.dir, "bin", "caddy")
-	writeFile(t, program, fmt.Sprintf("#!/bin/sh\n%s=1 exec '%s' \"$@\"\n", beCaddy, self))
-	if err := os.Chmod(program, 0o700); err != nil {
-		t.Fatal(err)
-	}
 	return b
 }
 
@@ -135,17 +127,6 @@ func (b *backup) section(t *testing.T, heading string) (commands []string) {
 		}
 	}
 	return commands
-}
-
-// shell runs commands of the page.
-func (b *backup) shell(t *testing.T, commands string) {
-	t.Helper()
-	shell := exec.CommandContext(t.Context(), "sh", "-euc", commands)
-	shell.Dir = b.dir
-	shell.Env = append(os.Environ(), "HOME="+b.dir, "PATH="+filepath.Join(b.dir, "bin")+string(filepath.ListSeparator)+os.Getenv("PATH"))
-	if output, err := shell.CombinedOutput(); err != nil {
-		t.Fatalf("%s: %v\n%s", commands, err, output)
-	}
 }
 
 // lose deletes the storage.

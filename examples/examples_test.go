@@ -453,7 +453,7 @@ func prepare(t *testing.T, path, broker string) *example {
 			"LOGS_DIRECTORY=" + dir, "FSBROKER_SHARED=" + dir + "/shared", "QUICKSTART_DIR=" + dir, "CLIENTS=127.0.0.0/8",
 		}, "adapt", "--config", absolute(t, path))
 	}
-	upstream := regexp.MustCompile(`(?:10\.0\.0\.\d+|127\.0\.0\.1):2[23]\d{3}`)
+	upstream := regexp.MustCompile(`(?:10\.0\.0\.\d+|127\.0\.0\.1|backend):2[23]\d{3}`)
 	dead := freeAddress(t)
 	raw = upstream.ReplaceAllFunc(raw, func(address []byte) []byte {
 		if bytes.HasPrefix(address, []byte("10.0.0.10:")) || bytes.HasSuffix(address, []byte(":23001")) {
@@ -494,8 +494,12 @@ func prepare(t *testing.T, path, broker string) *example {
 	config.Apps["pki"] = map[string]any{"certificate_authorities": map[string]any{"local": map[string]any{"install_trust": false}}}
 	for _, server := range config.Apps["http"]["servers"].(map[string]any) {
 		server := server.(map[string]any)
-		server["listen"] = []string{"127.0.0.1:" + httpsPort}
 		routes := server["routes"].([]any)
+		if routes[0].(map[string]any)["match"] == nil { // the metrics
+			server["listen"] = []string{freeAddress(t)}
+			continue
+		}
+		server["listen"] = []string{"127.0.0.1:" + httpsPort}
 		host := routes[0].(map[string]any)["match"].([]any)[0].(map[string]any)["host"].([]any)[0].(string)
 		e.site = "https://" + net.JoinHostPort(host, httpsPort)
 		if options, _ := server["automatic_https"].(map[string]any); options["disable_redirects"] != true {
@@ -749,18 +753,31 @@ func caddyCommand(ctx context.Context, t *testing.T, env []string, args ...strin
 	return command
 }
 
-// TestDockerfile checks that the image has the Caddy version of go.mod.
+// TestDockerfile checks that the image has the versions of go.mod, and is built like Caddy in the checks.
 func TestDockerfile(t *testing.T) {
-	var caddy struct{ Version string }
-	list := exec.CommandContext(t.Context(), "go", "list", "-m", "-json", "github.com/caddyserver/caddy/v2")
-	if out, err := list.Output(); err != nil {
-		t.Fatal(err)
-	} else if err := json.Unmarshal(out, &caddy); err != nil {
-		t.Fatal(err)
+	dockerfile := string(readFile(t, "../Dockerfile"))
+	version := func(pattern, file string) string {
+		match := regexp.MustCompile(pattern).FindSubmatch(readFile(t, file))
+		if match == nil {
+			t.Fatalf("%s has no %s", file, pattern)
+		}
+		return string(match[1])
 	}
-	want := fmt.Sprintf("ARG CADDY_VERSION=%s\n", strings.TrimPrefix(caddy.Version, "v"))
-	if dockerfile := readFile(t, "production/Dockerfile"); !bytes.Contains(dockerfile, []byte(want)) {
-		t.Errorf("production/Dockerfile: go.mod requires %s", want)
+	for _, want := range []string{
+		"ARG CADDY_VERSION=" + version(`github.com/caddyserver/caddy/v2 v(\S+)\n`, "../go.mod") + "\n",
+		"ARG GO_VERSION=" + version(`(?m)^go (\d+\.\d+)`, "../go.mod") + "\n",
+		"RUN go run " + version(`(?m)^xcaddy=(\S+)$`, "../.ci/run") + " build v${CADDY_VERSION} --with " + version(`(?m)^module (\S+)$`, "../go.mod") + "@v0.0.0=/src ",
+	} {
+		if !strings.Contains(dockerfile, want) {
+			t.Errorf("the Dockerfile has no %q", want)
+		}
+	}
+	for _, match := range regexp.MustCompile(`(?m)^COPY ([^-\s].*) \S+$`).FindAllStringSubmatch(dockerfile, -1) {
+		for source := range strings.FieldsSeq(match[1]) {
+			if _, err := os.Stat(filepath.Join("..", source)); err != nil {
+				t.Error(err)
+			}
+		}
 	}
 }
 
