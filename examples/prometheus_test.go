@@ -120,7 +120,7 @@ func startPrometheus(t *testing.T, target string) prometheus {
 	dir := t.TempDir()
 	for _, name := range []string{"prometheus.yaml", "alerts.yaml"} {
 		text := everyTime.ReplaceAllString(string(readFile(t, filepath.Join("prometheus", name))), "$1: 200ms")
-		writeFile(t, filepath.Join(dir, name), strings.Replace(text, "[localhost:2019]", `["`+target+`"]`, 1))
+		writeFile(t, filepath.Join(dir, name), strings.Replace(text, "[localhost:9180]", `["`+target+`"]`, 1))
 	}
 	address := freeAddress(t)
 	command := exec.CommandContext(t.Context(), "prometheus", "--config.file="+filepath.Join(dir, "prometheus.yaml"),
