@@ -193,7 +193,7 @@ func TestDecodeRefuses(t *testing.T) {
 	}{
 		"another version":           {header{Version: version + 1, Kind: kindDocument, Key: k}, document(1, 0, "x"), errUnknownVersion},
 		"the version before":        {header{Version: version - 1, Kind: kindDocument, Key: k}, document(1, 0, "x"), errUnknownVersion},
-		"another kind":              {header{Version: version, Kind: kindDamaged + 1, Key: k}, nil, errUnknownVersion},
+		"another kind":              {header{Version: version, Kind: kindNote + 1, Key: k}, nil, errUnknownVersion},
 		"no kind":                   {header{Version: version, Key: k}, nil, errUnknownVersion},
 		"another key":               {header{Version: version, Kind: kindDocument, Key: formatKey(2)}, document(1, 0, "x"), nil},
 		"an empty document":         {header{Version: version, Kind: kindDocument, Key: k}, nil, nil},
