@@ -136,7 +136,7 @@ func newSoakNamespaces() []*soakNamespace {
 		},
 		{
 			name: "lasting", stored: true, keeps: 20 * time.Second, maxSize: 24 * mib, slowReaders: 4,
-			options: "timeout 2s\n poll_interval 50ms\n fail_duration 300ms",
+			options: "timeout 2s\n poll_interval 50ms\n fail_duration 300ms\n harvest",
 		},
 		{
 			name: "fleeting", keeps: 4 * time.Second, maxSize: 48 * mib, slowReaders: 9,
