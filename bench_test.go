@@ -3,11 +3,13 @@ package fsbroker
 import (
 	"bytes"
 	"context"
+	"crypto/sha256"
 	"fmt"
 	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -18,6 +20,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -163,6 +166,30 @@ func BenchmarkHitByNodes(b *testing.B) {
 	for _, n := range []int{1, 10, 100, 1_000} {
 		h := benchHandler(b, n, 1, 41<<10)
 		b.Run(fmt.Sprint(n), func(b *testing.B) { benchHit(b, h, "appServerID=node-0&taskID=t0") })
+	}
+}
+
+// BenchmarkCostPerReport measures what a small finished report that is kept costs beside its document. Each report is that
+// of another file. An operation is a whole garbage collection.
+func BenchmarkCostPerReport(b *testing.B) {
+	const size = 80 // a size class of Go's allocator, which does not round it up
+	for _, n := range []int{200_000, 1_000_000} {
+		b.Run(fmt.Sprint(n), func(b *testing.B) {
+			before := heapAfterCollection()
+			m := newMemory(16 << 30)
+			for i := range n {
+				d := inflatedReport(size).Document()
+				d.File = [sha256.Size]byte(numbered(i))
+				m.save(m.put(numbered(i), task.NewReport(d), time.Hour), archive.Item{}, nil)
+			}
+			after := heapAfterCollection()
+			for b.Loop() {
+				runtime.GC()
+			}
+			b.ReportMetric(float64(after.HeapAlloc-before.HeapAlloc)/float64(n)-size, "bytes/report")
+			b.ReportMetric(float64(after.HeapObjects-before.HeapObjects)/float64(n)-1, "objects/report")
+			m.close()
+		})
 	}
 }
 
