@@ -1,7 +1,6 @@
 package fsbroker
 
 import (
-	"container/list"
 	"crypto/sha256"
 	"encoding/json"
 	"iter"
@@ -62,75 +61,98 @@ const (
 	defaultRetention = 30 * 24 * time.Hour
 )
 
-// entryOverhead is the cost of an entry beside its document, in bytes: its key, its places in go-cache's map and in the
-// eviction order, its timer, and the structs themselves. TestCacheBoundsHeap checks that it suffices.
-const entryOverhead = 1024
+// entryOverhead is the most that an entry costs beside its document, in bytes: the structs themselves, with their strings,
+// and the places in go-cache's map, in the index by file, and in the order of expiry. Most cost 400 to 450. Maps that are
+// half empty, and two reports of each file, cost more (TestEntryOverhead).
+const entryOverhead = 704
 
 // memory keeps reports in go-cache and adds a bound in bytes. Everything counts: the reports that are kept, in both forms,
 // those that are not kept any more but are still being sent to slow callers, and the answers that are being read. It evicts
 // by SIEVE (Zhang et al., NSDI '24): a hit only sets a mark, so it takes no lock but go-cache's own.
 type memory struct {
-	kept *gocache.Cache // key -> *entry
+	kept  *gocache.Cache // key -> *entry
+	start time.Time
 
 	mu      sync.Mutex // guards the fields below, and those of entries and forms that say so; never taken for a hit
 	limit   int64
 	used    int64 // kept
 	sending int64 // not kept any more, or never, but being sent
 	reading int64 // of the answers that are being read
-	added   uint64
 	evicted uint64
 	entries int
 	order   sieve
 	files   fileIndex // of the finished reports that are kept
 
+	inflatedOne *sync.Cond // a caller has inflated a report
+
+	expiries ranking     // by when their TTLs are over, in nanoseconds after start
+	timer    *time.Timer // of the first of them; nil if there has been none
+
 	// The archives in which finished reports are to be stored, with the entries for which their queues had no room.
 	unsaved map[*archive.Archive]map[*entry]struct{}
 }
 
-// entry is a report and its forms.
+// entry is a report and its forms. Memory may have millions of them, so it is small, and its fields are in an order that
+// leaves no gaps (BenchmarkCostPerReport).
 type entry struct {
-	fileReport
-	whole  form
-	unkept bool // it was never kept
-
+	name    string // the bytes of a task.Key, which go-cache's map shares
+	report  *task.Report
+	target  *task.Key        // under which the report itself is stored; nil if that is key; guarded by memory.mu
 	savedIn *archive.Archive // which has it, of those that must; guarded by memory.mu
 
-	target *task.Key // under which the report itself is stored; nil if that is key; guarded by memory.mu
+	inflated  atomic.Pointer[inflatedCopy] // nil if there is none
+	whole     form
+	requested atomic.Bool // whether a caller has asked for the inflated document
 
-	generation uint64 // of the timer; guarded by memory.mu
-	timer      *time.Timer
-
-	inflating sync.Mutex
-	inflated  atomic.Pointer[form] // an inflated copy; nil if there is none
-	requested atomic.Bool          // whether a caller has asked for the inflated document
+	expiryPlace place // in memory.expiries; guarded by memory.mu
+	filePlace   place // among the reports of its file; guarded by memory.mu
+	all         bool  // it is the complete report
+	unkept      bool  // it was never kept
+	inflating   bool  // a caller is inflating it; guarded by memory.mu
 }
 
 // form is a representation of a report, with its place in the eviction order. Callers to which it is being sent hold it.
 type form struct {
-	entry   *entry
-	rep     *task.Representation
-	size    int64
-	visited atomic.Bool
-	holders atomic.Int32
-	kept    atomic.Bool // it is in the eviction order
+	entry        *entry
+	newer, older *form // in the eviction order; guarded by memory.mu
+	visited      atomic.Bool
+	holders      atomic.Int32
+	kept         atomic.Bool // it is in the eviction order; changes under memory.mu
+	counted      bool        // in memory.sending; guarded by memory.mu
+}
 
-	element *list.Element // in the eviction order; guarded by memory.mu
-	counted bool          // in memory.sending; guarded by memory.mu
+// inflatedCopy is the inflated form of a report that is compressed.
+type inflatedCopy struct {
+	form
+	rep *task.Representation
 }
 
 func newMemory(limit int64) *memory {
-	// There is no cleanup interval: entries leave by their own timers. So no janitor outlives the cache or locks the whole
-	// map to look for expired entries.
-	m := &memory{kept: gocache.New(gocache.NoExpiration, 0), limit: limit}
+	// There is no cleanup interval: memory has a timer of its own. So no janitor outlives the cache or locks the whole map to
+	// look for expired entries.
+	m := &memory{kept: gocache.New(gocache.NoExpiration, 0), start: time.Now(), limit: limit}
+	m.inflatedOne = sync.NewCond(&m.mu)
+	m.expiries.place = func(e *entry) *place { return &e.expiryPlace }
 	m.unsaved = make(map[*archive.Archive]map[*entry]struct{})
 	m.kept.OnEvicted(func(_ string, v any) { m.unlink(v.(*entry)) })
 	return m
 }
 
 func newEntry(k task.Key, report *task.Report) *entry {
-	e := &entry{fileReport: fileReport{key: k, report: report}}
-	e.whole = form{entry: e, rep: report.Representation(), size: int64(report.Size()) + entryOverhead}
+	e := &entry{name: string(k[:]), report: report}
+	e.whole.entry = e
 	return e
+}
+
+// key returns the key under which the report is kept.
+func (e *entry) key() task.Key { return task.Key([]byte(e.name)) }
+
+// size returns the memory that a form takes, in bytes.
+func (f *form) size() int64 {
+	if f == &f.entry.whole {
+		return int64(f.entry.report.Size()) + entryOverhead
+	}
+	return int64(f.entry.report.Length())
 }
 
 // unkept returns an entry that is not kept.
@@ -142,24 +164,31 @@ func unkept(report *task.Report) *entry {
 
 // get returns the entry under k.
 func (m *memory) get(k task.Key) (*entry, bool) {
-	v, ok := m.kept.Get(string(k[:]))
+	e, ok := m.peek(string(k[:]))
+	if ok {
+		e.whole.visit()
+	}
+	return e, ok
+}
+
+// peek is like get, but is no request of the report.
+func (m *memory) peek(key string) (*entry, bool) {
+	v, ok := m.kept.Get(key)
 	if !ok {
 		return nil, false
 	}
-	e := v.(*entry)
-	e.whole.visit()
-	return e, true
+	return v.(*entry), true
 }
 
 // newest returns the newest finished report of a file that is kept, high-level or complete, or nil.
 func (m *memory) newest(sum [sha256.Size]byte, all bool) *entry {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	r := m.files.newest(sum, all)
-	if r == nil {
+	e := m.files.newest(fileReports{sum, all})
+	if e == nil {
 		return nil
 	}
-	e, _ := m.get(r.key)
+	e, _ = m.get(e.key())
 	return e
 }
 
@@ -168,12 +197,10 @@ func (m *memory) newest(sum [sha256.Size]byte, all bool) *entry {
 func (m *memory) put(k task.Key, report *task.Report, ttl time.Duration) *entry {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if v, ok := m.kept.Get(string(k[:])); ok {
-		e := v.(*entry)
+	if e, ok := m.peek(string(k[:])); ok {
 		if e.report.Renew(report) {
-			e.timer.Stop()
 			m.keep(e, ttl)
-			m.files.renew(&e.fileReport)
+			m.files.renew(e)
 			return e
 		}
 		if e.report.Finished() && !report.Finished() {
@@ -182,7 +209,7 @@ func (m *memory) put(k task.Key, report *task.Report, ttl time.Duration) *entry 
 	}
 	m.kept.Delete(string(k[:]))
 	e := newEntry(k, report)
-	if e.whole.size > m.limit || !m.makeRoom(e.whole.size) {
+	if size := e.whole.size(); size > m.limit || !m.makeRoom(size) {
 		e.unkept = true
 		return e
 	}
@@ -194,23 +221,42 @@ func (m *memory) put(k task.Key, report *task.Report, ttl time.Duration) *entry 
 
 // keep puts an entry into go-cache. The caller holds the mutex.
 func (m *memory) keep(e *entry, ttl time.Duration) {
-	m.added++
-	e.generation = m.added
-	e.timer = time.AfterFunc(ttl, m.expire(e.key, e.generation))
-	m.kept.Set(string(e.key[:]), e, ttl)
+	m.expiries.set(e, int64(time.Since(m.start)+ttl))
+	if m.expiries.first() == e {
+		m.setTimer()
+	}
+	m.kept.Set(e.name, e, ttl)
 }
 
-// expire removes an entry when its TTL is over. It identifies the entry by its generation: the runtime holds stopped
-// timers for a while, and would hold the document as well.
-func (m *memory) expire(k task.Key, generation uint64) func() {
-	return func() {
-		m.mu.Lock()
-		defer m.mu.Unlock()
-		if v, ok := m.kept.Get(string(k[:])); ok && v.(*entry).generation != generation {
-			return // it was replaced or renewed
-		}
-		m.kept.Delete(string(k[:]))
+// setTimer sets the timer to the end of the first TTL. The caller holds the mutex.
+func (m *memory) setTimer() {
+	if m.expiries.first() == nil {
+		return
 	}
+	left := time.Duration(m.expiries.ranked[0].rank) - time.Since(m.start)
+	if m.timer == nil {
+		m.timer = time.AfterFunc(left, m.expire)
+		return
+	}
+	m.timer.Reset(left)
+}
+
+// maxExpired is how many entries are removed at once, so that others do not wait long for the mutex.
+const maxExpired = 1000
+
+// expire removes entries whose TTLs are over.
+func (m *memory) expire() {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	now := int64(time.Since(m.start))
+	for range maxExpired {
+		e := m.expiries.first()
+		if e == nil || m.expiries.ranked[0].rank > now {
+			break
+		}
+		m.kept.Delete(e.name)
+	}
+	m.setTimer()
 }
 
 // unlink removes the forms of an entry that has left go-cache. What is still to be stored is queued, if there is room. The
@@ -222,8 +268,8 @@ func (m *memory) unlink(e *entry) {
 			a.Save(m.item(e))
 		}
 	}
-	e.timer.Stop()
-	m.files.remove(&e.fileReport)
+	m.expiries.remove(e)
+	m.files.remove(e)
 	m.entries--
 	m.dropInflated(e)
 	m.drop(&e.whole)
@@ -233,23 +279,23 @@ func (m *memory) unlink(e *entry) {
 func (m *memory) link(f *form) {
 	m.order.add(f)
 	f.kept.Store(true)
-	m.used += f.size
+	m.used += f.size()
 }
 
 // drop removes a form from the eviction order. It still counts while callers hold it. The caller holds the mutex.
 func (m *memory) drop(f *form) {
 	m.order.remove(f)
 	f.kept.Store(false)
-	m.used -= f.size
+	m.used -= f.size()
 	if f.holders.Load() > 0 {
 		f.counted = true
-		m.sending += f.size
+		m.sending += f.size()
 	}
 }
 
 func (m *memory) dropInflated(e *entry) {
-	if f := e.inflated.Swap(nil); f != nil && f.element != nil {
-		m.drop(f)
+	if f := e.inflated.Swap(nil); f != nil && f.kept.Load() {
+		m.drop(&f.form)
 	}
 }
 
@@ -261,9 +307,9 @@ func (m *memory) acquire(f *form) {
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if f.element == nil && !f.counted {
+	if !f.kept.Load() && !f.counted {
 		f.counted = true
-		m.sending += f.size
+		m.sending += f.size()
 		m.makeRoom(0)
 	}
 }
@@ -277,14 +323,14 @@ func (m *memory) release(f *form) {
 	defer m.mu.Unlock()
 	if f.counted && f.holders.Load() == 0 {
 		f.counted = false
-		m.sending -= f.size
+		m.sending -= f.size()
 	}
 }
 
 // describe returns the header fields of a form of the report.
 func (e *entry) describe(inflated bool) task.Representation {
 	if !inflated {
-		return *e.whole.rep
+		return e.report.Representation()
 	}
 	if f := e.inflated.Load(); f != nil {
 		return *f.rep
@@ -292,54 +338,75 @@ func (e *entry) describe(inflated bool) task.Representation {
 	return e.report.Inflated()
 }
 
-// acquireForm returns a form of an entry, acquired. See inflatedForm for an inflated one.
-func (m *memory) acquireForm(e *entry, inflated bool) (*form, error) {
-	if inflated {
-		return m.inflatedForm(e)
+// acquireForm returns a form of an entry, acquired, and its body. See inflatedForm for an inflated one.
+func (m *memory) acquireForm(e *entry, inflated bool) (*form, []byte, error) {
+	if !inflated {
+		m.acquire(&e.whole)
+		return &e.whole, e.report.Representation().Body, nil
 	}
-	m.acquire(&e.whole)
-	return &e.whole, nil
+	f, err := m.inflatedForm(e)
+	if f == nil {
+		return nil, nil, err
+	}
+	return &f.form, f.rep.Body, nil
 }
 
 // inflatedForm returns an inflated copy of a compressed report, acquired. It returns nil if there is none and a copy does
 // not pay or has no room: the document must be inflated piece by piece then. A copy of a large document pays when it is
 // requested for the second time.
-func (m *memory) inflatedForm(e *entry) (*form, error) {
+func (m *memory) inflatedForm(e *entry) (*inflatedCopy, error) {
 	if f := e.inflated.Load(); f != nil {
 		f.visit()
-		m.acquire(f)
+		m.acquire(&f.form)
 		return f, nil
 	}
 	if e.report.Length() > task.SmallDocument && !e.requested.Swap(true) {
 		return nil, nil
 	}
-	e.inflating.Lock()
-	defer e.inflating.Unlock()
+	m.beginInflating(e)
+	defer m.endInflating(e)
 	if f := e.inflated.Load(); f != nil {
-		m.acquire(f)
+		m.acquire(&f.form)
 		return f, nil
 	}
-	f := &form{entry: e, size: int64(e.report.Length())}
-	if !m.begin(f.size) {
+	f := &inflatedCopy{form: form{entry: e}}
+	if !m.begin(f.size()) {
 		return nil, nil
 	}
 	rep, err := e.report.Inflate()
 	f.rep = rep
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.reading -= f.size
+	m.reading -= f.size()
 	if err != nil {
 		return nil, err
 	}
 	f.holders.Store(1)
-	if e.whole.element != nil {
-		m.link(f)
+	if e.whole.kept.Load() {
+		m.link(&f.form)
 		e.inflated.Store(f)
 	} else {
 		f.counted = true
-		m.sending += f.size
+		m.sending += f.size()
 	}
 	return f, nil
+}
+
+// beginInflating waits until no other caller inflates the report. A mutex in each entry would take more memory.
+func (m *memory) beginInflating(e *entry) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for e.inflating {
+		m.inflatedOne.Wait()
+	}
+	e.inflating = true
+}
+
+func (m *memory) endInflating(e *entry) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	e.inflating = false
+	m.inflatedOne.Broadcast()
 }
 
 // begin reserves room for a copy, of an eighth of the memory at the most, and reports whether there is any.
@@ -361,7 +428,7 @@ func (m *memory) makeRoom(size int64) bool {
 			return false
 		}
 		if f == &f.entry.whole {
-			m.kept.Delete(string(f.entry.key[:]))
+			m.kept.Delete(f.entry.name)
 			m.evicted++
 		} else {
 			m.dropInflated(f.entry)
@@ -376,7 +443,7 @@ func (m *memory) purge(match func(k task.Key, target *task.Key, r *task.Report) 
 	defer m.mu.Unlock()
 	var matching []*entry
 	for e := range m.all() {
-		if match(e.key, e.target, e.report) {
+		if match(e.key(), e.target, e.report) {
 			matching = append(matching, e)
 		}
 	}
@@ -384,7 +451,7 @@ func (m *memory) purge(match func(k task.Key, target *task.Key, r *task.Report) 
 		for _, unsaved := range m.unsaved {
 			delete(unsaved, e)
 		}
-		m.kept.Delete(string(e.key[:]))
+		m.kept.Delete(e.name)
 	}
 	return len(matching)
 }
@@ -392,8 +459,8 @@ func (m *memory) purge(match func(k task.Key, target *task.Key, r *task.Report) 
 // all iterates over the entries, from the oldest to the newest. The caller holds the mutex.
 func (m *memory) all() iter.Seq[*entry] {
 	return func(yield func(*entry) bool) {
-		for place := m.order.order.Back(); place != nil; place = place.Prev() {
-			if f := place.Value.(*form); f == &f.entry.whole && !yield(f.entry) {
+		for f := m.order.oldest; f != nil; f = f.newer {
+			if f == &f.entry.whole && !yield(f.entry) {
 				return
 			}
 		}
@@ -434,11 +501,11 @@ func (m *memory) save(e *entry, as archive.Item, but *archive.Archive) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	e.all, e.target = as.All, as.Target
-	if e.whole.element != nil {
-		m.files.add(&e.fileReport)
+	if e.whole.kept.Load() {
+		m.files.add(e)
 	}
 	for a, unsaved := range m.unsaved {
-		if a != but && !a.Save(m.item(e)) && e.whole.element != nil {
+		if a != but && !a.Save(m.item(e)) && e.whole.kept.Load() {
 			unsaved[e] = struct{}{}
 		}
 	}
@@ -455,8 +522,8 @@ func (m *memory) setSaved(e *entry, a *archive.Archive) {
 func (m *memory) noteSaved(k task.Key, report *task.Report, a *archive.Archive) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if v, ok := m.kept.Get(string(k[:])); ok && v.(*entry).report.Same(report) {
-		v.(*entry).savedIn = a
+	if e, ok := m.peek(string(k[:])); ok && e.report.Same(report) {
+		e.savedIn = a
 	}
 }
 
@@ -471,8 +538,8 @@ func (m *memory) isSaved(e *entry, a *archive.Archive) bool {
 	if e.savedIn != a || e.target == nil {
 		return e.savedIn == a
 	}
-	if v, ok := m.kept.Get(string(e.target[:])); ok {
-		return v.(*entry).savedIn == a
+	if target, ok := m.peek(string(e.target[:])); ok {
+		return target.savedIn == a
 	}
 	return !a.IsQueued(*e.target)
 }
@@ -492,9 +559,9 @@ func (m *memory) saveUnsaved(a *archive.Archive) {
 // item returns how an entry is stored: as a reference if its target is kept, and so is stored as well. The caller holds the
 // mutex.
 func (m *memory) item(e *entry) archive.Item {
-	i := archive.Item{Key: e.key, Report: e.report, All: e.all}
+	i := archive.Item{Key: e.key(), Report: e.report, All: e.all}
 	if e.target != nil {
-		if v, ok := m.kept.Get(string(e.target[:])); ok && v.(*entry).report.Same(e.report) {
+		if target, ok := m.peek(string(e.target[:])); ok && target.report.Same(e.report) {
 			i.Target = e.target
 		}
 	}
@@ -592,10 +659,11 @@ func (r *reservation) release() {
 	r.size = 0
 }
 
-// sieve is an eviction order. The zero value is empty.
+// sieve is an eviction order: a list whose links are in the forms. The zero value is empty.
 type sieve struct {
-	order list.List     // of *form, the newest in front
-	hand  *list.Element // the next candidate; nil means the oldest
+	newest, oldest *form
+	hand           *form // the next candidate; nil means the oldest
+	length         int
 }
 
 // visit marks the form as requested. It reads first, which keeps the cache line shared.
@@ -606,28 +674,47 @@ func (f *form) visit() {
 }
 
 // add adds f as the newest.
-func (s *sieve) add(f *form) { f.element = s.order.PushFront(f) }
+func (s *sieve) add(f *form) {
+	f.older = s.newest
+	s.newest = f
+	if f.older == nil {
+		s.oldest = f
+	} else {
+		f.older.newer = f
+	}
+	s.length++
+}
 
 func (s *sieve) remove(f *form) {
-	if s.hand == f.element {
-		s.hand = f.element.Prev()
+	if s.hand == f {
+		s.hand = f.newer
 	}
-	s.order.Remove(f.element)
-	f.element = nil
+	if f.newer == nil {
+		s.newest = f.older
+	} else {
+		f.newer.older = f.older
+	}
+	if f.older == nil {
+		s.oldest = f.newer
+	} else {
+		f.older.newer = f.newer
+	}
+	f.newer, f.older = nil, nil
+	s.length--
 }
 
 // next returns the form to evict, or nil if there is none. The hand moves from the oldest to the newest form. It spares
 // those that were visited since it last passed, and those that callers hold, because to evict them frees nothing.
 func (s *sieve) next() *form {
-	for range 2 * s.order.Len() { // the first round takes the marks
+	for range 2 * s.length { // the first round takes the marks
 		if s.hand == nil {
-			s.hand = s.order.Back()
+			s.hand = s.oldest
 		}
-		f := s.hand.Value.(*form)
+		f := s.hand
 		if !f.visited.Swap(false) && f.holders.Load() == 0 {
 			return f
 		}
-		s.hand = s.hand.Prev()
+		s.hand = f.newer
 	}
 	return nil
 }

@@ -2,12 +2,15 @@ package fsbroker
 
 import (
 	"fmt"
+	"maps"
+	"math/rand/v2"
 	"runtime"
 	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
@@ -109,6 +112,60 @@ func TestCacheReplacesAndExpires(t *testing.T) {
 	}
 }
 
+// Whatever is kept, renewed and removed, in any order, each entry leaves memory when its own TTL is over.
+func TestEntriesExpireInOrder(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		random := rand.New(rand.NewPCG(1, 2))
+		m := newMemory(1 << 30)
+		defer m.close()
+		const names = 50
+		documents := make([]task.Document, names)
+		ends := make(map[int]time.Time)
+		for range 20_000 {
+			i := random.IntN(names)
+			switch {
+			case random.IntN(10) == 0:
+				m.purge(archive.Selection{Keys: []task.Key{numbered(i)}}.Matches)
+				delete(ends, i)
+			default:
+				if documents[i].Hash == "" || random.IntN(2) == 0 { // else the same again
+					documents[i] = inflatedReport(10).Document()
+				}
+				ttl := time.Duration(random.IntN(1000)+1) * time.Millisecond
+				m.put(numbered(i), task.NewReport(documents[i]), ttl)
+				ends[i] = time.Now().Add(ttl)
+			}
+			time.Sleep(time.Duration(random.IntN(20)) * time.Millisecond)
+			synctest.Wait()
+			maps.DeleteFunc(ends, func(_ int, end time.Time) bool { return !end.After(time.Now()) })
+			if stats := m.stats(); stats.Entries != len(ends) || m.kept.ItemCount() != len(ends) {
+				t.Fatalf("%d entries, %d items, want %d", stats.Entries, m.kept.ItemCount(), len(ends))
+			}
+			for i := range ends {
+				if _, ok := m.get(numbered(i)); !ok {
+					t.Fatalf("%d is gone", i)
+				}
+			}
+		}
+	})
+}
+
+// Many entries whose TTLs are over at once leave together.
+func TestManyExpireAtOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory(1 << 30)
+		defer m.close()
+		for i := range 2*maxExpired + 1 {
+			m.put(numbered(i), inflatedReport(10), time.Second)
+		}
+		time.Sleep(time.Second)
+		synctest.Wait()
+		if stats := m.stats(); stats.Entries != 0 {
+			t.Errorf("%d are left", stats.Entries)
+		}
+	})
+}
+
 // Both forms of a report are in one eviction order, and both count.
 func TestCacheEvictsInOneOrder(t *testing.T) {
 	const n, size = 20, 50 << 10
@@ -125,7 +182,7 @@ func TestCacheEvictsInOneOrder(t *testing.T) {
 			if err != nil || f == nil || len(f.rep.Body) < size {
 				t.Fatalf("%d: %v, error %v", i, f, err)
 			}
-			m.release(f)
+			m.release(&f.form)
 		}
 	}
 	if used := m.stats().Bytes; used < compressed+n*size || used > compressed+n*(size+100) {
@@ -133,7 +190,7 @@ func TestCacheEvictsInOneOrder(t *testing.T) {
 	}
 	for i := n / 2; i < n; i++ { // these are requested, in the form that is inflated
 		f, _ := m.inflatedForm(entries[i])
-		m.release(f)
+		m.release(&f.form)
 	}
 	m.setLimit(compressed + n/2*(size+100))
 	left := 0
@@ -173,12 +230,41 @@ func TestInflatedCopiesPay(t *testing.T) {
 	}
 }
 
+// Callers that need the same report inflated at the same time share one copy.
+func TestInflatedOnce(t *testing.T) {
+	m := newMemory(64 << 20)
+	defer m.close()
+	for i := range 20 {
+		e := m.put(numbered(i), gzippedReport(t, 1<<20), time.Hour)
+		_, _ = m.inflatedForm(e) // a copy pays from now on
+		var copies sync.Map
+		var wg sync.WaitGroup
+		for range 8 {
+			wg.Go(func() {
+				f, err := m.inflatedForm(e)
+				if f == nil || err != nil {
+					t.Errorf("no copy, error %v", err)
+					return
+				}
+				copies.Store(f, true)
+				m.release(&f.form)
+			})
+		}
+		wg.Wait()
+		n := 0
+		copies.Range(func(any, any) bool { n++; return true })
+		if n != 1 {
+			t.Errorf("%d copies were made", n)
+		}
+	}
+}
+
 // What slow callers hold counts once each until the last has it, whatever becomes of the entry.
 func TestSlowCallersCountOnce(t *testing.T) {
 	m := newMemory(1 << 20)
 	defer m.close()
 	e := m.put(numbered(1), inflatedReport(100<<10), time.Hour)
-	size := e.whole.size
+	size := e.whole.size()
 	for range 24 {
 		m.acquire(&e.whole)
 	}
@@ -308,7 +394,7 @@ func TestCacheConcurrently(t *testing.T) {
 					t.Error(err)
 				}
 				if f != nil {
-					m.release(f)
+					m.release(&f.form)
 				}
 				m.release(&e.whole)
 				r := m.reserve(new(share))
@@ -319,7 +405,7 @@ func TestCacheConcurrently(t *testing.T) {
 	}
 	wg.Wait()
 	m.close()
-	if stats := m.stats(); stats.Bytes != 0 || stats.Entries != 0 || m.kept.ItemCount() != 0 || m.order.order.Len() != 0 || m.used != 0 {
+	if stats := m.stats(); stats.Bytes != 0 || stats.Entries != 0 || m.kept.ItemCount() != 0 || m.order.length != 0 || m.used != 0 {
 		t.Errorf("a closed cache: %+v, %d items", stats, m.kept.ItemCount())
 	}
 	m.put(numbered(1), inflatedReport(10), time.Hour)
@@ -349,6 +435,29 @@ func TestCacheBoundsHeap(t *testing.T) {
 			}
 			c.close()
 		})
+	}
+}
+
+// The overhead suffices for what entries cost at worst: go-cache's map is emptiest after this many have come and gone, and two
+// reports of each file cost more than one or three.
+func TestEntryOverhead(t *testing.T) {
+	if raceDetector {
+		t.Skip("the race detector makes allocations larger")
+	}
+	const n, size = 24_000, 80
+	before := heapInUse()
+	m := newMemory(n * (size + entryOverhead))
+	defer m.close()
+	for i := range 20 * n {
+		d := inflatedReport(size).Document()
+		d.File = [32]byte(numbered(i / 2))
+		target := numbered(-i - 1)
+		m.save(m.put(numbered(i), task.NewReport(d), time.Hour), archive.Item{Target: &target}, nil)
+	}
+	each := (heapInUse()-before)/int64(m.entries) - size
+	t.Logf("%d entries cost %d bytes each beside the document", m.entries, each)
+	if m.entries != n || each > entryOverhead {
+		t.Errorf("%d bytes are counted, and %d entries should be kept", entryOverhead, n)
 	}
 }
 

@@ -1,107 +1,99 @@
 package fsbroker
 
-import (
-	"container/heap"
-	"crypto/sha256"
-
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
-)
+import "crypto/sha256"
 
 // fileIndex finds the newest report of a file. The zero value is empty. It is not safe for use by several goroutines.
-type fileIndex struct{ byFile map[fileID]fileReports }
-
-// fileReport is a report under its key, with its place in the index.
-type fileReport struct {
-	key    task.Key
-	report *task.Report
-	all    bool  // it is the complete report
-	place  int32 // in its fileReports, counted from 1; 0 if it is in no index
-	at     int64 // its time there, in Unix nanoseconds. That of the report may change under another key.
+//
+// Of most files, one report is kept. Its place in the index is as small as possible, because it would be a good part of
+// what the entry costs: the beginning of the file's sum has to do there. Another report that begins alike, be it of the same
+// file or not, makes a list.
+type fileIndex struct {
+	single map[filePrefix]*entry
+	lists  map[fileReports]*ranking // by time, the newest in front
 }
 
-// fileID is the beginning of the SHA-256 sum of a file. Its last bit says whether the reports are complete. A whole sum would
-// double the cost of an entry.
-type fileID [16]byte
-
-func newFileID(sum [sha256.Size]byte, all bool) fileID {
-	id := fileID(sum[:len(fileID{})])
-	id[len(id)-1] &^= 1
-	if all {
-		id[len(id)-1] |= 1
-	}
-	return id
+// fileReports are the high-level or the complete reports of a file.
+type fileReports struct {
+	sum [sha256.Size]byte
+	all bool
 }
 
-// newest returns the newest report of a file, high-level or complete, or nil.
-func (x *fileIndex) newest(sum [sha256.Size]byte, all bool) *fileReport {
-	reports := x.byFile[newFileID(sum, all)]
-	if len(reports) == 0 || reports[0].report.File() != sum {
-		return nil
+// filePrefix is the beginning of a fileReports. Its last bit says whether they are complete.
+type filePrefix [8]byte
+
+func (f fileReports) prefix() filePrefix {
+	p := filePrefix(f.sum[:])
+	p[len(p)-1] &^= 1
+	if f.all {
+		p[len(p)-1] |= 1
 	}
-	return reports[0]
+	return p
+}
+
+func fileReportsOf(e *entry) fileReports { return fileReports{e.report.File(), e.all} }
+
+// age ranks the newest report first.
+func age(e *entry) int64 { return -e.report.At().UnixNano() }
+
+// newest returns the newest of the reports, or nil.
+func (x *fileIndex) newest(f fileReports) *entry {
+	if list, ok := x.lists[f]; ok {
+		return list.first()
+	}
+	if e, ok := x.single[f.prefix()]; ok && fileReportsOf(e) == f {
+		return e
+	}
+	return nil
 }
 
 // add adds a report, unless it is in the index already, or does not say which file it is of.
-func (x *fileIndex) add(r *fileReport) {
-	sum := r.report.File()
-	if r.place != 0 || sum == [sha256.Size]byte{} {
+func (x *fileIndex) add(e *entry) {
+	f := fileReportsOf(e)
+	if e.filePlace != 0 || f.sum == [sha256.Size]byte{} {
 		return
 	}
-	if x.byFile == nil {
-		x.byFile = make(map[fileID]fileReports)
+	if x.single == nil {
+		x.single, x.lists = make(map[filePrefix]*entry), make(map[fileReports]*ranking)
 	}
-	r.at = r.report.At().UnixNano()
-	id := newFileID(sum, r.all)
-	reports := x.byFile[id]
-	heap.Push(&reports, r)
-	x.byFile[id] = reports
+	list, ok := x.lists[f]
+	if !ok {
+		other, ok := x.single[f.prefix()]
+		if !ok {
+			x.single[f.prefix()], e.filePlace = e, 1
+			return
+		}
+		list = &ranking{place: func(e *entry) *place { return &e.filePlace }}
+		x.lists[f] = list
+		if fileReportsOf(other) == f {
+			delete(x.single, f.prefix())
+			other.filePlace = 0
+			list.set(other, age(other))
+		}
+	}
+	list.set(e, age(e))
 }
 
 // renew moves a report to its place after its time has changed.
-func (x *fileIndex) renew(r *fileReport) {
-	if r.place == 0 {
-		return
+func (x *fileIndex) renew(e *entry) {
+	if list, ok := x.lists[fileReportsOf(e)]; ok && e.filePlace != 0 {
+		list.set(e, age(e))
 	}
-	r.at = r.report.At().UnixNano()
-	reports := x.byFile[newFileID(r.report.File(), r.all)]
-	heap.Fix(&reports, int(r.place)-1)
 }
 
 // remove removes a report, if it is in the index.
-func (x *fileIndex) remove(r *fileReport) {
-	if r.place == 0 {
+func (x *fileIndex) remove(e *entry) {
+	if e.filePlace == 0 {
 		return
 	}
-	id := newFileID(r.report.File(), r.all)
-	reports := x.byFile[id]
-	heap.Remove(&reports, int(r.place)-1)
-	if len(reports) == 0 {
-		delete(x.byFile, id)
+	f := fileReportsOf(e)
+	list, ok := x.lists[f]
+	if !ok {
+		delete(x.single, f.prefix())
+		e.filePlace = 0
 		return
 	}
-	x.byFile[id] = reports
-}
-
-// fileReports are the reports of a file, the newest in front. It implements heap.Interface.
-type fileReports []*fileReport
-
-func (f fileReports) Len() int           { return len(f) }
-func (f fileReports) Less(i, j int) bool { return f[i].at > f[j].at }
-func (f fileReports) Swap(i, j int) {
-	f[i], f[j] = f[j], f[i]
-	f[i].place, f[j].place = int32(i+1), int32(j+1) //nolint:gosec // memory has no room for that many
-}
-
-func (f *fileReports) Push(r any) {
-	*f = append(*f, r.(*fileReport))
-	r.(*fileReport).place = int32(len(*f)) //nolint:gosec // memory has no room for that many
-}
-
-func (f *fileReports) Pop() any {
-	last := len(*f) - 1
-	r := (*f)[last]
-	(*f)[last] = nil
-	*f = (*f)[:last]
-	r.place = 0
-	return r
+	list.remove(e)
+	if list.first() == nil {
+		delete(x.lists, f)
+	}
 }

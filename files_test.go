@@ -22,7 +22,7 @@ func (m *memory) keepOf(sum [sha256.Size]byte, i int, all bool, at time.Time) *e
 // Whatever is kept, replaced, renewed and removed, in any order, memory finds the newest report of each file.
 func TestNewestInMemory(t *testing.T) {
 	random := rand.New(rand.NewPCG(1, 2))
-	files := [][sha256.Size]byte{{1}, {2}, {3}, {}}
+	files := [][sha256.Size]byte{{1}, {2}, {3}, {3, 31: 1}, {4, 30: 1}, {4, 31: 1}, {}} // some begin alike
 	const names = 60
 	m := newMemory(1 << 30)
 	defer m.close()
@@ -52,7 +52,7 @@ func TestNewestInMemory(t *testing.T) {
 		}
 	}
 	m.purge(archive.Selection{}.Matches)
-	if n := len(m.files.byFile); n != 0 {
+	if n := len(m.files.single) + len(m.files.lists); n != 0 {
 		t.Errorf("%d files are left in the index", n)
 	}
 }
@@ -62,8 +62,12 @@ func TestFilesThatBeginAlike(t *testing.T) {
 	m := newMemory(1 << 20)
 	defer m.close()
 	one, other := [sha256.Size]byte{0: 1, 31: 1}, [sha256.Size]byte{0: 1, 31: 2}
-	m.keepOf(one, 1, false, time.Now())
-	if m.newest(other, false) != nil || m.newest(one, true) != nil || m.newest(one, false) == nil {
+	first := m.keepOf(one, 1, false, time.Now())
+	if m.newest(other, false) != nil || m.newest(one, true) != nil || m.newest(one, false) != first {
 		t.Error("the report of another file is found, or none")
+	}
+	second := m.keepOf(other, 2, false, time.Now())
+	if m.newest(one, false) != first || m.newest(other, false) != second {
+		t.Error("the second report hides the first, or is not found")
 	}
 }

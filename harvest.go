@@ -189,7 +189,7 @@ func (rs *resolver) fetchFollowed(ctx context.Context, t harvest.Target, all boo
 		return harvest.Outcome{}, errNoRoom
 	case err == nil:
 		return harvest.Outcome{
-			State: harvest.Finished, Report: res.entry.report, Saved: rs.shared.isSaved(res.entry, rs.archive), Key: res.entry.key,
+			State: harvest.Finished, Report: res.entry.report, Saved: rs.shared.isSaved(res.entry, rs.archive), Key: res.entry.key(),
 		}, nil
 	case !isProblem:
 		return harvest.Outcome{}, err

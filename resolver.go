@@ -183,9 +183,9 @@ func (rs *resolver) resolveFile(ctx context.Context, q query) (result, error) {
 	e := rs.shared.newest(sum, q.all)
 	switch {
 	case stored.entry != nil && (e == nil || e.report.At().Before(stored.entry.report.At()) || e == stored.entry):
-		return result{fetchResult: stored, hit: true, node: rs.nodeOf(stored.entry.key)}, nil
+		return result{fetchResult: stored, hit: true, node: rs.nodeOf(stored.entry.key())}, nil
 	case e != nil:
-		return result{fetchResult: fetchResult{entry: e}, hit: true, node: rs.nodeOf(e.key)}, nil
+		return result{fetchResult: fetchResult{entry: e}, hit: true, node: rs.nodeOf(e.key())}, nil
 	}
 	return result{}, rs.withStorageError(&problem{
 		kind:   problemUnknownFile,

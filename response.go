@@ -56,13 +56,13 @@ func (rp *responder) write(w http.ResponseWriter, r *http.Request, res result) i
 		return http.StatusNotModified
 	}
 	isHead := r.Method == http.MethodHead
-	body, err := rp.memory.acquireForm(e, inflated && !isHead)
+	form, body, err := rp.memory.acquireForm(e, inflated && !isHead)
 	if err != nil {
 		rp.logger.Error("a kept report is damaged", zap.Error(err))
 		return writeProblem(w, r, errDamaged, cacheStatus(res, errDamaged))
 	}
-	if body != nil {
-		defer rp.memory.release(body)
+	if form != nil {
+		defer rp.memory.release(form)
 	}
 	f.set("Etag", rep.ETag)
 	f.set("Content-Type", "application/json")
@@ -73,10 +73,10 @@ func (rp *responder) write(w http.ResponseWriter, r *http.Request, res result) i
 	w.WriteHeader(http.StatusOK)
 	switch {
 	case isHead:
-	case body == nil:
+	case form == nil:
 		rp.stream(w, e)
 	default:
-		_, _ = w.Write(body.rep.Body) // an error means that the client has left
+		_, _ = w.Write(body) // an error means that the client has left
 	}
 	return http.StatusOK
 }

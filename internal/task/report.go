@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"strconv"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -22,10 +23,12 @@ type Report struct {
 	at       atomic.Int64 // Unix nanoseconds
 	finished bool
 	gzipped  bool
-	length   int    // of the document, in bytes
-	hash     string // of the document, hexadecimal; empty if there is nothing to report yet
-	file     [sha256.Size]byte
-	rep      Representation
+	length   int // of the document, in bytes
+	body     []byte
+	// The entity tag of the representation, which has the hash of the document, followed by its Content-Length. Two strings,
+	// or three, would take more memory. It is empty if there is nothing to report yet.
+	header string
+	file   [sha256.Size]byte
 }
 
 // Representation is a document as it is sent, with the header fields that describe it.
@@ -33,10 +36,6 @@ type Representation struct {
 	Body   []byte
 	ETag   string
 	Length string // Content-Length
-}
-
-func newRepresentation(body []byte, etag string) Representation {
-	return Representation{Body: body, ETag: etag, Length: strconv.Itoa(len(body))}
 }
 
 // NothingYet returns the report of a task that is known but has nothing to report yet.
@@ -60,15 +59,17 @@ type Document struct {
 func NewReport(d Document) *Report { return newReport(d, true) }
 
 func newReport(d Document, finished bool) *Report {
-	r := &Report{finished: finished, gzipped: d.Gzipped, length: d.Length, hash: d.Hash, file: d.File}
+	r := &Report{
+		finished: finished, gzipped: d.Gzipped, length: d.Length, body: d.Body, file: d.File,
+		header: etag(d.Hash, d.Gzipped) + strconv.Itoa(len(d.Body)),
+	}
 	r.at.Store(d.At.UnixNano())
-	r.rep = newRepresentation(d.Body, r.etag(d.Gzipped))
 	return r
 }
 
 // Document returns the report in the form that a storage keeps.
 func (r *Report) Document() Document {
-	return Document{At: r.At(), Hash: r.hash, File: r.file, Length: r.length, Body: r.rep.Body, Gzipped: r.gzipped}
+	return Document{At: r.At(), Hash: r.hash(), File: r.file, Length: r.length, Body: r.body, Gzipped: r.gzipped}
 }
 
 // At returns when the upstream answered, last of all if it has answered with the same document several times.
@@ -76,7 +77,7 @@ func (r *Report) At() time.Time { return time.Unix(0, r.at.Load()) }
 
 // Same reports whether the upstream answered with the same document.
 func (r *Report) Same(other *Report) bool {
-	return r.hash == other.hash && r.finished == other.finished
+	return r.hash() == other.hash() && r.finished == other.finished
 }
 
 // Renew reports whether the upstream answered with the same document again, in which case the time of that answer counts.
@@ -95,11 +96,11 @@ func (r *Report) Finished() bool { return r.finished }
 func (r *Report) File() [sha256.Size]byte { return r.file }
 
 // IsEmpty reports whether there is nothing to report yet.
-func (r *Report) IsEmpty() bool { return r.hash == "" }
+func (r *Report) IsEmpty() bool { return r.header == "" }
 
 // Size returns the memory that the document takes, in bytes, without fixed overhead. It is the capacity, because Go's
 // allocator rounds lengths up.
-func (r *Report) Size() int { return cap(r.rep.Body) }
+func (r *Report) Size() int { return cap(r.body) }
 
 // Length returns the length of the inflated document, in bytes.
 func (r *Report) Length() int { return r.length }
@@ -108,11 +109,14 @@ func (r *Report) Length() int { return r.length }
 func (r *Report) Gzipped() bool { return r.gzipped }
 
 // Representation returns the representation that is held.
-func (r *Report) Representation() *Representation { return &r.rep }
+func (r *Report) Representation() Representation {
+	length := strings.LastIndexByte(r.header, '"') + 1
+	return Representation{Body: r.body, ETag: r.header[:length], Length: r.header[length:]}
+}
 
 // Inflated returns the header fields of the inflated representation, without the body.
 func (r *Report) Inflated() Representation {
-	return Representation{ETag: r.etag(false), Length: strconv.Itoa(r.length)}
+	return Representation{ETag: etag(r.hash(), false), Length: strconv.Itoa(r.length)}
 }
 
 // Inflate returns the inflated representation of a report that is compressed.
@@ -146,7 +150,7 @@ var ErrDamaged = errors.New("the kept report is damaged")
 func (r *Report) inflateTo(piece func([]byte) error) error {
 	d := decoders.Get().(*decoder)
 	defer decoders.Put(d)
-	d.body.Reset(r.rep.Body)
+	d.body.Reset(r.body)
 	defer d.body.Reset(nil)
 	if err := d.zr.Reset(&d.body); err != nil {
 		return fmt.Errorf("%w: %w", ErrDamaged, err)
@@ -182,10 +186,17 @@ const DecoderMemory = 72 << 10
 // decoders reuses the buffers of the decoders.
 var decoders = sync.Pool{New: func() any { return new(decoder) }}
 
-// etag returns the entity tag of a representation.
-func (r *Report) etag(gzipped bool) string {
+const gzippedSuffix = "-gz"
+
+// etag returns the entity tag of a representation of the document with a hash.
+func etag(hash string, gzipped bool) string {
 	if gzipped {
-		return `"` + r.hash + `-gz"`
+		hash += gzippedSuffix
 	}
-	return `"` + r.hash + `"`
+	return `"` + hash + `"`
+}
+
+// hash returns the hash of the document, hexadecimal. It is empty if there is nothing to report yet.
+func (r *Report) hash() string {
+	return strings.TrimSuffix(strings.Trim(r.Representation().ETag, `"`), gzippedSuffix)
 }
