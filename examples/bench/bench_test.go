@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -137,5 +138,39 @@ func TestMadeReports(t *testing.T) {
 		if ratio := float64(gzipped.Len()) / float64(len(s.document)); ratio < 0.21 || ratio > 0.31 || !json.Valid(s.document) {
 			t.Errorf("%s shrinks to %.2f, and is JSON: %v", s.name, ratio, json.Valid(s.document))
 		}
+	}
+}
+
+// TestCollections measures collections with few reports, all of which the server must keep.
+func TestCollections(t *testing.T) {
+	o := options{seconds: 1, rounds: 1, many: 1000, reports: filepath.Join("..", "..", "..", "shared", "reports")}
+	h, err := newHarness(t.Context(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(h.close)
+	var all results
+	if err := h.collections(t.Context(), nil, &all); err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range all.collections {
+		if len(r.took) != hitsPerSecond || r.forced && len(r.collections) == 0 || r.heap == 0 {
+			t.Errorf("%d reports, forced: %v: %d hits, %d collections, %d bytes", r.kept, r.forced, len(r.took), len(r.collections), r.heap)
+		}
+	}
+	var out strings.Builder
+	all.print(t.Context(), &out, h)
+	if !strings.Contains(out.String(), "\n| 1000 | ") {
+		t.Error("the table is missing")
+	}
+	t.Log(out.String())
+}
+
+func TestParseCollections(t *testing.T) {
+	got := parseCollections([]byte("{\"level\":\"info\"}\n" +
+		"gc 7 @2.104s 0%: 0.5+28+0.25 ms clock, 1+0.3/9.1/26+0.5 ms cpu, 84->85->42 MB, 86 MB goal, 0 MB stacks, 0 MB globals, 2 P (forced)\n"))
+	want := []collection{{took: 28750 * time.Microsecond, pause: 500 * time.Microsecond}}
+	if !slices.Equal(got, want) {
+		t.Errorf("got %v, want %v", got, want)
 	}
 }

@@ -44,11 +44,11 @@ type calls struct {
 func (c calls) perSecond() float64 { return float64(len(c.took)) / c.elapsed.Seconds() }
 
 // percentile returns how long the p-th percent of the reports took at most. It is 0 if there was none.
-func (c calls) percentile(p int) time.Duration {
+func (c calls) percentile(p float64) time.Duration {
 	if len(c.took) == 0 {
 		return 0
 	}
-	return c.took[(len(c.took)-1)*p/100]
+	return c.took[int(float64(len(c.took)-1)*p/100)]
 }
 
 // checkEvery is the distance of the responses that are compared with the report, which takes time.

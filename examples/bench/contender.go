@@ -27,6 +27,7 @@ type contender struct {
 	// target returns the path and query to request for a task.
 	target func(l load, task string) string
 
+	env    []string // further environment variables
 	noTLS  bool
 	maxLen int  // size of the largest report that it can serve, in bytes; 0 means unlimited
 	caches bool // whether it caches reports
@@ -285,6 +286,7 @@ func (c *contender) start(ctx context.Context, h *harness) (*server, error) {
 	}
 	name, args := os.Args[0], []string{"run", "--config", config}
 	env := []string{beCaddy + "=1", "XDG_DATA_HOME=" + s.Dir, "XDG_CONFIG_HOME=" + s.Dir}
+	env = append(env, c.env...)
 	if c.command != nil {
 		name, args = c.command(config, s)
 	}

@@ -42,11 +42,12 @@ func main() {
 	flag.IntVar(&o.serverCPUs, "server-cpus", runtime.NumCPU()/2, "number of CPUs that are reserved for the servers; wrk and the node use the others. With 0, all share all CPUs")
 	peers := flag.String("peers", ".", "regular expression for the names of the servers to compare with the module")
 	loads := flag.String("loads", ".", "regular expression for the names of the loads, such as '^HTTPS, gzip'")
-	parts := flag.String("parts", ".", "regular expression for what to measure: load, unauthorized, memory, cold, miss, compression, "+
+	parts := flag.String("parts", ".", "regular expression for what to measure: load, unauthorized, memory, cold, miss, compression, collections, "+
 		"storage hits, storage writes, storage stop, storage purge, storage sweep, storage heap")
 	delays := flag.String("delays", "0s,5ms,20ms", "how long each operation of the storage takes at least")
 	flag.IntVar(&o.stored, "stored", 10_000, "number of reports in the storage")
 	flag.IntVar(&o.through, "through", 1_000_000, "number of reports that go through while memory is measured")
+	flag.IntVar(&o.many, "many", 1_000_000, "number of small reports that are kept while collections are measured")
 	flag.StringVar(&o.reports, "reports", filepath.Join("..", "..", "..", "shared", "reports"),
 		"folder of real reports; if one is missing, a similar one is generated")
 	flag.Parse()
@@ -90,6 +91,7 @@ type options struct {
 	delays     []time.Duration
 	stored     int
 	through    int
+	many       int
 	serverCPUs int
 	peers      *regexp.Regexp
 	loads      *regexp.Regexp

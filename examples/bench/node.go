@@ -36,7 +36,7 @@ func startNode(ctx context.Context, sizes []size) (*node, error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &node{address: listener.Addr().String(), documents: make(map[string][]byte)}
+	n := &node{address: listener.Addr().String(), documents: map[string][]byte{"small": []byte(smallReport)}}
 	for _, s := range sizes {
 		n.documents[s.id()] = s.document
 	}

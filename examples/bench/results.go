@@ -20,6 +20,7 @@ type results struct {
 	cold        []coldResult
 	misses      []missResult
 	compression []compressionResult
+	collections []collectionsResult
 
 	// Of the storage, with the rounds of each trial.
 	hits    [][]hitsResult
@@ -80,7 +81,7 @@ func (r *results) print(ctx context.Context, out io.Writer, h *harness) {
 	}{
 		{len(r.loads), r.printSummary}, {len(r.loads), r.printLoads}, {len(r.floods), r.printFloods},
 		{len(r.memory), r.printMemory}, {len(r.cold), r.printCold}, {len(r.misses), r.printMisses},
-		{len(r.compression), r.printCompression}, {len(r.loads), r.printGoals},
+		{len(r.compression), r.printCompression}, {len(r.collections), r.printCollections}, {len(r.loads), r.printGoals},
 		{len(r.hits), r.printHits}, {len(r.writes), r.printWrites}, {len(r.stops), r.printStops},
 		{len(r.purges), r.printPurges}, {len(r.sweeps), r.printSweeps},
 		{len(r.through), r.printThrough},

@@ -151,7 +151,7 @@ type part struct {
 func (h *harness) parts() []part {
 	return []part{
 		{"load", h.load}, {"unauthorized", h.unauthorized}, {"memory", h.memory}, {"cold", h.cold}, {"miss", h.miss},
-		{"compression", h.compression},
+		{"compression", h.compression}, {"collections", h.collections},
 		{"storage hits", h.storageHits}, {"storage writes", h.storageWrites}, {"storage stop", h.storageStop},
 		{"storage purge", h.storagePurge}, {"storage sweep", h.storageSweep}, {"storage heap", h.storageHeap},
 	}

@@ -33,7 +33,6 @@ const smallReport = `{"processTime":1,"result":{"finalVerdict":{"verdict":"BENIG
 // storageHeap measures the memory of a server while many small reports go through it. The storage keeps nothing,
 // because it is a part of the server.
 func (h *harness) storageHeap(ctx context.Context, _ []*contender, results *results) error {
-	h.node.documents["small"] = []byte(smallReport)
 	delays := h.options.delays
 	for _, delay := range slices.Compact([]time.Duration{delays[0], delays[len(delays)-1]}) {
 		r, err := h.heapOf(ctx, delay)
