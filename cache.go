@@ -105,7 +105,7 @@ type entry struct {
 	requested atomic.Bool // whether a caller has asked for the inflated document
 
 	expiryPlace place // in memory.expiries; guarded by memory.mu
-	filePlace   place // among the reports of its file; guarded by memory.mu
+	filePlace   place // among the reports of its file; 0 if it is not in the index; guarded by memory.mu
 	all         bool  // it is the complete report
 	unkept      bool  // it was never kept
 	inflating   bool  // a caller is inflating it; guarded by memory.mu
@@ -595,10 +595,15 @@ func (m *memory) setLimit(limit int64) {
 	m.makeRoom(0)
 }
 
-// close removes all entries and their timers. A closed cache keeps nothing.
+// close removes all entries and stops the timer. A closed cache keeps nothing.
 func (m *memory) close() {
 	m.setLimit(0)
 	m.purge(archive.Selection{}.Matches) // what callers hold is not evicted
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.timer != nil {
+		m.timer.Stop() // it holds the cache
+	}
 }
 
 // share is what is being read from one upstream, or from the storage, in bytes. It is guarded by memory.mu.

@@ -4,9 +4,9 @@ import "crypto/sha256"
 
 // fileIndex finds the newest report of a file. The zero value is empty. It is not safe for use by several goroutines.
 //
-// Of most files, one report is kept. Its place in the index is as small as possible, because it would be a good part of
-// what the entry costs: the beginning of the file's sum has to do there. Another report that begins alike, be it of the same
-// file or not, makes a list.
+// Most files have one report. The index has only the beginning of the file's sum for it, because a list for each file would
+// be a good part of what an entry costs. Files with several reports, or with a sum that begins like that of another file,
+// have a list.
 type fileIndex struct {
 	single map[filePrefix]*entry
 	lists  map[fileReports]*ranking // by time, the newest in front
@@ -55,20 +55,21 @@ func (x *fileIndex) add(e *entry) {
 	if x.single == nil {
 		x.single, x.lists = make(map[filePrefix]*entry), make(map[fileReports]*ranking)
 	}
-	list, ok := x.lists[f]
+	if list, ok := x.lists[f]; ok {
+		list.set(e, age(e))
+		return
+	}
+	other, ok := x.single[f.prefix()]
 	if !ok {
-		other, ok := x.single[f.prefix()]
-		if !ok {
-			x.single[f.prefix()], e.filePlace = e, 1
-			return
-		}
-		list = &ranking{place: func(e *entry) *place { return &e.filePlace }}
-		x.lists[f] = list
-		if fileReportsOf(other) == f {
-			delete(x.single, f.prefix())
-			other.filePlace = 0
-			list.set(other, age(other))
-		}
+		x.single[f.prefix()], e.filePlace = e, 1
+		return
+	}
+	list := &ranking{place: func(e *entry) *place { return &e.filePlace }}
+	x.lists[f] = list
+	if fileReportsOf(other) == f {
+		delete(x.single, f.prefix())
+		other.filePlace = 0
+		list.set(other, age(other))
 	}
 	list.set(e, age(e))
 }

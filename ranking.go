@@ -2,8 +2,8 @@ package fsbroker
 
 import "container/heap"
 
-// ranking is a heap of entries, the one with the least rank in front. It has the ranks, because that of an entry may change
-// elsewhere.
+// ranking is a heap of entries, the one with the least rank in front. It keeps a copy of each rank, because the time of a
+// report may change under another key.
 type ranking struct {
 	ranked []ranked
 	place  func(*entry) *place

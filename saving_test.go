@@ -121,7 +121,7 @@ func TestUnsavedIsStoredAtAStop(t *testing.T) {
 func TestUnsavedIsQueuedBeforeItIsEvicted(t *testing.T) {
 	for what, leave := range map[string]func(m *shared){
 		"evicted": func(m *shared) { m.setLimit(0) },
-		"expired": func(*shared) { time.Sleep(11 * time.Minute) },
+		"expired": func(*shared) { time.Sleep(11 * time.Minute); synctest.Wait() },
 	} {
 		t.Run(what, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
