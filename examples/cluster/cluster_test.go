@@ -22,12 +22,7 @@ func TestInstancesShareReports(t *testing.T) {
 	c := newCluster(t)
 	one, other := c.start(), c.start()
 	small, large := c.mustScan(1, text(1)), c.mustScan(2, text(2000))
-	submitted := c.submit(text(10))
-	reports := one.collect(small, small+"&all", large, large+"&all")
-	// The broker hands the file to a node in its own time.
-	var r response
-	eventually(t, "the submission's report", func() bool { r, _ = one.get(submitted); return r.status == http.StatusOK })
-	reports[submitted] = r.body
+	reports := one.collect(small, small+"&all", large, large+"&all", c.submit(text(10)))
 	if n := len(reports[large+"&all"]); n < 200_000 {
 		t.Errorf("the large report has %d bytes only", n)
 	}

@@ -4,10 +4,12 @@ import (
 	"bytes"
 	"context"
 	"crypto/rand"
+	"crypto/tls"
 	"encoding/json"
 	"flag"
 	"fmt"
 	"io"
+	"maps"
 	"mime/multipart"
 	"net"
 	"net/http"
@@ -16,6 +18,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -53,27 +56,74 @@ type cluster struct {
 	secrets map[string]string // by environment variable
 	env     []string          // of the instances
 	pinned  *http.Client      // for the nodes and the broker
+	timing  timing
 
 	broker, node1, node2 upstream
 	stopBroker           context.CancelFunc
 }
 
-// upstream is a server that can forget everything.
+// timing is how long a node takes for a task, and how long it and the broker keep one that is finished.
+type timing struct{ analysis, forget time.Duration }
+
+// upstream is a server that can be away, that can forget everything, and that counts the questions for reports.
 type upstream struct {
-	url     string
-	handler atomic.Pointer[http.Handler]
+	url, address string
+	tls          *tls.Config
+	servers      *backend.Servers
+	handler      atomic.Pointer[http.Handler]
+
+	mu    sync.Mutex
+	asked map[question]int
+}
+
+// question is a question for one of the two reports of a submission. Nodes are not asked by submission.
+type question struct {
+	submitID string
+	all      bool
 }
 
 func (u *upstream) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	if query := r.URL.Query(); r.URL.Path == "/task" {
+		u.mu.Lock()
+		u.asked[question{query.Get("submitID"), query.Get("all") == "true"}]++
+		u.mu.Unlock()
+	}
 	(*u.handler.Load()).ServeHTTP(w, r)
 }
 
-// newCluster starts Redis, the nodes and the broker. They run until the test ends, beside those of other tests. The options are
-// for Redis.
+// questions returns how often each report was asked for so far.
+func (u *upstream) questions() map[question]int {
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	return maps.Clone(u.asked)
+}
+
+// start lets the upstream listen.
+func (u *upstream) start(t *testing.T) {
+	t.Helper()
+	listener, err := net.Listen("tcp", u.address)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.servers = &backend.Servers{TLS: u.tls}
+	u.url = u.servers.Serve(listener, u)
+}
+
+// stop closes the listener and all connections, until start.
+func (u *upstream) stop() { u.servers.Stop() }
+
+// newCluster starts Redis, the nodes and the broker. They run until the test ends, beside those of other tests. The nodes
+// finish a task at once, and keep it. The options are for Redis.
 func newCluster(t *testing.T, options ...string) *cluster {
 	t.Helper()
 	t.Parallel()
-	c := &cluster{t: t, redis: redistest.Start(t, options...)}
+	return newTimedCluster(t, timing{forget: time.Hour}, options...)
+}
+
+// newTimedCluster is like newCluster, but the nodes take their time, and the test runs alone unless it is parallel.
+func newTimedCluster(t *testing.T, timing timing, options ...string) *cluster {
+	t.Helper()
+	c := &cluster{t: t, redis: redistest.Start(t, options...), timing: timing}
 	c.secrets = map[string]string{"REDIS_PASSWORD": c.redis.Password}
 	for _, name := range []string{"PORTAL_SECRET", "NODE_1_SECRET", "NODE_2_SECRET", "BROKER_SECRET"} {
 		c.secrets[name] = rand.Text()
@@ -89,22 +139,18 @@ func newCluster(t *testing.T, options ...string) *cluster {
 	c.pinned = certificate.Client()
 	t.Cleanup(c.pinned.CloseIdleConnections)
 
-	servers := &backend.Servers{TLS: certificate.ServerConfig()}
-	t.Cleanup(servers.Stop)
 	for _, u := range []*upstream{&c.broker, &c.node1, &c.node2} {
-		listener, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		u.url = servers.Serve(listener, u)
+		u.address, u.tls = fmt.Sprintf("127.0.0.1:%d", redistest.FreePort(t)), certificate.ServerConfig()
+		u.asked = make(map[question]int)
+		u.start(t)
+		t.Cleanup(u.stop)
 	}
 	c.forget()
 	t.Cleanup(func() { c.stopBroker() })
 
-	host := func(u *upstream) string { return strings.TrimPrefix(u.url, "https://") }
 	c.env = []string{
 		beCaddy + "=1", "REDIS_ADDRESS=" + c.redis.Address, "UPSTREAMS_CRT=" + pem,
-		"BROKER=" + host(&c.broker), "NODE_1=" + host(&c.node1), "NODE_2=" + host(&c.node2),
+		"BROKER=" + c.broker.address, "NODE_1=" + c.node1.address, "NODE_2=" + c.node2.address,
 	}
 	for name, secret := range c.secrets {
 		c.env = append(c.env, name+"="+secret)
@@ -114,12 +160,12 @@ func newCluster(t *testing.T, options ...string) *cluster {
 
 // forget makes the nodes and the broker forget everything, as they do when they restart.
 func (c *cluster) forget() {
-	node1 := backend.NewNode(c.secrets["NODE_1_SECRET"], 0, time.Hour)
-	node2 := backend.NewNode(c.secrets["NODE_2_SECRET"], 0, time.Hour)
+	node1 := backend.NewNode(c.secrets["NODE_1_SECRET"], c.timing.analysis, c.timing.forget)
+	node2 := backend.NewNode(c.secrets["NODE_2_SECRET"], c.timing.analysis, c.timing.forget)
 	broker := backend.NewBroker(c.secrets["BROKER_SECRET"],
 		backend.NodeRef{AppServerID: "node-1", Address: c.node1.url, Secret: c.secrets["NODE_1_SECRET"]},
 		backend.NodeRef{AppServerID: "node-2", Address: c.node2.url, Secret: c.secrets["NODE_2_SECRET"]})
-	broker.NodeClient = c.pinned
+	broker.NodeClient, broker.Forget = c.pinned, c.timing.forget
 	for u, handler := range map[*upstream]http.Handler{&c.node1: node1, &c.node2: node2, &c.broker: broker} {
 		u.handler.Store(&handler)
 	}
@@ -153,14 +199,40 @@ func (c *cluster) mustScan(node int, file []byte) (path string) {
 	return path
 }
 
-// submit submits a file to the broker, and returns the path of its report.
+// submit submits a file to the broker, and returns the path of its report, which is finished.
 func (c *cluster) submit(file []byte) (path string) {
 	c.t.Helper()
-	var answer struct{ AcceptedFiles []struct{ ID string } }
-	if err := c.upload(c.broker.url+"/submit", c.secrets["BROKER_SECRET"], file, &answer); err != nil {
+	id, err := c.submitTo(c.broker.url, c.secrets["BROKER_SECRET"], file)
+	if err != nil {
 		c.t.Fatal(err)
 	}
-	return "/task?submitID=" + answer.AcceptedFiles[0].ID
+	path = "/task?submitID=" + id
+	// The broker hands the file to a node in its own time.
+	eventually(c.t, "the submission's report", func() bool { return c.askBroker(path) == http.StatusOK })
+	return path
+}
+
+// askBroker asks the broker itself for a report, and returns the status of the answer.
+func (c *cluster) askBroker(path string) (status int) {
+	c.t.Helper()
+	resp, err := c.pinned.Get(c.broker.url + path + "&secret=" + c.secrets["BROKER_SECRET"])
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	_ = resp.Body.Close()
+	return resp.StatusCode
+}
+
+// submitTo submits a file to the broker, or through an instance, and returns the submission. Any goroutine may call it.
+func (c *cluster) submitTo(url, secret string, file []byte) (id string, err error) {
+	var answer struct{ AcceptedFiles []struct{ ID string } }
+	if err := c.upload(url+"/submit", secret, file, &answer); err != nil {
+		return "", err
+	}
+	if len(answer.AcceptedFiles) != 1 {
+		return "", fmt.Errorf("%d files are accepted, want 1", len(answer.AcceptedFiles))
+	}
+	return answer.AcceptedFiles[0].ID, nil
 }
 
 func (c *cluster) upload(url, secret string, file []byte, answer any) error {
@@ -188,7 +260,8 @@ func (c *cluster) upload(url, secret string, file []byte, answer any) error {
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {
-		return fmt.Errorf("%s: %s", url, resp.Status)
+		body, _ := io.ReadAll(resp.Body)
+		return fmt.Errorf("%s: %s: %s", url, resp.Status, body)
 	}
 	return json.NewDecoder(resp.Body).Decode(answer)
 }
@@ -212,6 +285,7 @@ type instance struct {
 	cmd         *exec.Cmd
 	args        []string
 	env         []string
+	directives  []string
 	log         string // the name of the file
 	client      *http.Client
 }
@@ -219,8 +293,17 @@ type instance struct {
 // start starts an instance. The options of the cache replace the retention in the example's Caddyfile.
 func (c *cluster) start(options ...string) *instance {
 	c.t.Helper()
+	return c.startWith(nil, options...)
+}
+
+// startWith is like start, and adds directives to fsbroker_task.
+func (c *cluster) startWith(directives []string, options ...string) *instance {
+	c.t.Helper()
 	dir := c.t.TempDir()
-	i := &instance{c: c, log: filepath.Join(dir, "log"), client: &http.Client{Timeout: time.Minute, Transport: new(http.Transport)}}
+	i := &instance{
+		c: c, directives: directives, log: filepath.Join(dir, "log"),
+		client: &http.Client{Timeout: time.Minute, Transport: new(http.Transport)},
+	}
 	site, admin := fmt.Sprintf("127.0.0.1:%d", redistest.FreePort(c.t)), fmt.Sprintf("127.0.0.1:%d", redistest.FreePort(c.t))
 	i.site, i.admin = "http://"+site, "http://"+admin
 	i.env = append(slices.Clone(c.env), "FSBROKER_SITE="+i.site, "CADDY_ADMIN="+admin, "XDG_DATA_HOME="+dir, "XDG_CONFIG_HOME="+dir)
@@ -241,13 +324,16 @@ func (i *instance) configure(options ...string) {
 	if err != nil {
 		i.c.t.Fatal(err)
 	}
-	const retention = "retention 90d\n"
-	if n := bytes.Count(config, []byte(retention)); n != 1 {
-		i.c.t.Fatalf("%s has %d lines with %q", caddyfile, n, retention)
+	replace := func(line string, lines []string) {
+		if n := bytes.Count(config, []byte("\t"+line+"\n")); n != 1 {
+			i.c.t.Fatalf("%s has %d lines with %q", caddyfile, n, line)
+		}
+		if len(lines) > 0 {
+			config = bytes.Replace(config, []byte(line), []byte(strings.Join(lines, "\n\t\t\t")), 1)
+		}
 	}
-	if len(options) > 0 {
-		config = bytes.Replace(config, []byte(retention), []byte(strings.Join(options, "\n\t\t\t")+"\n"), 1)
-	}
+	replace("retention 90d", options)
+	replace("harvest", append([]string{"harvest"}, i.directives...))
 	if err := os.WriteFile(i.args[2], config, 0o600); err != nil {
 		i.c.t.Fatal(err)
 	}
@@ -336,12 +422,21 @@ func (i *instance) get(path string) (r response, err error) {
 	return i.do(http.MethodGet, i.site+path)
 }
 
-func (i *instance) do(method, url string) (r response, err error) {
+// getKept is like get, but asks no upstream.
+func (i *instance) getKept(path string) (r response, err error) {
+	return i.do(http.MethodGet, i.site+path, "Cache-Control: only-if-cached")
+}
+
+func (i *instance) do(method, url string, headers ...string) (r response, err error) {
 	req, err := http.NewRequest(method, url, nil)
 	if err != nil {
 		return r, err
 	}
 	req.Header.Set("Authorization", "Bearer "+i.c.secrets["PORTAL_SECRET"])
+	for _, header := range headers {
+		name, value, _ := strings.Cut(header, ": ")
+		req.Header.Set(name, value)
+	}
 	begin := time.Now()
 	resp, err := i.client.Do(req)
 	if err != nil {

@@ -46,13 +46,8 @@ func TestPurge(t *testing.T) {
 	one, other := c.start(), c.start("max_size 1B")
 	file := text(1)
 	byTask, byFile, atNode, old := c.mustScan(1, text(1)), c.mustScan(2, file), c.mustScan(1, text(1)), c.mustScan(2, text(1))
-	reports := one.collect(byTask, byTask+"&all", byFile, old, atNode)
 	submitted := c.submit(text(1))
-	eventually(t, "the submission's report", func() bool {
-		r, _ := one.get(submitted)
-		reports[submitted] = r.body
-		return r.status == http.StatusOK
-	})
+	reports := one.collect(byTask, byTask+"&all", byFile, old, atNode, submitted)
 	time.Sleep(10 * time.Millisecond)
 	since := time.Now()
 	time.Sleep(10 * time.Millisecond)

@@ -2,6 +2,7 @@
 package redistest
 
 import (
+	"bytes"
 	"cmp"
 	cryptorand "crypto/rand"
 	"fmt"
@@ -72,7 +73,9 @@ func FreePort(t testing.TB) int {
 // Restart starts the server again after Kill.
 func (s *Server) Restart() {
 	s.t.Helper()
+	var log bytes.Buffer
 	s.cmd = exec.Command("redis-server", s.options...) //nolint:gosec,noctx // a test has chosen the options and ends it
+	s.cmd.Stdout, s.cmd.Stderr = &log, &log
 	if err := s.cmd.Start(); err != nil {
 		s.t.Fatal(err)
 	}
@@ -82,7 +85,8 @@ func (s *Server) Restart() {
 			return
 		}
 	}
-	s.t.Fatalf("Redis does not answer: %v", err)
+	s.Kill() // before its log is read
+	s.t.Fatalf("Redis does not answer: %v\n%s", err, &log)
 }
 
 // Kill ends the server at once.
