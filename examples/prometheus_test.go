@@ -3,7 +3,6 @@ package examples_test
 import (
 	"encoding/json"
 	"fmt"
-	"io"
 	"maps"
 	"net/http"
 	"net/http/httptest"
@@ -40,8 +39,8 @@ func TestAlertRules(t *testing.T) {
 }
 
 // TestPrometheus runs Prometheus with the example's configuration and rules, apart from their times, and a Caddy that has
-// one node that works and one that is down. The alert about that node fires, and all queries of the dashboard return
-// something.
+// one node that works and one that is down. The alert about that node fires, and that about a report which is given up. All
+// queries of the dashboard return something.
 func TestPrometheus(t *testing.T) {
 	needProgram(t, "prometheus")
 	caddy := startMonitored(t)
@@ -50,6 +49,10 @@ func TestPrometheus(t *testing.T) {
 	caddy.traffic(t)
 	alert := prometheus.waitForAlert(t, "FsbrokerNodeFails")
 	if alert.Labels["node"] != "node-2" || alert.Labels["instance"] != caddy.admin || !strings.HasPrefix(alert.Annotations["summary"], "node node-2 at ") {
+		t.Errorf("the alert is about something else: %+v", alert)
+	}
+	caddy.giveUp(t)
+	if alert := prometheus.waitForAlert(t, "FsbrokerHarvestGivesUp"); alert.Labels["instance"] != caddy.admin {
 		t.Errorf("the alert is about something else: %+v", alert)
 	}
 
@@ -68,8 +71,9 @@ type monitored struct{ site, admin string }
 
 func startMonitored(t *testing.T) monitored {
 	t.Helper()
-	node := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
-		_, _ = io.WriteString(w, `{"processTime":1,"result":{"taskReference":{"state":"SUCCESS"}}}`)
+	node := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		state := map[string]string{"1": "SUCCESS", "2": "IN_PROGRESS"}[r.FormValue("taskID")]
+		_, _ = fmt.Fprintf(w, `{"processTime":1,"result":{"taskReference":{"state":%q}}}`, state)
 	}))
 	t.Cleanup(node.Close)
 	m := monitored{"http://" + freeAddress(t), freeAddress(t)}
@@ -83,6 +87,7 @@ func startMonitored(t *testing.T) monitored {
 		secret tester the-secret
 		node node-1 %s
 		node node-2 http://%s
+		harvest
 		cache {
 			storage file_system "%s"
 		}
@@ -107,6 +112,16 @@ func (m monitored) traffic(t *testing.T) {
 	}
 	get(t, m.site+"/task?appServerID=node-2&taskID=1", "the-secret", "") // 502, or 503 within fail_duration
 	get(t, m.site+"/task", "wrong", "")
+}
+
+// giveUp makes Caddy follow a report that is not finished, and give it up.
+func (m monitored) giveUp(t *testing.T) {
+	t.Helper()
+	const task = "appServerID=node-1&taskID=2"
+	if got := get(t, m.site+"/task?"+task, "the-secret", "").StatusCode; got != http.StatusOK {
+		t.Errorf("%s: got %d, want %d", task, got, http.StatusOK)
+	}
+	caddy(t, nil, "fsbroker", "give-up", "--app-server-id", "node-1", "--task-id", "2", "--address", m.admin)
 }
 
 // prometheus is the URL of a Prometheus.
