@@ -31,6 +31,7 @@ import (
 
 	_ "github.com/caddy-fsbroker/caddy-fsbroker"
 	"github.com/caddy-fsbroker/caddy-fsbroker/examples/quickstart/backend"
+	_ "github.com/caddy-fsbroker/caddy-fsbroker/examples/webhook"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
