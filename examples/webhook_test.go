@@ -28,7 +28,7 @@ import (
 func TestWebhook(t *testing.T) {
 	hook := startHook(t)
 	hook.answers = []int{http.StatusServiceUnavailable, http.StatusNoContent}
-	s := startNotifying(t, hook, hook.server.URL+"/hook")
+	s := startNotifying(t, hook.server.URL+"/hook")
 	id := s.submit(t, `"; touch pwned #.txt`, "a file")
 	s.wantNothingPending(t)
 	want := map[string]string{"event": "fsbroker_report_finished", "namespace": "default", "client": "portal", "submit_id": id, "sha256": sumOf("a file")}
@@ -54,7 +54,7 @@ func TestWebhookIsSentAgain(t *testing.T) {
 	hook := startHook(t)
 	hang := make(chan struct{})
 	hook.hang = hang
-	s := startNotifying(t, hook, hook.server.URL+"/hook")
+	s := startNotifying(t, hook.server.URL+"/hook")
 	s.submit(t, "file.txt", "a file")
 	hook.await(t, 1)
 	s.kill()
@@ -73,7 +73,7 @@ func TestWebhookDuringReload(t *testing.T) {
 	hook := startHook(t)
 	hang := make(chan struct{})
 	hook.hang = hang
-	s := startNotifying(t, hook, hook.server.URL+"/hook")
+	s := startNotifying(t, hook.server.URL+"/hook")
 	s.submit(t, "file.txt", "a file")
 	hook.await(t, 1)
 	s.reload(t)
@@ -91,7 +91,7 @@ func TestWebhookIsRefused(t *testing.T) {
 	hook.answers = []int{http.StatusNotFound}
 	url := filepath.Join(t.TempDir(), "url")
 	writeFile(t, url, hook.server.URL+"/"+configuredMark+"hook\n")
-	s := startNotifying(t, hook, "{file."+url+"}")
+	s := startNotifying(t, "{file."+url+"}")
 	s.submit(t, "file.txt", "a file")
 	s.wantNothingPending(t)
 	hook.wantBodies(t, 1)
@@ -206,7 +206,7 @@ type notifying struct {
 	secrets     map[string]string
 }
 
-func startNotifying(t *testing.T, h *hook, url string) *notifying {
+func startNotifying(t *testing.T, url string) *notifying {
 	t.Helper()
 	const nodeSecret = configuredMark + "node"
 	node := startUpstream(t, backend.NewNode(nodeSecret, 0, time.Hour).ServeHTTP)
