@@ -127,9 +127,12 @@ func (ns *namespace) closeFollower() error {
 	return err
 }
 
-// emitFinished emits the event that a report is finished and kept.
+// emitFinished emits the event that a report is finished and kept. The end of the configuration does not interrupt it: the
+// event is emitted once, so its handlers would miss it.
 func (a *App) emitFinished(ns *namespace, t harvest.Target) {
-	a.events.Emit(ns.ctx, "fsbroker_report_finished", map[string]any{
+	ctx := ns.ctx
+	ctx.Context = context.WithoutCancel(ctx.Context)
+	a.events.Emit(ctx, "fsbroker_report_finished", map[string]any{
 		"namespace": ns.name, "client": t.Client, "submit_id": t.SubmitID,
 		"node": t.AppServerID, "task_id": t.TaskID, "sha256": t.SHA256, "name": t.Name,
 	})
