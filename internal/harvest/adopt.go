@@ -108,6 +108,7 @@ func (a *adopter) resume(storage *archive.Archive, logger *zap.Logger) error {
 		return err
 	}
 	a.notebook.compare(names, read)
+	a.tidy(a.notebook)
 	notes, _, err := a.recallAll(a.ctx, storage, logger, a.lease.holder, names)
 	if len(notes) > 0 {
 		logger.Info("what was pending is followed again", zap.Int("notes", len(notes)))
@@ -257,6 +258,7 @@ func (a *adopter) recallNote(ctx context.Context, storage *archive.Archive, fold
 		return nil, fmt.Errorf("%w: %w", archive.ErrLockedNote, err)
 	}
 	n := &note{name: name, content: content, done: make(chan struct{})}
+	n.pages = []*note{n}
 	if folder == a.lease.holder {
 		n.stored, n.at = true, time.Now()
 	} else {

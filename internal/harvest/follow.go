@@ -99,6 +99,7 @@ func (f *Follower) newNotes(items []*item) (notes []*note) {
 	for _, page := range encodeTargets(targets) {
 		notes = append(notes, newNote(f.jitter.Uint64(), f.jitter.Uint64(), page))
 	}
+	notes[0].pages = notes
 	// An item belongs to all of them: which has it does not matter.
 	for _, it := range items {
 		for _, n := range notes {
@@ -345,6 +346,9 @@ func (f *Follower) GiveUp(id ID) bool {
 		return false
 	}
 	f.end(s, it, ending{endedGivenUp, "an operator has given it up"})
+	if f.notebook != nil && !f.closed {
+		f.work.Go(f.Flush)
+	}
 	return true
 }
 

@@ -28,7 +28,12 @@ type note struct {
 	name    string
 	content []byte
 
-	open int // targets that have not ended. It is guarded by the notebook once the note has been added
+	open    int  // targets that have not ended. It is guarded by the notebook once the note has been added
+	partial bool // some targets have ended. The notebook guards it
+	leaving bool // other notes replace it. The follower guards it
+
+	// pages are the notes that have the same targets, if this is the first of them.
+	pages []*note
 
 	// The notebook guards what follows.
 	from   string        // the folder that it is moved from, or empty
@@ -85,6 +90,16 @@ type notebook struct {
 	wake    *time.Timer
 	changed chan struct{} // closed and replaced when work has ended
 	closed  bool
+
+	replacements []replacement // guarded by the follower
+}
+
+// replacement is how a note is replaced, of which some targets have ended. A note is never overwritten: a crash in between
+// could damage it.
+type replacement struct {
+	old   []*note
+	by    []*note
+	items []*item // the targets that have not ended
 }
 
 func newNotebook(
@@ -116,9 +131,24 @@ func (nb *notebook) add(notes ...*note) {
 func (nb *notebook) release(n *note) {
 	nb.mu.Lock()
 	defer nb.mu.Unlock()
+	n.partial = true
 	if n.open--; n.open == 0 {
 		nb.enqueue(n)
 	}
+}
+
+// partials returns the first pages of the notes of which some targets have ended, but not all. There are none while the
+// storage fails.
+func (nb *notebook) partials() map[*note][]*item {
+	nb.mu.Lock()
+	defer nb.mu.Unlock()
+	found := make(map[*note][]*item)
+	for _, n := range nb.notes {
+		if n.pages != nil && n.partial && n.open > 0 && !nb.failing && !nb.closed {
+			found[n] = nil
+		}
+	}
+	return found
 }
 
 // has reports whether a note is kept, or was deleted a while ago.
