@@ -402,3 +402,49 @@ func TestHarvestOutlivesAKill(t *testing.T) {
 		second.wantHarvested(t, id)
 	}
 }
+
+// An answer that the broker sends slowly is held for 500 ms at the most, and what has come of it is followed then.
+func TestSlowAnswerToASubmission(t *testing.T) {
+	for name, first := range map[string]string{"an ID": `{"acceptedFiles":[{"ID":"s1"},`, "nothing": ""} {
+		t.Run(name, func(t *testing.T) {
+			rest := make(chan struct{})
+			broker := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+				if r.URL.Path != "/submit" {
+					w.WriteHeader(http.StatusNoContent)
+					return
+				}
+				_, _ = io.WriteString(w, first)
+				_ = http.NewResponseController(w).Flush()
+				<-rest
+				_, _ = io.WriteString(w, `{"ID":"s2"}]}`)
+			})
+			s := startWithAdmin(t, proxied(broker.URL, "", harvesting), "")
+			start := time.Now()
+			time.AfterFunc(5*time.Second, sync.OnceFunc(func() { close(rest) }))
+			resp, err := s.client.Do(s.request("POST", "/submit", nil, bearer))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer resp.Body.Close()
+			begun := make([]byte, len(first))
+			if _, err := io.ReadFull(resp.Body, begun); err != nil || string(begun) != first {
+				t.Errorf("%q, %v", begun, err)
+			}
+			if took := time.Since(start); took > 2*time.Second {
+				t.Errorf("it took %s until the caller got what the broker has sent", took)
+			}
+			if first != "" {
+				eventually(t, "the first to be pending", func() bool { return len(s.pending()) == 1 })
+				if took := time.Since(start); took > 3*time.Second {
+					t.Errorf("it took %s until what the caller has got is followed", took)
+				}
+			}
+			if more, err := io.ReadAll(resp.Body); err != nil || string(more) != `{"ID":"s2"}]}` {
+				t.Errorf("%q, %v", more, err)
+			}
+			if first != "" {
+				eventually(t, "both to be pending", func() bool { return len(s.pending()) == 2 })
+			}
+		})
+	}
+}
