@@ -236,24 +236,21 @@ func (f *Follower) noteFinished(it *item, q question, out Outcome) {
 // maxTelling is the number of calls of Source.Finished at once.
 const maxTelling = 16
 
-// startTelling starts a goroutine that tells what is to be told, unless there are enough. The caller holds the mutex.
+// startTelling starts a goroutine that tells what is to be told, unless there are enough. Those of another source do not
+// count: its handler may hang. The caller holds the mutex.
 func (f *Follower) startTelling() {
-	if len(f.untold) > 0 && f.tellers < maxTelling {
-		f.tellers++
-		go f.tellAll() // nobody waits for it: the handler of an event may wait for another configuration
+	if s := f.source(); len(f.untold) > 0 && s != nil && s.tellers < maxTelling {
+		s.tellers++
+		go f.tellAll(s) // nobody waits for it: the handler of an event may wait for another configuration
 	}
 }
 
-// tellAll tells what is to be told, until a source with another handler must be waited for.
-func (f *Follower) tellAll() {
+// tellAll tells what is to be told, until another source is used.
+func (f *Follower) tellAll(s *Source) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	defer func() { f.tellers-- }()
-	for len(f.untold) > 0 {
-		s := f.source()
-		if s == nil || s.paused || f.closed {
-			return
-		}
+	defer func() { s.tellers-- }()
+	for len(f.untold) > 0 && f.source() == s && !s.paused && !f.closed {
 		it := f.untold[0]
 		f.untold = f.untold[1:]
 		if s.Finished != nil {

@@ -72,9 +72,10 @@ type Source struct {
 
 	Logger *zap.Logger
 
-	ctx    context.Context // ends when the source is paused or detached
-	stop   context.CancelFunc
-	paused bool // guarded by Follower.mu
+	ctx     context.Context // ends when the source is paused or detached
+	stop    context.CancelFunc
+	paused  bool // guarded by Follower.mu
+	tellers int  // goroutines that call Finished; guarded by Follower.mu
 }
 
 // Outcome is the outcome of a question.
@@ -124,7 +125,6 @@ type Follower struct {
 	wake     *time.Timer
 	refuse   time.Time // when it may be logged again that there is no room for more
 	untold   []*item   // to be told by Source.Finished
-	tellers  int       // goroutines that tell
 	closed   bool
 }
 

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
+	"go.uber.org/zap"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
@@ -55,6 +56,38 @@ func TestHandlerThatHangs(t *testing.T) {
 		}
 		if p.pending() != 0 || told != many+maxTelling {
 			t.Errorf("%d are pending; %d were told, want %d, and again %d that were told while the process ended", p.pending(), told, many, maxTelling)
+		}
+	})
+}
+
+// The handlers of a source that hang do not hold up those of the next.
+func TestHandlerThatHangsAndAnotherSource(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u := newUpstream()
+		hang := make(chan struct{})
+		var hangs *Source
+		p := u.start(nil, Config{}, func(s *Source) {
+			hangs = s
+			s.Finished = func(Target) { <-hang }
+		})
+		defer p.stop()
+		for i := range maxTelling {
+			p.mustAdd(t, u.submit(i, time.Second))
+		}
+		time.Sleep(time.Minute)
+		p.Attach(u.source(nil, zap.NewNop()))
+		p.Pause(hangs)
+		p.Detach(hangs)
+		target := u.submit(maxTelling, time.Second)
+		p.mustAdd(t, target)
+		time.Sleep(time.Minute)
+		if n := u.task(target.ID, func(*fakeTask) {}).told; n != 1 || p.pending() != maxTelling {
+			t.Errorf("it was told %d times, %d are pending", n, p.pending())
+		}
+		close(hang)
+		synctest.Wait()
+		if n := p.pending(); n != 0 {
+			t.Errorf("%d are pending", n)
 		}
 	})
 }
