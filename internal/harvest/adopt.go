@@ -40,6 +40,10 @@ const (
 // adopter finds what is noted: what this instance followed before, and what nobody follows any more.
 type adopter struct {
 	*Follower
+	notes    *archive.Archive
+	notebook *notebook       // in notes
+	lease    *lease          // in notes
+	ctx      context.Context // ends when other notes are used
 
 	mu    sync.Mutex       // guards the fields below
 	peers map[string]*peer // by holder
@@ -54,6 +58,17 @@ type peer struct {
 	found    time.Time // when a note was last found, or the lease expired
 	adopting bool
 	lockedAt time.Time // when another instance was first seen to hold the lock; zero if it does not
+}
+
+// storage returns where notes are kept, or nil if they are not kept there any more.
+func (a *adopter) storage() (*archive.Archive, *zap.Logger) {
+	f := a.Follower
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if s := f.source(); s != nil && s.Notes == a.notes {
+		return s.Notes, s.Logger
+	}
+	return nil, nil
 }
 
 // resumeAll reads the own folder again and again until the follower is closed.

@@ -110,10 +110,11 @@ func (f *Follower) newNotes(items []*item) (notes []*note) {
 }
 
 // recall follows the targets of a note that is stored already, at once.
-func (f *Follower) recall(n *note, targets []Target) {
+func (a *adopter) recall(n *note, targets []Target) {
+	f := a.Follower
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.closed {
+	if f.closed || f.notebook != a.notebook {
 		return
 	}
 	s := f.source()
