@@ -5,6 +5,7 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"iter"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -93,7 +94,8 @@ type entry struct {
 	whole  form
 	unkept bool // it was never kept
 
-	savedIn *archive.Archive // which has it, of those that must; guarded by memory.mu
+	savedIn *archive.Archive // which has the report, of those that must; guarded by memory.mu
+	waiting []task.Key       // references to it that were stored before it; guarded by memory.mu
 
 	target *task.Key // under which the report itself is stored; nil if that is key; guarded by memory.mu
 
@@ -451,30 +453,57 @@ func (m *memory) setSaved(e *entry, a *archive.Archive) {
 	e.savedIn = a
 }
 
-// noteSaved notes that an archive has stored a report under k.
-func (m *memory) noteSaved(k task.Key, report *task.Report, a *archive.Archive) {
+// noteSaved notes that an archive has stored an item. It returns the keys of the reports that the archive has from now on:
+// it does not have that of a reference which was stored before its target.
+func (m *memory) noteSaved(i archive.Item, a *archive.Archive) (saved []task.Key) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if v, ok := m.kept.Get(string(k[:])); ok && v.(*entry).report.Same(report) {
-		v.(*entry).savedIn = a
+	if i.Target != nil {
+		target := m.keptAs(*i.Target, i.Report)
+		if target != nil && target.savedIn != a && !slices.Contains(target.waiting, i.Key) {
+			target.waiting = append(target.waiting, i.Key)
+		}
+		if target == nil || target.savedIn != a {
+			return nil
+		}
 	}
+	e := m.keptAs(i.Key, i.Report)
+	if e == nil {
+		return []task.Key{i.Key}
+	}
+	e.savedIn = a
+	saved = append(saved, i.Key)
+	for _, k := range e.waiting {
+		if reference := m.keptAs(k, i.Report); reference != nil {
+			reference.savedIn = a
+			saved = append(saved, k)
+		}
+	}
+	e.waiting = nil
+	return saved
+}
+
+// keptAs returns the entry under k if it has that report, or nil. The caller holds the mutex.
+func (m *memory) keptAs(k task.Key, report *task.Report) *entry {
+	if v, ok := m.kept.Get(string(k[:])); ok && v.(*entry).report.Same(report) {
+		return v.(*entry)
+	}
+	return nil
 }
 
 // isSaved reports whether an archive has stored the report of an entry, and not only a reference to it. It does if there is
-// no archive.
+// no archive. What is not queued any more is queued again.
 func (m *memory) isSaved(e *entry, a *archive.Archive) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if a == nil {
+	if a == nil || e.savedIn == a {
 		return true
 	}
-	if e.savedIn != a || e.target == nil {
-		return e.savedIn == a
+	if a.IsQueued(e.key) || e.target != nil && (m.keptAs(*e.target, e.report) != nil || a.IsQueued(*e.target)) {
+		return false
 	}
-	if v, ok := m.kept.Get(string(e.target[:])); ok {
-		return v.(*entry).savedIn == a
-	}
-	return !a.IsQueued(*e.target)
+	a.Save(m.item(e))
+	return false
 }
 
 // saveUnsaved queues entries to be stored for which an archive had no room, until it has none again.
@@ -494,7 +523,7 @@ func (m *memory) saveUnsaved(a *archive.Archive) {
 func (m *memory) item(e *entry) archive.Item {
 	i := archive.Item{Key: e.key, Report: e.report, All: e.all}
 	if e.target != nil {
-		if v, ok := m.kept.Get(string(e.target[:])); ok && v.(*entry).report.Same(e.report) {
+		if m.keptAs(*e.target, e.report) != nil {
 			i.Target = e.target
 		}
 	}
@@ -740,10 +769,10 @@ func newPooledArchive(namespace string, s *shared) pooledArchive {
 	p.Archive = archive.New(archive.Config{
 		Namespace: namespace, Metrics: storageMetrics,
 		Room: func() { s.saveUnsaved(p.Archive) },
-		Stored: func(k task.Key, report *task.Report) {
-			s.noteSaved(k, report, p.Archive)
+		Stored: func(i archive.Item) {
+			saved := s.noteSaved(i, p.Archive)
 			if f := s.follower.Load(); f != nil {
-				f.Saved(k)
+				f.Saved(p.Archive, saved...)
 			}
 		},
 	})

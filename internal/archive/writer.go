@@ -118,7 +118,7 @@ func (a *Archive) write(b *Backend, w *write, i Item) {
 	if err == nil {
 		a.Metrics.written.Inc()
 		if a.Stored != nil {
-			a.Stored(i.Key, i.Report)
+			a.Stored(i)
 		}
 		if a.writes.succeed() {
 			a.tellClosed(b, a.writes.operation)

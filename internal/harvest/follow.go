@@ -10,6 +10,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -317,20 +318,25 @@ func (f *Follower) Nudge(id ID) {
 	}
 }
 
-// Saved notes that a finished report is in the storage, given its key. It does not wait for a source to be asked, so that a
+// Saved notes that finished reports are in a storage, given their keys. It does not wait for a source to be asked, so that a
 // process that ends in good order leaves nothing to be told again.
-func (f *Follower) Saved(k task.Key) {
+func (f *Follower) Saved(in *archive.Archive, keys ...task.Key) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	report, ok := f.saving[k]
 	s := f.source()
-	if !ok || s == nil {
+	if s == nil || s.Notes != in { // it was the storage of another configuration
 		return
 	}
-	delete(f.saving, k)
-	report.kinds[report.kind].saved = true
-	if report.question(s).none && !report.asking {
-		f.end(s, report.item, ending{how: endedFinished})
+	for _, k := range keys {
+		report, ok := f.saving[k]
+		if !ok {
+			continue
+		}
+		delete(f.saving, k)
+		report.kinds[report.kind].saved = true
+		if report.question(s).none && !report.asking {
+			f.end(s, report.item, ending{how: endedFinished})
+		}
 	}
 }
 

@@ -114,12 +114,12 @@ func TestSavedMeanwhile(t *testing.T) {
 		time.Sleep(time.Minute)
 		p.Pause(source)
 		synctest.Wait()
-		p.Saved(keyOf(false))
+		p.Saved(p.archive, keyOf(false))
 		if list := p.List(); len(list) != 1 || !list[0].Finished {
 			t.Errorf("pending is %+v, want one that is finished", list)
 		}
-		p.Saved(task.NewKey("another"))
-		p.Saved(keyOf(true))
+		p.Saved(p.archive, task.NewKey("another"))
+		p.Saved(p.archive, keyOf(true))
 		p.Flush()
 		if p.pending() != 0 || p.counts() != [3]int{1} || len(noted(m)) != 0 {
 			t.Errorf("pending is %+v, counts %v, notes %v", p.List(), p.counts(), noted(m))
