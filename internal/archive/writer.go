@@ -288,13 +288,14 @@ func (a *Archive) Drain(b *Backend) error {
 	defer cancel()
 	patience := time.AfterFunc(drainPatience, cancel)
 	defer patience.Stop()
-	stored := uint64(0)
+	stored, indexing := uint64(0), false
 	for {
 		a.mu.Lock()
 		leaving, queued, changed := a.leaving(), a.queue.len(), a.changed
 		progress := a.stored != stored
 		stored = a.stored
-		if leaving && queued == 0 {
+		if leaving && queued == 0 && (!indexing || len(a.batch.places) > 0) { // what fails is tried again after a while
+			indexing = true
 			a.writeIndex()
 		}
 		indexed := a.batch.empty()
