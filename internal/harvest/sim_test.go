@@ -45,7 +45,8 @@ type simulation struct {
 
 // Each submission that was confirmed ends as two reports in the storage, as a failure that is told, or as a give-up that is
 // told, whatever crashes. Reports get into the storage through the queue of an archive, in the same storage as the notes.
-// Each seed has another kind of storage than the one before.
+// Each seed has another kind of storage than the one before. A seed decides what happens, but not the order of what happens
+// at the same instant: a seed that fails may have to be run a few times.
 func TestSimulation(t *testing.T) {
 	seeds := make([]uint64, max(*simSeeds, len(storagetest.Kinds)))
 	if *simSeeds > 0 {
@@ -103,6 +104,8 @@ type instance struct {
 	source  *Source
 	backend *archive.Backend
 
+	well time.Time // since when the storage works; zero if it does not
+
 	mu    sync.Mutex
 	kept  map[task.Key]*task.Report
 	saved map[task.Key]bool
@@ -116,6 +119,7 @@ func (sim *simulation) start(i int) {
 		process: &process{log: log, faulty: storagetest.NewFaulty(sim.memory)}, sim: sim,
 		kept: make(map[task.Key]*task.Report), saved: make(map[task.Key]bool),
 	}
+	in.mend()
 	in.archive = archive.New(archive.Config{Namespace: "tested", Seed: sim.random.Uint64(), Stored: in.stored})
 	in.backend = &archive.Backend{Storage: in.faulty.Storage(), Logger: logger, Retention: 30 * 24 * time.Hour}
 	in.archive.Attach(in.backend)
@@ -124,6 +128,13 @@ func (sim *simulation) start(i int) {
 	in.source.For, in.source.Fetch = simulatedFor, in.fetch
 	in.Attach(in.source)
 	sim.instances[i] = in
+}
+
+// mend ends the trouble with the storage, which is some milliseconds away.
+func (in *instance) mend() {
+	in.faulty.Mend()
+	in.faulty.Set(storagetest.Delayed(20 * time.Millisecond))
+	in.well = time.Now()
 }
 
 // keyOfReport returns the key of a report, and the report.
@@ -183,6 +194,13 @@ func (in *instance) forget() {
 	clear(in.saved)
 }
 
+// waitForWrite waits until something is being written, or for some seconds.
+func (in *instance) waitForWrite() {
+	for begun := time.Now(); in.faulty.Pending(storagetest.Store) == 0 && time.Since(begun) < 20*time.Second; {
+		time.Sleep(time.Millisecond)
+	}
+}
+
 // leave ends the instance as Caddy does.
 func (in *instance) leave() {
 	in.Pause(in.source)
@@ -202,17 +220,23 @@ func (sim *simulation) step() {
 			sim.start(i)
 		}
 	case n < 67:
-		sim.submit(p.process)
+		sim.submit(p)
 	case n < 70:
 		p.forget()
 	case n < 78:
-		sim.end(i, func() { p.kill(storagetest.Effect(sim.random.IntN(2))) })
+		sim.end(i, func() {
+			p.waitForWrite()
+			p.kill(storagetest.Effect(sim.random.IntN(2)))
+		})
 	case n < 80:
 		sim.end(i, p.leave)
 	case n < 84:
 		p.faulty.Set(sim.fault())
+		p.well = time.Time{}
 	case n < 94:
-		p.faulty.Mend()
+		if p.well.IsZero() {
+			p.mend()
+		}
 	case n < 96:
 		sim.away(errAway)
 	default:
@@ -251,7 +275,7 @@ func (sim *simulation) fault() func(storagetest.Call) storagetest.Fault {
 }
 
 // submit submits an archive of some files, some of which fail, are known late, or are lost.
-func (sim *simulation) submit(p *process) {
+func (sim *simulation) submit(p *instance) {
 	var targets []Target
 	for range 1 + sim.random.IntN(3) {
 		sim.next++
@@ -270,10 +294,13 @@ func (sim *simulation) submit(p *process) {
 		})
 		targets = append(targets, t)
 	}
-	if p.mustAdd(sim.T, targets...) {
+	switch {
+	case p.mustAdd(sim.T, targets...):
 		for _, t := range targets {
 			sim.confirmed[t.ID] = t
 		}
+	case !p.well.IsZero() && time.Since(p.well) > time.Minute:
+		sim.Errorf("%s is not noted in time, although the storage works since %s", targets[0].ID, p.well)
 	}
 }
 
@@ -302,7 +329,7 @@ func (sim *simulation) settle() (summary string) {
 		if p == nil && i == 0 {
 			sim.start(i) // one is enough
 		} else if p != nil {
-			p.faulty.Mend()
+			p.mend()
 		}
 	}
 	time.Sleep(settling)
