@@ -4,6 +4,7 @@ import (
 	"crypto/sha256"
 	"encoding/json"
 	"iter"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -90,6 +91,9 @@ type memory struct {
 
 	// The archives in which finished reports are to be stored, with the entries for which their queues had no room.
 	unsaved map[*archive.Archive]map[*entry]struct{}
+
+	// The keys of the references that were stored before the reports of these entries.
+	waiting map[*entry][]task.Key
 }
 
 // entry is a report and its forms. Memory may have millions of them, so it is small, and its fields are in an order that
@@ -134,6 +138,7 @@ func newMemory(limit int64) *memory {
 	m.inflatedOne = sync.NewCond(&m.mu)
 	m.expiries.place = func(e *entry) *place { return &e.expiryPlace }
 	m.unsaved = make(map[*archive.Archive]map[*entry]struct{})
+	m.waiting = make(map[*entry][]task.Key)
 	m.kept.OnEvicted(func(_ string, v any) { m.unlink(v.(*entry)) })
 	return m
 }
@@ -268,6 +273,7 @@ func (m *memory) unlink(e *entry) {
 			a.Save(m.item(e))
 		}
 	}
+	delete(m.waiting, e)
 	m.expiries.remove(e)
 	m.files.remove(e)
 	m.entries--
@@ -518,30 +524,57 @@ func (m *memory) setSaved(e *entry, a *archive.Archive) {
 	e.savedIn = a
 }
 
-// noteSaved notes that an archive has stored a report under k.
-func (m *memory) noteSaved(k task.Key, report *task.Report, a *archive.Archive) {
+// noteSaved notes that an archive has stored an item. It returns the keys of the reports that the archive has from now on:
+// it does not have that of a reference which was stored before its target.
+func (m *memory) noteSaved(i archive.Item, a *archive.Archive) (saved []task.Key) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if e, ok := m.peek(string(k[:])); ok && e.report.Same(report) {
-		e.savedIn = a
+	if i.Target != nil {
+		target := m.keptAs(*i.Target, i.Report)
+		if target != nil && target.savedIn != a && !slices.Contains(m.waiting[target], i.Key) {
+			m.waiting[target] = append(m.waiting[target], i.Key)
+		}
+		if target == nil || target.savedIn != a {
+			return nil
+		}
 	}
+	e := m.keptAs(i.Key, i.Report)
+	if e == nil {
+		return []task.Key{i.Key}
+	}
+	e.savedIn = a
+	saved = append(saved, i.Key)
+	for _, k := range m.waiting[e] {
+		if reference := m.keptAs(k, i.Report); reference != nil {
+			reference.savedIn = a
+			saved = append(saved, k)
+		}
+	}
+	delete(m.waiting, e)
+	return saved
+}
+
+// keptAs returns the entry under k if it has that report, or nil. The caller holds the mutex.
+func (m *memory) keptAs(k task.Key, report *task.Report) *entry {
+	if e, ok := m.peek(string(k[:])); ok && e.report.Same(report) {
+		return e
+	}
+	return nil
 }
 
 // isSaved reports whether an archive has stored the report of an entry, and not only a reference to it. It does if there is
-// no archive.
+// no archive. What is not queued any more is queued again.
 func (m *memory) isSaved(e *entry, a *archive.Archive) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if a == nil {
+	if a == nil || e.savedIn == a {
 		return true
 	}
-	if e.savedIn != a || e.target == nil {
-		return e.savedIn == a
+	if a.IsQueued(e.key()) || e.target != nil && (m.keptAs(*e.target, e.report) != nil || a.IsQueued(*e.target)) {
+		return false
 	}
-	if target, ok := m.peek(string(e.target[:])); ok {
-		return target.savedIn == a
-	}
-	return !a.IsQueued(*e.target)
+	a.Save(m.item(e))
+	return false
 }
 
 // saveUnsaved queues entries to be stored for which an archive had no room, until it has none again.
@@ -561,7 +594,7 @@ func (m *memory) saveUnsaved(a *archive.Archive) {
 func (m *memory) item(e *entry) archive.Item {
 	i := archive.Item{Key: e.key(), Report: e.report, All: e.all}
 	if e.target != nil {
-		if target, ok := m.peek(string(e.target[:])); ok && target.report.Same(e.report) {
+		if m.keptAs(*e.target, e.report) != nil {
 			i.Target = e.target
 		}
 	}
@@ -832,10 +865,10 @@ func newPooledArchive(namespace string, s *shared) pooledArchive {
 	p.Archive = archive.New(archive.Config{
 		Namespace: namespace, Metrics: storageMetrics,
 		Room: func() { s.saveUnsaved(p.Archive) },
-		Stored: func(k task.Key, report *task.Report) {
-			s.noteSaved(k, report, p.Archive)
+		Stored: func(i archive.Item) {
+			saved := s.noteSaved(i, p.Archive)
 			if f := s.follower.Load(); f != nil {
-				f.Saved(k)
+				f.Saved(p.Archive, saved...)
 			}
 		},
 	})

@@ -67,6 +67,7 @@ func (ns *namespace) openFollower(told func(harvest.Target)) error {
 		return nil
 	}
 	v, _, err := followers.LoadOrNew(ns.name, func() (caddy.Destructor, error) {
+		// Now, and not when it starts: Caddy's own first call, from its start on, must not write another name to the file.
 		instance, lockDir, err := instanceName()
 		if err != nil {
 			ns.logger.Warn("this instance has no name that lasts: after a restart, it takes a while until what was pending is resumed", zap.Error(err))

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -400,5 +401,92 @@ func TestHarvestOutlivesAKill(t *testing.T) {
 			return true
 		})
 		second.wantHarvested(t, id)
+	}
+}
+
+// An answer that the broker sends slowly is held for 500 ms at the most, and what has come of it is followed then.
+func TestSlowAnswerToASubmission(t *testing.T) {
+	for name, first := range map[string]string{"an ID": `{"acceptedFiles":[{"ID":"s1"},`, "nothing": ""} {
+		t.Run(name, func(t *testing.T) {
+			rest := make(chan struct{})
+			broker := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+				if r.URL.Path != "/submit" {
+					w.WriteHeader(http.StatusNoContent)
+					return
+				}
+				_, _ = io.WriteString(w, first)
+				_ = http.NewResponseController(w).Flush()
+				<-rest
+				_, _ = io.WriteString(w, `{"ID":"s2"}]}`)
+			})
+			s := startWithAdmin(t, proxied(broker.URL, "", harvesting), "")
+			start := time.Now()
+			time.AfterFunc(5*time.Second, sync.OnceFunc(func() { close(rest) }))
+			resp, err := s.client.Do(s.request("POST", "/submit", nil, bearer))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer resp.Body.Close()
+			begun := make([]byte, len(first))
+			if _, err := io.ReadFull(resp.Body, begun); err != nil || string(begun) != first {
+				t.Errorf("%q, %v", begun, err)
+			}
+			if took := time.Since(start); took > 2*time.Second {
+				t.Errorf("it took %s until the caller got what the broker has sent", took)
+			}
+			if first != "" {
+				eventually(t, "the first to be pending", func() bool { return len(s.pending()) == 1 })
+				if took := time.Since(start); took > 3*time.Second {
+					t.Errorf("it took %s until what the caller has got is followed", took)
+				}
+			}
+			if more, err := io.ReadAll(resp.Body); err != nil || string(more) != `{"ID":"s2"}]}` {
+				t.Errorf("%q, %v", more, err)
+			}
+			if first != "" {
+				eventually(t, "both to be pending", func() bool { return len(s.pending()) == 2 })
+			}
+		})
+	}
+}
+
+// A submission whose report is stored as that of its task is pending until the storage has that one.
+func TestReportOfATaskIsSavedBeforeItsSubmissionEnds(t *testing.T) {
+	node := newBackend(t, responds(http.StatusOK, dense(4000)))
+	broker := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+		switch r.URL.Path {
+		case "/submit":
+			_, _ = io.WriteString(w, `{"acceptedFiles":[{"ID":"s1"}]}`)
+		case "/submit-result":
+			_, _ = io.WriteString(w, `{"appServerID":"node-1","taskID":"t1"}`)
+		default:
+			w.WriteHeader(http.StatusNotFound)
+		}
+	})
+	fault.dir = t.TempDir()
+	s := startWithAdmin(t, proxied(broker.URL, "", "node node-1 "+node.URL+"\n"+harvesting+"\ncache {\n storage faulty\n }"), "")
+	var refused, references atomic.Int32
+	beforeEach(t, func(operation, key string, size int) error {
+		switch {
+		case operation != "Store" || !isReport(key):
+		case size > 1000:
+			refused.Add(1)
+			return errors.New("the storage is full")
+		default:
+			references.Add(1)
+		}
+		return nil
+	})
+	s.submit()
+	eventually(t, "both references to be stored", func() bool { return references.Load() == 2 })
+	eventually(t, "the reports to be refused again and again", func() bool { return refused.Load() >= 8 })
+	if got := s.pending(); !slices.Equal(got, []string{"s1/ finished"}) {
+		t.Errorf("pending is %q, although the storage does not have the report", got)
+	}
+	beforeEach(t, nil)
+	s.wantNothingPending()
+	s.restart(proxied(broker.URL, "", harvesting+"\ncache {\n storage faulty\n }"))
+	for _, all := range []string{"", "&all"} {
+		s.get("/task?submitID=s1"+all, "Cache-Control: only-if-cached").wantStatus(t, http.StatusOK)
 	}
 }

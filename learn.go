@@ -3,10 +3,10 @@ package fsbroker
 import (
 	"bytes"
 	"context"
-	"errors"
 	"io"
 	"net/http"
 	"strings"
+	"sync"
 	"time"
 
 	"go.uber.org/zap"
@@ -22,6 +22,9 @@ const (
 	// maxHeld is how much of an answer is held until its submissions are noted in the storage, in bytes.
 	maxHeld = 1 << 20
 
+	// chunkSize is how much of an answer is read at once, in bytes.
+	chunkSize = 8 << 10
+
 	// maxNoting is how long an answer is held until its submissions are noted.
 	maxNoting = 500 * time.Millisecond
 
@@ -30,18 +33,27 @@ const (
 )
 
 // learner reads which submissions the broker has accepted, while its answer goes to the caller. An answer is held until
-// the submissions are noted, so a caller that has one can rely on it. One that is too long to be held, or for which there
-// is no memory, is read as it passes.
+// the submissions are noted, so a caller that has one can rely on it. One that is too long or too slow to be held, or for
+// which there is no memory, is read as it passes.
 type learner struct {
 	follower *harvest.Follower
 	client   string
 	broker   *upstream
 
 	body        io.ReadCloser
+	chunks      chan answerChunk // of the body
+	closed      context.Context  // ends when the caller needs no more
+	close       context.CancelFunc
 	reservation *reservation
 	held        []byte
 	err         error          // that ended what is held; io.EOF if that is the whole answer
-	rest        *io.PipeWriter // to the reader of a longer answer; nil if there is none
+	rest        *io.PipeWriter // to the reader of what follows; nil if there is none
+}
+
+// answerChunk is a part of an answer.
+type answerChunk struct {
+	data []byte
+	err  error // after data
 }
 
 // isSubmit reports whether a request submits files.
@@ -50,15 +62,22 @@ func isSubmit(req *http.Request) bool {
 }
 
 // learn replaces the body of the broker's answer to a submission by one that is read on the way. It returns when what the
-// broker has accepted is noted, or cannot be noted in time.
+// broker has accepted is noted, or cannot be read and noted in time.
 func (t *proxyTransport) learn(ctx context.Context, resp *http.Response, client string) {
 	if resp.StatusCode < 200 || resp.StatusCode > 299 {
 		return
 	}
-	l := &learner{follower: t.follower, client: client, broker: t.broker, body: resp.Body}
+	l := &learner{
+		follower: t.follower, client: client, broker: t.broker,
+		body: resp.Body, chunks: make(chan answerChunk),
+	}
+	l.closed, l.close = context.WithCancel(context.Background())
 	l.reservation = t.broker.memory.reserve(&t.broker.share)
 	resp.Body = l
-	l.hold()
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), maxNoting)
+	defer cancel()
+	go l.receive()
+	l.hold(ctx)
 	if l.err == nil {
 		reader, writer := io.Pipe()
 		l.rest = writer
@@ -68,37 +87,60 @@ func (t *proxyTransport) learn(ctx context.Context, resp *http.Response, client 
 	var targets []harvest.Target
 	err := task.ReadAccepted(bytes.NewReader(l.held), func(a task.Accepted) { targets = append(targets, l.target(a)) })
 	l.warn(err)
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), maxNoting)
-	defer cancel()
 	_ = l.follower.Add(ctx, targets) // what cannot be noted now is followed, and noted later
 }
 
-// hold reads what is held of the answer.
-func (l *learner) hold() {
-	for size := 4 << 10; size <= maxHeld && l.err == nil; size *= 4 {
-		if !l.reservation.grow(int64(2 * size)) { // the old and the new
+// receive reads the answer. A read cannot be given up when it takes too long, so it has a goroutine of its own.
+func (l *learner) receive() {
+	for {
+		data := make([]byte, chunkSize)
+		n, err := l.body.Read(data)
+		select {
+		case l.chunks <- answerChunk{data[:n], err}:
+		case <-l.closed.Done():
 			return
 		}
-		held := make([]byte, size)
-		n := copy(held, l.held)
-		more, err := io.ReadFull(l.body, held[n:])
-		l.held = held[:n+more]
-		if l.err = err; errors.Is(err, io.ErrUnexpectedEOF) {
-			l.err = io.EOF
+		if err != nil {
+			return
 		}
 	}
 }
 
-// read reads a longer answer. It must read to the end, since the caller gets no more than it has read.
+// hold receives what is held of the answer.
+func (l *learner) hold(ctx context.Context) {
+	for len(l.held) < maxHeld && l.err == nil && l.reservation.grow(int64(2*(len(l.held)+chunkSize))) { // the old and the new
+		select {
+		case c := <-l.chunks:
+			l.held, l.err = append(l.held, c.data...), c.err
+		case <-ctx.Done():
+			return
+		}
+	}
+}
+
+// read reads an answer that is not held. It must read to the end, since the caller gets no more than it has read.
 func (l *learner) read(answer io.Reader, rest *io.PipeReader) {
+	var mu sync.Mutex // guards batch
 	var batch []harvest.Target
+	follow := func() {
+		mu.Lock()
+		defer mu.Unlock()
+		l.follower.Follow(batch...)
+		batch = nil
+	}
 	err := task.ReadAccepted(answer, func(a task.Accepted) {
-		if batch = append(batch, l.target(a)); len(batch) == maxBatch {
-			l.follower.Follow(batch...)
-			batch = nil
+		mu.Lock()
+		batch = append(batch, l.target(a))
+		size := len(batch)
+		mu.Unlock()
+		switch size {
+		case 1:
+			time.AfterFunc(maxNoting, follow) // what comes next may take its time
+		case maxBatch:
+			follow()
 		}
 	})
-	l.follower.Follow(batch...)
+	follow()
 	l.warn(err)
 	_, _ = io.Copy(io.Discard, rest)
 }
@@ -116,17 +158,17 @@ func (l *learner) warn(err error) {
 
 // Read implements io.Reader.
 func (l *learner) Read(p []byte) (int, error) {
-	if len(l.held) > 0 {
-		n := copy(p, l.held)
-		l.held = l.held[n:]
-		return n, nil
+	if len(l.held) == 0 && l.err == nil {
+		c := <-l.chunks
+		l.held, l.err = c.data, c.err
+		_, _ = l.rest.Write(c.data) // its reader reads to the end
 	}
-	if l.err != nil {
+	if len(l.held) == 0 {
 		return 0, l.err
 	}
-	n, err := l.body.Read(p)
-	_, _ = l.rest.Write(p[:n]) // its reader reads to the end
-	return n, err
+	n := copy(p, l.held)
+	l.held = l.held[n:]
+	return n, nil
 }
 
 // Close implements io.Closer.
@@ -134,6 +176,7 @@ func (l *learner) Close() error {
 	if l.rest != nil {
 		_ = l.rest.Close()
 	}
+	l.close()
 	l.reservation.release()
 	return l.body.Close()
 }

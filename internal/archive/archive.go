@@ -37,8 +37,8 @@ type Config struct {
 	// Now is the wall clock that decides the age of values. Delays and deadlines are monotonic. Default: time.Now
 	Now func() time.Time
 
-	// Stored is called after a report has been stored under a key. It must not block. Default: none
-	Stored func(task.Key, *task.Report)
+	// Stored is called after an item has been stored. It must not block. Default: none
+	Stored func(Item)
 
 	// Room is called when the queue has room again after it has refused a report. It must not block. Default: none
 	Room func()

@@ -3,8 +3,12 @@ package archive
 import (
 	"slices"
 	"testing"
+	"testing/synctest"
 	"time"
 
+	"go.uber.org/zap"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -226,5 +230,30 @@ func FuzzQueue(f *testing.F) {
 		if q.len() != 0 || q.bytes != 0 {
 			t.Errorf("in the end there are %d items of %d bytes", q.len(), q.bytes)
 		}
+	})
+}
+
+// A drain does not write the index again and again to a storage that refuses it.
+func TestDrainToAStorageThatRefusesTheIndex(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		faulty := storagetest.NewFaulty(storagetest.New(storagetest.Redis))
+		a := New(Config{Namespace: "tested"})
+		defer a.Close()
+		b := &Backend{Storage: faulty.Storage(), Logger: zap.NewNop(), Retention: 24 * time.Hour}
+		a.Attach(b)
+		a.Save(item(1, 10))
+		time.Sleep(time.Second)
+		writes := 0
+		faulty.Set(func(c storagetest.Call) storagetest.Fault { // one call at a time
+			if c.Op != storagetest.Store {
+				return storagetest.Fault{}
+			}
+			writes++
+			return storagetest.Fault{Effect: storagetest.None, Err: storagetest.ErrInjected, Hang: writes > 1000}
+		})
+		if err := a.Drain(b); err == nil || writes > 10 {
+			t.Errorf("%d writes, %v", writes, err)
+		}
+		faulty.Mend()
 	})
 }

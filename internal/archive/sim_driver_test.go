@@ -180,7 +180,7 @@ func (s *simulation) start(i *instance) {
 	inc.gather.MustRegister(metrics.Collectors()...)
 	inc.archive = New(Config{
 		Namespace: simNamespace, Metrics: metrics, Seed: s.seed<<20 + uint64(s.lives), Now: i.now,
-		Stored: func(k task.Key, r *task.Report) { s.model.confirmed(inc, k, r) },
+		Stored: func(i Item) { s.model.confirmed(inc, i.Key, i.Report) },
 		Room: func() {
 			s.model.mu.Lock()
 			defer s.model.mu.Unlock()

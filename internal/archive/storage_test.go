@@ -81,10 +81,10 @@ func newFixtureWith(set func(f *fixture, c *Config)) *fixture {
 	f.backend = &Backend{Name: "tested", Logger: zap.New(core), Retention: 24 * time.Hour}
 	c := Config{
 		Namespace: "tested", Seed: 1,
-		Stored: func(k task.Key, _ *task.Report) {
+		Stored: func(i Item) {
 			f.mu.Lock()
 			defer f.mu.Unlock()
-			f.confirmed[k]++
+			f.confirmed[i.Key]++
 		},
 		Room: func() { f.room.Add(1) },
 	}

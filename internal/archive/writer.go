@@ -121,7 +121,7 @@ func (a *Archive) write(b *Backend, w *write, i Item) {
 	if err == nil {
 		a.Metrics.written.Inc()
 		if a.Stored != nil {
-			a.Stored(i.Key, i.Report)
+			a.Stored(i)
 		}
 		if a.writes.succeed() {
 			a.tellClosed(b, a.writes.operation)
@@ -292,13 +292,14 @@ func (a *Archive) Drain(b *Backend) error {
 	defer cancel()
 	patience := time.AfterFunc(drainPatience, cancel)
 	defer patience.Stop()
-	stored := uint64(0)
+	stored, indexing := uint64(0), false
 	for {
 		a.mu.Lock()
 		leaving, queued, changed := a.leaving(), a.queue.len(), a.changed
 		progress := a.stored != stored
 		stored = a.stored
-		if leaving && queued == 0 {
+		if leaving && queued == 0 && (!indexing || len(a.batch.places) > 0) { // what fails is tried again after a while
+			indexing = true
 			a.writeIndex()
 		}
 		indexed := a.batch.empty()

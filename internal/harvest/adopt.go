@@ -40,6 +40,10 @@ const (
 // adopter finds what is noted: what this instance followed before, and what nobody follows any more.
 type adopter struct {
 	*Follower
+	notes    *archive.Archive
+	notebook *notebook       // in notes
+	lease    *lease          // in notes
+	ctx      context.Context // ends when other notes are used
 
 	mu    sync.Mutex       // guards the fields below
 	peers map[string]*peer // by holder
@@ -54,6 +58,21 @@ type peer struct {
 	found    time.Time // when a note was last found, or the lease expired
 	adopting bool
 	lockedAt time.Time // when another instance was first seen to hold the lock; zero if it does not
+}
+
+// storage returns where notes are kept, or nil if they are not kept there any more, and the logger for what happens there.
+func (a *adopter) storage() (*archive.Archive, *zap.Logger) {
+	f := a.Follower
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	s := f.source()
+	if s == nil || s.Notes != a.notes {
+		return nil, nil
+	}
+	if logger := a.notes.Logger(); logger != nil {
+		return a.notes, logger
+	}
+	return a.notes, s.Logger
 }
 
 // resumeAll reads the own folder again and again until the follower is closed.

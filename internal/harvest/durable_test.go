@@ -9,6 +9,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	"go.uber.org/zap"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
 )
 
@@ -384,6 +387,57 @@ func FuzzDecodeTargets(f *testing.F) {
 		}
 		if !slices.EqualFunc(targets, again, func(p, q Target) bool { return p.ID == q.ID && p.Accepted.Equal(q.Accepted) }) {
 			t.Errorf("%+v became %+v", targets, again)
+		}
+	})
+}
+
+// Another storage gets the notes at once, and none is waited for that nobody can store.
+func TestAnotherStorage(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u := newUpstream()
+		m, another := storagetest.New(storagetest.Redis), storagetest.New(storagetest.Redis)
+		var first *Source
+		p := u.start(m, Config{Instance: "a"}, func(s *Source) { first = s })
+		time.Sleep(time.Second)
+		targets := []Target{u.submit(0, time.Hour), u.submit(1, time.Hour)}
+		if !p.mustAdd(t, targets...) || len(noted(m)) != 1 {
+			t.Fatalf("notes %q", noted(m))
+		}
+		without := u.source(nil, zap.NewNop())
+		p.Attach(without)
+		p.Pause(first)
+		p.Detach(first)
+		for i := range 100 {
+			began := time.Now()
+			if !p.mustAdd(t, u.submit(i+2, time.Hour)) || time.Since(began) > 0 {
+				t.Fatalf("it took %s to note it nowhere", time.Since(began))
+			}
+		}
+		for _, item := range p.List() {
+			if item.Noted {
+				t.Fatalf("%+v is noted nowhere", item)
+			}
+		}
+		next := archive.New(archive.Config{Namespace: "tested"})
+		defer next.Close()
+		next.Attach(&archive.Backend{Storage: another.Storage(), Logger: zap.NewNop(), Retention: time.Hour})
+		p.Attach(u.source(next, zap.NewNop()))
+		p.Pause(without)
+		p.Detach(without)
+		if !p.mustAdd(t, u.submit(102, time.Hour)) {
+			t.Error("it is not noted at once")
+		}
+		p.stop()
+		synctest.Wait()
+		p = u.start(another, Config{Instance: "a"}, nil)
+		defer p.stop()
+		time.Sleep(time.Second)
+		if p.pending() != 103 {
+			t.Errorf("%d are pending after a restart with the other storage", p.pending())
+		}
+		time.Sleep(2 * time.Hour)
+		if len(noted(another)) != 0 || p.counts() != [3]int{103} {
+			t.Errorf("counts %v, notes %q", p.counts(), noted(another))
 		}
 	})
 }

@@ -10,6 +10,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -111,10 +112,11 @@ func (f *Follower) newNotes(items []*item) (notes []*note) {
 }
 
 // recall follows the targets of a note that is stored already, at once.
-func (f *Follower) recall(n *note, targets []Target) {
+func (a *adopter) recall(n *note, targets []Target) {
+	f := a.Follower
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.closed {
+	if f.closed || f.notebook != a.notebook {
 		return
 	}
 	s := f.source()
@@ -237,24 +239,21 @@ func (f *Follower) noteFinished(it *item, q question, out Outcome) {
 // maxTelling is the number of calls of Source.Finished at once.
 const maxTelling = 16
 
-// startTelling starts a goroutine that tells what is to be told, unless there are enough. The caller holds the mutex.
+// startTelling starts a goroutine that tells what is to be told, unless there are enough. Those of another source do not
+// count: its handler may hang. The caller holds the mutex.
 func (f *Follower) startTelling() {
-	if len(f.untold) > 0 && f.tellers < maxTelling {
-		f.tellers++
-		go f.tellAll() // nobody waits for it: the handler of an event may wait for another configuration
+	if s := f.source(); len(f.untold) > 0 && s != nil && s.tellers < maxTelling {
+		s.tellers++
+		go f.tellAll(s) // nobody waits for it: the handler of an event may wait for another configuration
 	}
 }
 
-// tellAll tells what is to be told, until a source with another handler must be waited for.
-func (f *Follower) tellAll() {
+// tellAll tells what is to be told, until another source is used.
+func (f *Follower) tellAll(s *Source) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	defer func() { f.tellers-- }()
-	for len(f.untold) > 0 {
-		s := f.source()
-		if s == nil || s.paused || f.closed {
-			return
-		}
+	defer func() { s.tellers-- }()
+	for len(f.untold) > 0 && f.source() == s && !s.paused && !f.closed {
 		it := f.untold[0]
 		f.untold = f.untold[1:]
 		if s.Finished != nil {
@@ -320,20 +319,25 @@ func (f *Follower) Nudge(id ID) {
 	}
 }
 
-// Saved notes that a finished report is in the storage, given its key. It does not wait for a source to be asked, so that a
+// Saved notes that finished reports are in a storage, given their keys. It does not wait for a source to be asked, so that a
 // process that ends in good order leaves nothing to be told again.
-func (f *Follower) Saved(k task.Key) {
+func (f *Follower) Saved(in *archive.Archive, keys ...task.Key) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	report, ok := f.saving[k]
 	s := f.source()
-	if !ok || s == nil {
+	if s == nil || s.Notes != in { // it was the storage of another configuration
 		return
 	}
-	delete(f.saving, k)
-	report.kinds[report.kind].saved = true
-	if report.question(s).none && !report.asking {
-		f.end(s, report.item, ending{how: endedFinished})
+	for _, k := range keys {
+		report, ok := f.saving[k]
+		if !ok {
+			continue
+		}
+		delete(f.saving, k)
+		report.kinds[report.kind].saved = true
+		if report.question(s).none && !report.asking {
+			f.end(s, report.item, ending{how: endedFinished})
+		}
 	}
 }
 

@@ -72,9 +72,10 @@ type Source struct {
 
 	Logger *zap.Logger
 
-	ctx    context.Context // ends when the source is paused or detached
-	stop   context.CancelFunc
-	paused bool // guarded by Follower.mu
+	ctx     context.Context // ends when the source is paused or detached
+	stop    context.CancelFunc
+	paused  bool // guarded by Follower.mu
+	tellers int  // goroutines that call Finished; guarded by Follower.mu
 }
 
 // Outcome is the outcome of a question.
@@ -109,13 +110,15 @@ const (
 // asks nothing without one.
 type Follower struct {
 	Config
-	ctx      context.Context
-	stop     context.CancelFunc
-	work     sync.WaitGroup
-	notebook *notebook // nil until a source with a storage is attached
-	lease    *lease    // like notebook
+	ctx  context.Context
+	stop context.CancelFunc
+	work sync.WaitGroup
 
-	mu       sync.Mutex // guards the fields below
+	mu       sync.Mutex         // guards the fields below
+	notes    *archive.Archive   // that the notebook uses
+	notebook *notebook          // nil without a storage
+	endNotes context.CancelFunc // ends what uses the notebook
+	lease    *lease             // nil until a source with a storage is attached
 	jitter   *rand.Rand
 	sources  []*Source
 	items    map[ID]*item
@@ -124,7 +127,6 @@ type Follower struct {
 	wake     *time.Timer
 	refuse   time.Time // when it may be logged again that there is no room for more
 	untold   []*item   // to be told by Source.Finished
-	tellers  int       // goroutines that tell
 	closed   bool
 }
 
@@ -168,9 +170,7 @@ func (f *Follower) Attach(s *Source) {
 		return
 	}
 	f.sources = append(f.sources, s)
-	if s.Notes != nil && f.notebook == nil {
-		f.openNotebook(s.Logger)
-	}
+	f.chooseStorage()
 	for _, it := range f.items {
 		if !it.asking {
 			f.put(s, it, it.due)
@@ -189,6 +189,7 @@ func (f *Follower) Pause(s *Source) {
 	if s.stop != nil {
 		s.stop()
 	}
+	f.chooseStorage()
 }
 
 // Detach ends the use of s. What it is asked at the moment is asked again later, of another source.
@@ -199,6 +200,7 @@ func (f *Follower) Detach(s *Source) {
 	if s.stop != nil {
 		s.stop()
 	}
+	f.chooseStorage()
 }
 
 // source returns the newest source, preferably one that is not paused. It returns nil if there is none. The caller holds the
@@ -213,29 +215,41 @@ func (f *Follower) source() *Source {
 	return newest
 }
 
-// storage returns where notes are kept, or nil, and the logger for what happens there.
-func (f *Follower) storage() (*archive.Archive, *zap.Logger) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
+// chooseStorage begins to keep notes where the source wants them that is used now. Those in another storage are left there:
+// other instances may use it, and this one may come back to it. The caller holds the mutex.
+func (f *Follower) chooseStorage() {
 	s := f.source()
-	if s == nil || s.Notes == nil {
-		return nil, nil
+	if s == nil || s.Notes == f.notes || f.closed {
+		return
 	}
-	if logger := s.Notes.Logger(); logger != nil {
-		return s.Notes, logger
+	if f.notebook != nil {
+		f.endNotes()
+		f.notebook.close()
+		f.notebook = nil
+		for _, it := range f.items {
+			it.notes = nil
+		}
 	}
-	return s.Notes, s.Logger
+	if f.notes = s.Notes; f.notes != nil {
+		f.openNotebook(s.Logger)
+	}
 }
 
 // openNotebook begins to keep notes. The caller holds the mutex.
 func (f *Follower) openNotebook(logger *zap.Logger) {
-	f.lease = newLease(f.Config, f.jitter, logger)
-	f.notebook = newNotebook(f.ctx, &f.work, f.storage, f.lease)
-	for _, it := range f.items { // from the time without a storage
+	if f.lease == nil {
+		f.lease = newLease(f.Config, f.jitter, logger)
+	} else {
+		f.lease = f.lease.unrenewed()
+	}
+	a := &adopter{Follower: f, notes: f.notes, lease: f.lease, peers: make(map[string]*peer), told: make(map[string]bool)}
+	a.ctx, f.endNotes = context.WithCancel(f.ctx)
+	a.notebook = newNotebook(a.ctx, &f.work, a.storage, f.lease)
+	f.notebook = a.notebook
+	for _, it := range f.items { // from the time without this storage
 		f.notebook.add(f.newNotes([]*item{it})...)
 	}
-	a := &adopter{Follower: f, peers: make(map[string]*peer), told: make(map[string]bool)}
-	f.work.Go(f.renewLease)
+	f.work.Go(a.renewLease)
 	f.work.Go(a.resumeAll)
 	f.work.Go(a.lookAll)
 }

@@ -84,6 +84,9 @@ func takeSlot(dir, namespace string) (slot string, unlock func(), err error) {
 	return "", nil, errors.New("too many processes use " + dir)
 }
 
+// unrenewed returns the same lease for another storage, where it is not renewed yet.
+func (l *lease) unrenewed() *lease { return &lease{holder: l.holder, run: l.run, unlock: l.unlock} }
+
 // fresh reports whether others see that the process is alive.
 func (l *lease) fresh() bool {
 	l.mu.Lock()
@@ -94,34 +97,34 @@ func (l *lease) fresh() bool {
 // release frees the slot.
 func (l *lease) release() { l.unlock() }
 
-// renewLease renews the lease until the follower is closed.
-func (f *Follower) renewLease() {
-	for beat := 1; f.ctx.Err() == nil; beat++ {
+// renewLease renews the lease until its storage is not used any more.
+func (a *adopter) renewLease() {
+	for beat := 1; a.ctx.Err() == nil; beat++ {
 		begun, wait := time.Now(), renewAgain
-		if f.renew(begun, beat) {
+		if a.renew(begun, beat) {
 			wait = renewEvery - time.Since(begun)
 		}
-		sleep(f.ctx, wait)
+		sleep(a.ctx, wait)
 	}
 }
 
 // renew renews the lease and reports whether it has.
-func (f *Follower) renew(begun time.Time, beat int) bool {
-	storage, logger := f.storage()
-	text, err := json.Marshal(leaseRecord{Run: f.lease.run, Beat: beat})
+func (a *adopter) renew(begun time.Time, beat int) bool {
+	storage, logger := a.storage()
+	text, err := json.Marshal(leaseRecord{Run: a.lease.run, Beat: beat})
 	if storage == nil || err != nil {
 		return false
 	}
-	ctx, cancel := context.WithTimeout(f.ctx, renewTimeout)
+	ctx, cancel := context.WithTimeout(a.ctx, renewTimeout)
 	defer cancel()
-	if err := storage.StoreNote(ctx, leases, f.lease.holder, text); err != nil {
+	if err := storage.StoreNote(ctx, leases, a.lease.holder, text); err != nil {
 		logger.Debug("renewing the lease", zap.Error(err))
 		return false
 	}
-	f.lease.mu.Lock()
-	f.lease.renewed = begun
-	f.lease.mu.Unlock()
-	f.notebook.pump()
+	a.lease.mu.Lock()
+	a.lease.renewed = begun
+	a.lease.mu.Unlock()
+	a.notebook.pump()
 	return true
 }
 

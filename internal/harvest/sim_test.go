@@ -2,123 +2,241 @@ package harvest
 
 import (
 	"context"
+	"encoding/hex"
+	"flag"
 	"fmt"
+	"hash/fnv"
 	"math/rand/v2"
-	"os"
-	"strconv"
+	"runtime"
+	"runtime/debug"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap/zaptest/observer"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
+)
+
+var (
+	simSeeds = flag.Int("sim.seeds", 0, "number of seeds that TestSimulation runs, from 1 on")
+	simSeed  = flag.Uint64("sim.seed", 0, "the seed that TestSimulation runs")
+	simHours = flag.Float64("sim.hours", 1, "hours of trouble that TestSimulation simulates for each seed")
 )
 
 // simulation is several instances that use one storage and one upstream, for hours in which all of them fail.
 type simulation struct {
 	*testing.T
+	seed      uint64
 	random    *rand.Rand
 	memory    *storagetest.Memory
 	upstream  *upstream
-	processes []*process // by instance; nil while it does not run
+	instances []*instance // nil while it does not run
 	confirmed map[ID]Target
 	told      map[ID]string // how what has ended has ended
 	next      int
 	crashes   int
 }
 
-// Each submission that was confirmed ends as finished, failed or given up, whatever crashes. HARVEST_SEEDS is the number of
-// runs for each kind of storage.
+// Each submission that was confirmed ends as two reports in the storage, as a failure that is told, or as a give-up that is
+// told, whatever crashes. Reports get into the storage through the queue of an archive, in the same storage as the notes.
+// Each seed has another kind of storage than the one before. A seed decides what happens, but not the order of what happens
+// at the same instant: a seed that fails may have to be run a few times.
 func TestSimulation(t *testing.T) {
-	seeds := 1
-	if n, err := strconv.Atoi(os.Getenv("HARVEST_SEEDS")); err == nil {
-		seeds = n
+	seeds := make([]uint64, max(*simSeeds, len(storagetest.Kinds)))
+	if *simSeeds > 0 {
+		seeds = seeds[:*simSeeds]
 	}
-	for _, kind := range storagetest.Kinds {
-		for seed := range seeds {
-			t.Run(fmt.Sprintf("%s, %d", kind, seed), func(t *testing.T) {
-				synctest.Test(t, func(t *testing.T) { simulate(t, kind, uint64(seed)) })
-			})
+	for i := range seeds {
+		seeds[i] = uint64(i) + 1
+	}
+	if *simSeed > 0 {
+		seeds = []uint64{*simSeed}
+	}
+	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
+	defer debug.SetGCPercent(debug.SetGCPercent(400))
+	for _, seed := range seeds {
+		ok := t.Run(fmt.Sprint(seed), func(t *testing.T) {
+			began := time.Now()
+			var summary string
+			synctest.Test(t, func(t *testing.T) { summary = simulate(t, seed, time.Duration(*simHours*float64(time.Hour))) })
+			took := time.Since(began)
+			t.Logf("seed %d, %g hours in %s, %s", seed, (*simHours + settling.Hours()), took.Round(time.Millisecond), summary)
+		})
+		if !ok {
+			t.Fatalf("run it again: go test ./internal/harvest -run '^TestSimulation$' -sim.seed %d -sim.hours %g", seed, *simHours)
 		}
 	}
 }
 
-func simulate(t *testing.T, kind storagetest.Kind, seed uint64) {
-	const instances, hours = 3, 1
+const (
+	// simulatedFor is how long a target is followed, and settling is the time without trouble in the end.
+	simulatedFor = 2 * time.Hour
+	settling     = 3 * time.Hour
+)
+
+func simulate(t *testing.T, seed uint64, span time.Duration) (summary string) {
+	kind := storagetest.Kinds[seed%uint64(len(storagetest.Kinds))]
 	sim := &simulation{
-		T: t, random: rand.New(rand.NewPCG(seed, uint64(kind))), memory: storagetest.New(kind), upstream: newUpstream(),
-		processes: make([]*process, instances), confirmed: make(map[ID]Target), told: make(map[ID]string),
+		T: t, seed: seed, random: rand.New(rand.NewPCG(seed, 0)), memory: storagetest.New(kind), upstream: newUpstream(),
+		instances: make([]*instance, 3), confirmed: make(map[ID]Target), told: make(map[ID]string),
 	}
 	sim.upstream.latency, sim.upstream.volatile = 50*time.Millisecond, true
-	for i := range sim.processes {
+	for i := range sim.instances {
 		sim.start(i)
 	}
-	for begun := time.Now(); time.Since(begun) < hours*time.Hour; {
+	for begun := time.Now(); time.Since(begun) < span; {
 		sim.step()
 		time.Sleep(time.Duration(sim.random.Int64N(int64(10 * time.Second))))
 	}
-	sim.settle()
+	return fmt.Sprintf("%s, %s", kind, sim.settle())
+}
+
+// instance is a process that follows, with an archive, and with reports in its memory.
+type instance struct {
+	*process
+	sim     *simulation
+	source  *Source
+	backend *archive.Backend
+
+	well time.Time // since when the storage works; zero if it does not
+
+	mu    sync.Mutex
+	kept  map[task.Key]*task.Report
+	saved map[task.Key]bool
 }
 
 // start starts an instance.
 func (sim *simulation) start(i int) {
-	sim.processes[i] = sim.upstream.start(sim.memory, Config{Instance: fmt.Sprint("instance", i)}, func(s *Source) {
-		s.For = 2 * time.Hour
-		s.Fetch = sim.remember(s.Fetch)
-	})
+	core, log := observer.New(zapcore.InfoLevel)
+	logger := zap.New(core)
+	in := &instance{
+		process: &process{log: log, faulty: storagetest.NewFaulty(sim.memory)}, sim: sim,
+		kept: make(map[task.Key]*task.Report), saved: make(map[task.Key]bool),
+	}
+	in.mend()
+	in.archive = archive.New(archive.Config{Namespace: "tested", Seed: sim.random.Uint64(), Stored: in.stored})
+	in.backend = &archive.Backend{Storage: in.faulty.Storage(), Logger: logger, Retention: 30 * 24 * time.Hour}
+	in.archive.Attach(in.backend)
+	in.Follower = New(Config{Namespace: "tested", Instance: fmt.Sprint("instance", i), Seed: sim.random.Uint64()})
+	in.source = sim.upstream.source(in.archive, logger)
+	in.source.For, in.source.Fetch = simulatedFor, in.fetch
+	in.Attach(in.source)
+	sim.instances[i] = in
 }
 
-// remember returns a Fetch that keeps reports in the memory of a process, from where they get into the storage after a while.
-func (sim *simulation) remember(fetch func(context.Context, Target, bool) (Outcome, error)) func(context.Context, Target, bool) (Outcome, error) {
-	type report struct {
-		ID
-		all bool
+// mend ends the trouble with the storage, which is some milliseconds away.
+func (in *instance) mend() {
+	in.faulty.Mend()
+	in.faulty.Set(storagetest.Delayed(20 * time.Millisecond))
+	in.well = time.Now()
+}
+
+// keyOfReport returns the key of a report, and the report.
+func keyOfReport(id ID, all bool) (task.Key, *task.Report) {
+	k := task.SubmissionKey(task.SubmissionSource("tested"), id.SubmitID, all)
+	body := []byte(fmt.Sprint(id, all))
+	return k, task.NewReport(task.Document{At: time.Now(), Hash: hex.EncodeToString(k[:16]), Length: len(body), Body: body})
+}
+
+// fetch fetches a report as the resolver does: from memory, the storage, or the upstream.
+func (in *instance) fetch(ctx context.Context, t Target, all bool) (Outcome, error) {
+	k, report := keyOfReport(t.ID, all)
+	in.mu.Lock()
+	kept, saved := in.kept[k], in.saved[k]
+	in.mu.Unlock()
+	if kept != nil {
+		return Outcome{State: Finished, Report: kept, Saved: saved, Key: k}, nil
 	}
-	var mu sync.Mutex
-	saved := make(map[report]time.Time)
-	random := rand.New(rand.NewPCG(sim.random.Uint64(), 0))
-	return func(ctx context.Context, t Target, all bool) (Outcome, error) {
-		mu.Lock()
-		at, ok := saved[report{t.ID, all}]
-		mu.Unlock()
-		if ok {
-			out := Outcome{State: Finished, Report: testReport, Saved: !time.Now().Before(at)}
-			if out.Saved {
-				sim.upstream.task(t.ID, func(k *fakeTask) { k.kept[map[bool]int{true: 1}[all]] = true })
-			}
-			return out, nil
-		}
-		out, err := fetch(ctx, t, all)
-		if err == nil && out.State == Finished {
-			mu.Lock()
-			defer mu.Unlock()
-			saved[report{t.ID, all}] = time.Now().Add(time.Duration(random.Int64N(int64(20 * time.Second))))
-			k := sim.upstream.task(t.ID, func(*fakeTask) {})
-			out.Saved = k.kept[map[bool]int{true: 1}[all]]
-		}
+	found, unreadable := in.archive.Load(ctx, k, func(int64) error { return nil })
+	if found.Report != nil {
+		in.keep(k, found.Report, !found.Queued)
+		return Outcome{State: Finished, Report: found.Report, Saved: !found.Queued, Key: k}, nil
+	}
+	out, err := in.sim.upstream.fetch(ctx, t, all)
+	switch {
+	case err == nil && out.State == Unknown && unreadable != nil:
+		return Outcome{}, unreadable
+	case err != nil || out.State != Finished:
 		return out, err
 	}
+	in.keep(k, report, false)
+	if !in.archive.Save(archive.Item{Key: k, Report: report, All: all}) && ctx.Err() == nil {
+		in.sim.Error("the queue has no room")
+	}
+	return Outcome{State: Finished, Report: report, Key: k}, nil
+}
+
+func (in *instance) keep(k task.Key, r *task.Report, saved bool) {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	in.kept[k], in.saved[k] = r, saved
+}
+
+// stored is called when the archive has stored a report.
+func (in *instance) stored(i archive.Item) {
+	in.mu.Lock()
+	in.saved[i.Key] = in.kept[i.Key] != nil
+	in.mu.Unlock()
+	in.Saved(in.archive, i.Key)
+}
+
+// forget evicts all reports from memory.
+func (in *instance) forget() {
+	in.mu.Lock()
+	defer in.mu.Unlock()
+	clear(in.kept)
+	clear(in.saved)
+}
+
+// waitForWrite waits until something is being written, or for some seconds.
+func (in *instance) waitForWrite() {
+	for begun := time.Now(); in.faulty.Pending(storagetest.Store) == 0 && time.Since(begun) < 20*time.Second; {
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// leave ends the instance as Caddy does.
+func (in *instance) leave() {
+	in.Pause(in.source)
+	_ = in.archive.Drain(in.backend)
+	in.Flush()
+	in.Detach(in.source)
+	in.process.stop()
 }
 
 // step does one thing.
 func (sim *simulation) step() {
-	i := sim.random.IntN(len(sim.processes))
-	p := sim.processes[i]
+	i := sim.random.IntN(len(sim.instances))
+	p := sim.instances[i]
 	switch n := sim.random.IntN(100); {
 	case p == nil:
 		if n < 20 {
 			sim.start(i)
 		}
-	case n < 70:
+	case n < 67:
 		sim.submit(p)
+	case n < 70:
+		p.forget()
 	case n < 78:
-		sim.end(i, func() { p.kill(storagetest.Effect(sim.random.IntN(2))) })
+		sim.end(i, func() {
+			p.waitForWrite()
+			p.kill(storagetest.Effect(sim.random.IntN(2)))
+		})
 	case n < 80:
-		sim.end(i, p.stop)
+		sim.end(i, p.leave)
 	case n < 84:
 		p.faulty.Set(sim.fault())
+		p.well = time.Time{}
 	case n < 94:
-		p.faulty.Mend()
+		if p.well.IsZero() {
+			p.mend()
+		}
 	case n < 96:
 		sim.away(errAway)
 	default:
@@ -144,8 +262,11 @@ func (sim *simulation) fault() func(storagetest.Call) storagetest.Fault {
 	case 3:
 		return storagetest.Delayed(time.Second)
 	}
-	random := rand.New(rand.NewPCG(sim.random.Uint64(), 0))
-	return func(storagetest.Call) storagetest.Fault { // the mutex of the storage is held
+	seed := sim.random.Uint64()
+	return func(c storagetest.Call) storagetest.Fault { // it depends on the call alone
+		hash := fnv.New64a()
+		fmt.Fprint(hash, c.Op, c.Name, c.Begun.UnixNano())
+		random := rand.New(rand.NewPCG(seed, hash.Sum64()))
 		return []storagetest.Fault{
 			{}, {Before: 100 * time.Millisecond}, {Effect: storagetest.None, Err: storagetest.ErrInjected},
 			{Effect: storagetest.Half}, {Err: storagetest.ErrInjected}, {After: time.Second},
@@ -154,7 +275,7 @@ func (sim *simulation) fault() func(storagetest.Call) storagetest.Fault {
 }
 
 // submit submits an archive of some files, some of which fail, are known late, or are lost.
-func (sim *simulation) submit(p *process) {
+func (sim *simulation) submit(p *instance) {
 	var targets []Target
 	for range 1 + sim.random.IntN(3) {
 		sim.next++
@@ -173,24 +294,27 @@ func (sim *simulation) submit(p *process) {
 		})
 		targets = append(targets, t)
 	}
-	if p.mustAdd(sim.T, targets...) {
+	switch {
+	case p.mustAdd(sim.T, targets...):
 		for _, t := range targets {
 			sim.confirmed[t.ID] = t
 		}
+	case !p.well.IsZero() && time.Since(p.well) > time.Minute:
+		sim.Errorf("%s is not noted in time, although the storage works since %s", targets[0].ID, p.well)
 	}
 }
 
 // end ends an instance, and notes what it has told.
 func (sim *simulation) end(i int, end func()) {
 	end()
-	sim.processes[i].faulty.Mend()
+	sim.instances[i].faulty.Mend()
 	sim.crashes++
-	sim.hear(sim.processes[i])
-	sim.processes[i] = nil
+	sim.hear(sim.instances[i])
+	sim.instances[i] = nil
 }
 
 // hear notes what an instance has told.
-func (sim *simulation) hear(p *process) {
+func (sim *simulation) hear(p *instance) {
 	for _, e := range p.log.All() {
 		if id, ok := e.ContextMap()["id"].(string); ok {
 			sim.told[ID{SubmitID: id}] = e.Message
@@ -199,17 +323,17 @@ func (sim *simulation) hear(p *process) {
 }
 
 // settle ends all faults, and checks that all is well in the end.
-func (sim *simulation) settle() {
+func (sim *simulation) settle() (summary string) {
 	sim.away(nil)
-	for i, p := range sim.processes {
+	for i, p := range sim.instances {
 		if p == nil && i == 0 {
 			sim.start(i) // one is enough
 		} else if p != nil {
-			p.faulty.Mend()
+			p.mend()
 		}
 	}
-	time.Sleep(3 * time.Hour)
-	for _, p := range sim.processes {
+	time.Sleep(settling)
+	for _, p := range sim.instances {
 		if p == nil {
 			continue
 		}
@@ -221,17 +345,20 @@ func (sim *simulation) settle() {
 		p.faulty.Mend()
 	}
 	synctest.Wait()
+	reader := archive.New(archive.Config{Namespace: "tested"})
+	reader.Attach(&archive.Backend{Storage: sim.memory.Storage(), Logger: zap.NewNop(), Retention: 30 * 24 * time.Hour})
 	kept, asked := 0, 0
 	for id := range sim.confirmed {
 		k := sim.upstream.task(id, func(*fakeTask) {})
 		asked += k.asked[0] + k.asked[1]
-		switch {
-		case k.kept == [2]bool{true, true} && k.told > 0:
+		switch stored := sim.isStored(reader, id, false) && sim.isStored(reader, id, true); {
+		case stored && k.told > 0:
 			kept++
 		case sim.told[id] == "":
-			sim.Errorf("%s has ended and nobody was told: %+v", id, k)
+			sim.Errorf("%s has ended and nobody was told; stored: %t; %+v", id, stored, k)
 		}
 	}
+	reader.Close()
 	if names := noted(sim.memory); len(names) != 0 {
 		sim.Errorf("%d notes are left: %q", len(names), names[:min(3, len(names))])
 	}
@@ -239,6 +366,16 @@ func (sim *simulation) settle() {
 	if most := 150 * len(sim.confirmed); asked > most {
 		sim.Errorf("%d questions", asked)
 	}
-	sim.Logf("%d crashes and stops; %d submissions, %d confirmed, %d kept, %d told otherwise; %d questions",
+	return fmt.Sprintf("%d crashes and stops; %d submissions, %d confirmed, %d kept, %d told otherwise; %d questions",
 		sim.crashes, sim.next, len(sim.confirmed), kept, len(sim.confirmed)-kept, sim.upstream.questions())
+}
+
+// isStored reports whether the storage has a report.
+func (sim *simulation) isStored(reader *archive.Archive, id ID, all bool) bool {
+	k, report := keyOfReport(id, all)
+	found, err := reader.Load(sim.Context(), k, func(int64) error { return nil })
+	if err != nil {
+		sim.Error(err)
+	}
+	return found.Report != nil && found.Report.Same(report)
 }

@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
+	"go.uber.org/zap"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
@@ -59,6 +60,38 @@ func TestHandlerThatHangs(t *testing.T) {
 	})
 }
 
+// The handlers of a source that hang do not hold up those of the next.
+func TestHandlerThatHangsAndAnotherSource(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u := newUpstream()
+		hang := make(chan struct{})
+		var hangs *Source
+		p := u.start(nil, Config{}, func(s *Source) {
+			hangs = s
+			s.Finished = func(Target) { <-hang }
+		})
+		defer p.stop()
+		for i := range maxTelling {
+			p.mustAdd(t, u.submit(i, time.Second))
+		}
+		time.Sleep(time.Minute)
+		p.Attach(u.source(nil, zap.NewNop()))
+		p.Pause(hangs)
+		p.Detach(hangs)
+		target := u.submit(maxTelling, time.Second)
+		p.mustAdd(t, target)
+		time.Sleep(time.Minute)
+		if n := u.task(target.ID, func(*fakeTask) {}).told; n != 1 || p.pending() != maxTelling {
+			t.Errorf("it was told %d times, %d are pending", n, p.pending())
+		}
+		close(hang)
+		synctest.Wait()
+		if n := p.pending(); n != 0 {
+			t.Errorf("%d are pending", n)
+		}
+	})
+}
+
 // What the storage has in the end is noted without another question, even when the source is paused.
 func TestSavedMeanwhile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -81,12 +114,12 @@ func TestSavedMeanwhile(t *testing.T) {
 		time.Sleep(time.Minute)
 		p.Pause(source)
 		synctest.Wait()
-		p.Saved(keyOf(false))
+		p.Saved(p.archive, keyOf(false))
 		if list := p.List(); len(list) != 1 || !list[0].Finished {
 			t.Errorf("pending is %+v, want one that is finished", list)
 		}
-		p.Saved(task.NewKey("another"))
-		p.Saved(keyOf(true))
+		p.Saved(p.archive, task.NewKey("another"))
+		p.Saved(p.archive, keyOf(true))
 		p.Flush()
 		if p.pending() != 0 || p.counts() != [3]int{1} || len(noted(m)) != 0 {
 			t.Errorf("pending is %+v, counts %v, notes %v", p.List(), p.counts(), noted(m))
