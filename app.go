@@ -136,6 +136,17 @@ func (a *App) emit(ns *namespace, u *upstream, event, reason string) {
 	}
 }
 
+// emitFinished emits the event that a report is finished and kept. The end of the configuration does not interrupt it: the
+// event is emitted once, so its handlers would miss it.
+func (a *App) emitFinished(ns *namespace, t harvest.Target) {
+	ctx := ns.ctx
+	ctx.Context = context.WithoutCancel(ctx.Context)
+	a.events.Emit(ctx, "fsbroker_report_finished", map[string]any{
+		"namespace": ns.name, "client": t.Client, "submit_id": t.SubmitID,
+		"node": t.AppServerID, "task_id": t.TaskID, "sha256": t.SHA256, "name": t.Name,
+	})
+}
+
 // Cleanup releases what the namespaces share with other configurations. Requests under way are still answered.
 func (a *App) Cleanup() error {
 	if a.endChecks != nil {
@@ -283,7 +294,7 @@ func (a *App) provision(ctx caddy.Context, ns *namespace) error {
 	if err := ns.openArchive(ctx); err != nil {
 		return err
 	}
-	if err := ns.openFollower(func(t harvest.Target) { a.emitFinished(ns, t) }); err != nil {
+	if err := a.openFollower(ns); err != nil {
 		return err
 	}
 	if b := ns.options.Broker; b != nil && len(b.Proxy) > 0 {
@@ -428,6 +439,55 @@ func (ns *namespace) openArchive(ctx caddy.Context) error {
 	}
 	ns.resolver.archive, ns.archiveID, ns.backend = opened, id, backend
 	return nil
+}
+
+// openFollower joins the follower of the namespace, which is not used before startFollowing.
+func (a *App) openFollower(ns *namespace) error {
+	o := ns.options
+	if o.Harvest == nil {
+		return nil
+	}
+	f, err := joinFollower(ns.name, ns.member.shared, ns.logger)
+	if err != nil {
+		return err
+	}
+	ns.resolver.follower = f
+	ns.source = &harvest.Source{
+		Fetch:        ns.resolver.fetchFollowed,
+		Upstream:     ns.resolver.firstUpstream,
+		Finished:     func(t harvest.Target) { a.emitFinished(ns, t) },
+		Summary:      o.Harvest.Summary,
+		Complete:     o.Harvest.Complete,
+		PollInterval: time.Duration(o.PollInterval),
+		For:          time.Duration(o.Harvest.For),
+		Notes:        ns.resolver.archive,
+		Logger:       ns.logger,
+	}
+	return nil
+}
+
+// startFollowing begins to follow what is pending, and what is noted in the storage.
+func (ns *namespace) startFollowing() {
+	if ns.source != nil {
+		ns.resolver.follower.Attach(ns.source)
+	}
+}
+
+// stopFollowing ends the questions of startFollowing. What is accepted meanwhile is still noted.
+func (ns *namespace) stopFollowing() {
+	if ns.source != nil {
+		ns.resolver.follower.Pause(ns.source)
+	}
+}
+
+// closeFollower undoes openFollower. It must come before the archive is closed.
+func (ns *namespace) closeFollower() error {
+	if ns.source == nil {
+		return nil
+	}
+	ns.resolver.follower.Detach(ns.source)
+	_, err := followers.Delete(ns.name)
+	return err
 }
 
 // storageName returns the name of the module of Caddy's own storage.

@@ -61,18 +61,18 @@ func isSubmit(req *http.Request) bool {
 	return req.Method == http.MethodPost && strings.EqualFold(req.URL.Path, submitPath)
 }
 
-// learn replaces the body of the broker's answer to a submission by one that is read on the way. It returns when what the
-// broker has accepted is noted, or cannot be read and noted in time.
-func (t *proxyTransport) learn(ctx context.Context, resp *http.Response, client string) {
+// learn replaces the body of the broker's answer to a client's submission by one that is read on the way. It returns when
+// what the broker has accepted is noted, or cannot be read and noted in time.
+func learn(ctx context.Context, f *harvest.Follower, broker *upstream, client string, resp *http.Response) {
 	if resp.StatusCode < 200 || resp.StatusCode > 299 {
 		return
 	}
 	l := &learner{
-		follower: t.follower, client: client, broker: t.broker,
+		follower: f, client: client, broker: broker,
 		body: resp.Body, chunks: make(chan answerChunk),
 	}
 	l.closed, l.close = context.WithCancel(context.Background())
-	l.reservation = t.broker.memory.reserve(&t.broker.share)
+	l.reservation = broker.memory.reserve(&broker.share)
 	resp.Body = l
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), maxNoting)
 	defer cancel()

@@ -10,6 +10,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
 )
 
 // outcome is what the cache did for a request. It is a label of metrics and a field of logs.
@@ -49,6 +50,7 @@ var (
 	}, []string{"role", "node"})
 
 	storageMetrics = archive.NewMetrics()
+	harvestMetrics = harvest.NewMetrics()
 )
 
 // registerMetrics registers all metrics with a configuration's registry, unless another handler has done so. The gauges

@@ -249,7 +249,7 @@ func (t *proxyTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	a.ReadCloser, a.trailer = resp.Body, &resp.Trailer
 	resp.Body = a
 	if learns {
-		t.learn(req.Context(), resp, call.client)
+		learn(req.Context(), t.follower, t.broker, call.client, resp)
 	}
 	return resp, nil
 }

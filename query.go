@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -36,6 +37,14 @@ func (q query) target() query {
 		t.appServerID, t.taskID = q.appServerID, q.taskID
 	}
 	return t
+}
+
+// id returns the submission, or the node and its task, that a query names.
+func (q query) id() harvest.ID {
+	if q.submitID != "" {
+		return harvest.ID{SubmitID: q.submitID}
+	}
+	return harvest.ID{AppServerID: q.appServerID, TaskID: q.taskID}
 }
 
 // parseQuery parses a raw query. It returns the secrets even if the rest is malformed, so that the caller is

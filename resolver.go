@@ -503,3 +503,61 @@ func (rs *resolver) selection(q query, common archive.Selection) (s archive.Sele
 	}
 	return common, true
 }
+
+// follow follows the report that a client has asked for, and that is not finished.
+func (rs *resolver) follow(q query, client string) {
+	if rs.follower != nil && q.sha256 == "" {
+		rs.follower.Follow(harvest.Target{ID: q.id(), Client: client, Known: true, Accepted: time.Now()})
+	}
+}
+
+// nudge tells the follower that a report is finished.
+func (rs *resolver) nudge(q query) {
+	if rs.follower != nil {
+		rs.follower.Nudge(q.id())
+	}
+}
+
+// isAccepted reports whether a problem means that no upstream knows a submission, although it was accepted through here.
+func (rs *resolver) isAccepted(q query, err error) bool {
+	p, ok := errors.AsType[*problem](err)
+	return ok && p.kind == problemUnknownSubmission && rs.follower != nil && rs.follower.Accepted(q.submitID)
+}
+
+// firstUpstream returns the name of the upstream that is asked first for a target. It implements harvest.Source.
+func (rs *resolver) firstUpstream(t harvest.Target) string {
+	if u := rs.nodes[t.AppServerID]; u != nil && t.SubmitID == "" {
+		return "node " + u.name
+	}
+	return "broker"
+}
+
+var (
+	errNoRoom  = errors.New("max_size leaves no room for its report")
+	errTooSlow = errors.New("the upstreams and the storage take too long")
+)
+
+// fetchFollowed fetches the report of a target. It implements harvest.Source.
+func (rs *resolver) fetchFollowed(ctx context.Context, t harvest.Target, all bool) (harvest.Outcome, error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, rs.questionTimeout, errTooSlow)
+	defer cancel()
+	res, err := rs.find(ctx, query{submitID: t.SubmitID, appServerID: t.AppServerID, taskID: t.TaskID, all: all})
+	p, isProblem := errors.AsType[*problem](err)
+	switch {
+	case err == nil && !res.entry.report.Finished():
+		return harvest.Outcome{State: harvest.Unfinished}, nil
+	case err == nil && rs.archive == nil && res.entry.unkept:
+		return harvest.Outcome{}, errNoRoom
+	case err == nil:
+		return harvest.Outcome{
+			State: harvest.Finished, Report: res.entry.report, Saved: rs.shared.isSaved(res.entry, rs.archive), Key: res.entry.key(),
+		}, nil
+	case !isProblem:
+		return harvest.Outcome{}, err
+	case p.kind == problemUnknownSubmission, p.kind == problemUnknownTask:
+		return harvest.Outcome{State: harvest.Unknown}, nil
+	case p.kind == problemSubmissionFailed:
+		return harvest.Outcome{State: harvest.Failed}, nil
+	}
+	return harvest.Outcome{RetryAfter: p.retryAfter}, errors.New(p.code())
+}

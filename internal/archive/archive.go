@@ -9,11 +9,7 @@ package archive
 import (
 	"cmp"
 	"context"
-	"errors"
-	"fmt"
-	"io/fs"
 	"math/rand/v2"
-	"regexp"
 	"slices"
 	"sync"
 	"time"
@@ -100,35 +96,12 @@ const (
 	complainEvery = time.Minute
 )
 
-// ErrUnreadable means that the storage cannot be read at the moment.
-var ErrUnreadable = errors.New("the storage cannot be read")
-
-var errTimeout = errors.New("the storage takes too long")
-
-// shownError is an error of a storage as operators see it: without the queries of URLs, which may hold secrets of the storage.
-type shownError struct{ error }
-
-var urlQuery = regexp.MustCompile(`(://[^\s"?]*)\?[^\s"]*`)
-
-func (e shownError) Error() string { return urlQuery.ReplaceAllString(e.error.Error(), "$1?REDACTED") }
-func (e shownError) Unwrap() error { return e.error }
-
-func errorField(err error) zap.Field { return zap.Error(shownError{err}) }
-
 // timeout returns the error of an operation whose time is over, with what the storage said before, since it last worked.
 func (a *Archive) timeout() error {
 	if a.writes.lastError() == nil {
 		return a.reads.explain(errTimeout)
 	}
 	return a.writes.explain(errTimeout)
-}
-
-// timedOut returns the error of an operation whose time is over. It has the error of the operation, if that says more.
-func timedOut(err error) error {
-	if err == nil || err.Error() == context.DeadlineExceeded.Error() {
-		return errTimeout
-	}
-	return fmt.Errorf("%w: %w", errTimeout, err)
 }
 
 // random returns random numbers for one purpose, so that none depends on when another is drawn.
@@ -268,12 +241,4 @@ func (a *Archive) sleep(d time.Duration) bool {
 // days if values are kept for more than 40 minutes.
 func sweepInterval(retention time.Duration) time.Duration {
 	return min(max(retention/4, time.Second), 10*time.Minute)
-}
-
-// ignoreNotExist returns err unless it means that there is no such value.
-func ignoreNotExist(err error) error {
-	if errors.Is(err, fs.ErrNotExist) {
-		return nil
-	}
-	return err
 }

@@ -442,3 +442,35 @@ func (l layout) recordName(writer string) string { return string(l) + "instances
 func (l layout) sweepLock() string { return string(l) + "sweep.lock" }
 
 func (l layout) sweepCursor() string { return string(l) + "sweep" }
+
+// isNoteName reports whether a name can be that of a note or a folder of notes.
+func isNoteName(name string) bool {
+	return name != "" && len(name) <= maxNoteName && name[0] != '.' &&
+		!strings.ContainsFunc(name, func(r rune) bool { return !strings.ContainsRune(noteNameCharacters, r) })
+}
+
+// maxNoteName is the maximum length of the name of a note or a folder of notes, in bytes.
+const maxNoteName = 128
+
+const noteNameCharacters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_."
+
+// noteKey returns what stands in the header of a note for its key.
+func noteKey(folder, name string) task.Key { return task.NewKey("note", folder, name) }
+
+const notesDir = "notes"
+
+func (l layout) noteFolder(folder string) string { return string(l) + notesDir + "/" + folder }
+
+func (l layout) noteName(folder, name string) string { return l.noteFolder(folder) + "/" + name }
+
+func (l layout) noteLock(folder string) string { return string(l) + notesDir + "-" + folder + ".lock" }
+
+// parseNoteName returns the folder and the name of a note by its name in the storage.
+func (l layout) parseNoteName(stored string) (folder, name string, ok bool) {
+	rest, ok := strings.CutPrefix(stored, string(l)+notesDir+"/")
+	if !ok {
+		return "", "", false
+	}
+	folder, name, _ = strings.Cut(rest, "/")
+	return folder, name, isNoteName(folder) && isNoteName(name)
+}

@@ -7,8 +7,6 @@ import (
 	"path"
 	"strings"
 	"time"
-
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
 // Notes are small values beside the reports, in folders. They have a checksum or a seal as reports have, but no retention:
@@ -20,9 +18,6 @@ const (
 
 	// noteTimeout bounds an operation on a note.
 	noteTimeout = 10 * time.Second
-
-	// maxNoteName is the maximum length of the name of a note or a folder of notes, in bytes.
-	maxNoteName = 128
 )
 
 // ErrDamagedNote means that a note is not what was stored, so nobody can read it.
@@ -163,33 +158,4 @@ func wrapNoteError(doing, folder, name string, err error) error {
 		return nil
 	}
 	return fmt.Errorf("%s the note %s: %w", doing, path.Join(folder, name), shownError{err})
-}
-
-// isNoteName reports whether a name can be that of a note or a folder of notes.
-func isNoteName(name string) bool {
-	return name != "" && len(name) <= maxNoteName && name[0] != '.' &&
-		!strings.ContainsFunc(name, func(r rune) bool { return !strings.ContainsRune(noteNameCharacters, r) })
-}
-
-const noteNameCharacters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_."
-
-// noteKey returns what stands in the header of a note for its key.
-func noteKey(folder, name string) task.Key { return task.NewKey("note", folder, name) }
-
-const notesDir = "notes"
-
-func (l layout) noteFolder(folder string) string { return string(l) + notesDir + "/" + folder }
-
-func (l layout) noteName(folder, name string) string { return l.noteFolder(folder) + "/" + name }
-
-func (l layout) noteLock(folder string) string { return string(l) + notesDir + "-" + folder + ".lock" }
-
-// parseNoteName returns the folder and the name of a note by its name in the storage.
-func (l layout) parseNoteName(stored string) (folder, name string, ok bool) {
-	rest, ok := strings.CutPrefix(stored, string(l)+notesDir+"/")
-	if !ok {
-		return "", "", false
-	}
-	folder, name, _ = strings.Cut(rest, "/")
-	return folder, name, isNoteName(folder) && isNoteName(name)
 }

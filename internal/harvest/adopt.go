@@ -2,6 +2,7 @@ package harvest
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -303,4 +304,57 @@ func (a *adopter) complain(
 		logger.Warn("a note of what is pending cannot be read: what it says is not followed", zap.Error(err))
 	}
 	return nil
+}
+
+// recall follows the targets of a note that is stored already, at once.
+func (a *adopter) recall(n *note, targets []Target) {
+	f := a.Follower
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed || f.notebook != a.notebook {
+		return
+	}
+	s := f.source()
+	for _, t := range targets {
+		it := f.items[t.ID]
+		if it == nil {
+			it = f.begin(t)
+			f.put(s, it, time.Now())
+		}
+		n.open++
+		it.notes = append(it.notes, n)
+	}
+	f.notebook.add(n)
+	f.dispatch()
+}
+
+// renewLease renews the lease until its storage is not used any more.
+func (a *adopter) renewLease() {
+	for beat := 1; a.ctx.Err() == nil; beat++ {
+		begun, wait := time.Now(), renewAgain
+		if a.renew(begun, beat) {
+			wait = renewEvery - time.Since(begun)
+		}
+		sleep(a.ctx, wait)
+	}
+}
+
+// renew renews the lease and reports whether it has.
+func (a *adopter) renew(begun time.Time, beat int) bool {
+	storage, logger := a.storage()
+	text, err := json.Marshal(leaseRecord{Run: a.lease.run, Beat: beat})
+	if storage == nil || err != nil {
+		return false
+	}
+	ctx, cancel := context.WithTimeout(a.ctx, renewTimeout)
+	defer cancel()
+	if err := storage.StoreNote(ctx, leases, a.lease.holder, text); err != nil {
+		logger.Debug("renewing the lease", zap.Error(err))
+		return false
+	}
+	a.lease.mu.Lock()
+	a.lease.renewed = begun
+	a.lease.mu.Unlock()
+	a.notebook.pump()
+	return true
 }

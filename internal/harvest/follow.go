@@ -111,28 +111,6 @@ func (f *Follower) newNotes(items []*item) (notes []*note) {
 	return notes
 }
 
-// recall follows the targets of a note that is stored already, at once.
-func (a *adopter) recall(n *note, targets []Target) {
-	f := a.Follower
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.closed || f.notebook != a.notebook {
-		return
-	}
-	s := f.source()
-	for _, t := range targets {
-		it := f.items[t.ID]
-		if it == nil {
-			it = f.begin(t)
-			f.put(s, it, time.Now())
-		}
-		n.open++
-		it.notes = append(it.notes, n)
-	}
-	f.notebook.add(n)
-	f.dispatch()
-}
-
 // put schedules an item. The caller holds the mutex.
 func (f *Follower) put(s *Source, it *item, due time.Time) {
 	f.schedule.put(it, f.upstream(s, it), due)
@@ -234,39 +212,6 @@ func (f *Follower) noteFinished(it *item, q question, out Outcome) {
 	it.told, it.telling = true, true
 	f.untold = append(f.untold, it)
 	f.startTelling()
-}
-
-// maxTelling is the number of calls of Source.Finished at once.
-const maxTelling = 16
-
-// startTelling starts a goroutine that tells what is to be told, unless there are enough. Those of another source do not
-// count: its handler may hang. The caller holds the mutex.
-func (f *Follower) startTelling() {
-	if s := f.source(); len(f.untold) > 0 && s != nil && s.tellers < maxTelling {
-		s.tellers++
-		go f.tellAll(s) // nobody waits for it: the handler of an event may wait for another configuration
-	}
-}
-
-// tellAll tells what is to be told, until another source is used.
-func (f *Follower) tellAll(s *Source) {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	defer func() { s.tellers-- }()
-	for len(f.untold) > 0 && f.source() == s && !s.paused && !f.closed {
-		it := f.untold[0]
-		f.untold = f.untold[1:]
-		if s.Finished != nil {
-			target := it.Target
-			f.mu.Unlock()
-			s.Finished(target)
-			f.mu.Lock()
-		}
-		it.telling = false
-		if it.over && f.items[it.ID] == it {
-			f.end(s, it, ending{how: endedFinished})
-		}
-	}
 }
 
 // end ends the following of an item. What has finished must have been told before. The caller holds the mutex.

@@ -2,7 +2,6 @@ package harvest
 
 import (
 	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -96,37 +95,6 @@ func (l *lease) fresh() bool {
 
 // release frees the slot.
 func (l *lease) release() { l.unlock() }
-
-// renewLease renews the lease until its storage is not used any more.
-func (a *adopter) renewLease() {
-	for beat := 1; a.ctx.Err() == nil; beat++ {
-		begun, wait := time.Now(), renewAgain
-		if a.renew(begun, beat) {
-			wait = renewEvery - time.Since(begun)
-		}
-		sleep(a.ctx, wait)
-	}
-}
-
-// renew renews the lease and reports whether it has.
-func (a *adopter) renew(begun time.Time, beat int) bool {
-	storage, logger := a.storage()
-	text, err := json.Marshal(leaseRecord{Run: a.lease.run, Beat: beat})
-	if storage == nil || err != nil {
-		return false
-	}
-	ctx, cancel := context.WithTimeout(a.ctx, renewTimeout)
-	defer cancel()
-	if err := storage.StoreNote(ctx, leases, a.lease.holder, text); err != nil {
-		logger.Debug("renewing the lease", zap.Error(err))
-		return false
-	}
-	a.lease.mu.Lock()
-	a.lease.renewed = begun
-	a.lease.mu.Unlock()
-	a.notebook.pump()
-	return true
-}
 
 // sleep sleeps unless ctx ends.
 func sleep(ctx context.Context, d time.Duration) {

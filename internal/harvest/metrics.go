@@ -12,8 +12,14 @@ type Metrics struct {
 	finished, failed, givenUp, refused prometheus.Counter
 	pending, oldest                    prometheus.GaugeFunc
 
-	mu        sync.Mutex
-	followers map[*Follower]struct{}
+	mu       sync.Mutex
+	pendings map[pending]struct{}
+}
+
+// pending is what a follower has pending.
+type pending interface {
+	// stats returns the number of targets, and the age of the oldest.
+	stats() (targets int, oldest time.Duration)
 }
 
 // NewMetrics returns metrics at zero.
@@ -23,11 +29,11 @@ func NewMetrics() *Metrics {
 		return prometheus.NewCounter(prometheus.CounterOpts{Name: prefix + name, Help: help})
 	}
 	m := &Metrics{
-		finished:  counter("finished_total", "Submissions and tasks that were followed until their reports were kept."),
-		failed:    counter("failed_total", "Submissions that were followed and have failed."),
-		givenUp:   counter("given_up_total", "Submissions and tasks that are not followed any longer although their reports are not kept."),
-		refused:   counter("refused_total", "Submissions and tasks that are not followed because too many are pending."),
-		followers: make(map[*Follower]struct{}),
+		finished: counter("finished_total", "Submissions and tasks that were followed until their reports were kept."),
+		failed:   counter("failed_total", "Submissions that were followed and have failed."),
+		givenUp:  counter("given_up_total", "Submissions and tasks that are not followed any longer although their reports are not kept."),
+		refused:  counter("refused_total", "Submissions and tasks that are not followed because too many are pending."),
+		pendings: make(map[pending]struct{}),
 	}
 	m.pending = prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: prefix + "pending", Help: "Submissions and tasks that are followed.",
@@ -53,22 +59,22 @@ func (m *Metrics) Collectors() []prometheus.Collector {
 func (m *Metrics) sum() (pending int, oldest time.Duration) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	for f := range m.followers {
-		n, age := f.stats()
+	for p := range m.pendings {
+		n, age := p.stats()
 		pending += n
 		oldest = max(oldest, age)
 	}
 	return pending, oldest
 }
 
-func (m *Metrics) add(f *Follower) {
+func (m *Metrics) add(p pending) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	m.followers[f] = struct{}{}
+	m.pendings[p] = struct{}{}
 }
 
-func (m *Metrics) remove(f *Follower) {
+func (m *Metrics) remove(p pending) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	delete(m.followers, f)
+	delete(m.pendings, p)
 }
