@@ -85,7 +85,7 @@ func (f *Follower) refuseAll(s *Source, targets []Target) {
 func (f *Follower) begin(t Target) *item {
 	age := max(0, f.Now().Sub(t.Accepted))
 	now := time.Now()
-	it := &item{Target: t, began: now.Add(-age)}
+	it := &item{Target: t, began: now.Add(-age), told: t.Told}
 	it.since = now
 	f.items[t.ID] = it
 	return it
@@ -262,7 +262,10 @@ func (f *Follower) tellAll(s *Source) {
 			s.Finished(target)
 			f.mu.Lock()
 		}
-		it.telling = false
+		it.telling, it.Told = false, true
+		for _, n := range it.notes {
+			f.notebook.touch(n)
+		}
 		if it.over && f.items[it.ID] == it {
 			f.end(s, it, ending{how: endedFinished})
 		}
