@@ -144,8 +144,8 @@ func (nb *notebook) touch(n *note) {
 	n.partial = true
 }
 
-// partials returns the first pages of the notes of which some targets have ended or were told, but not all have ended. There are none while the
-// storage fails.
+// partials returns the first pages of the notes of which some targets have ended or were told, but not all have ended. There
+// are none while the storage fails.
 func (nb *notebook) partials() map[*note][]*item {
 	nb.mu.Lock()
 	defer nb.mu.Unlock()
