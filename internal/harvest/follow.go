@@ -85,7 +85,7 @@ func (f *Follower) refuseAll(s *Source, targets []Target) {
 func (f *Follower) begin(t Target) *item {
 	age := max(0, f.Now().Sub(t.Accepted))
 	now := time.Now()
-	it := &item{Target: t, began: now.Add(-age)}
+	it := &item{Target: t, began: now.Add(-age), told: t.Told}
 	it.since = now
 	f.items[t.ID] = it
 	return it

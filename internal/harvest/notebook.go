@@ -29,7 +29,7 @@ type note struct {
 	content []byte
 
 	open    int  // targets that have not ended. It is guarded by the notebook once the note has been added
-	partial bool // some targets have ended. The notebook guards it
+	partial bool // some targets have ended, or were told. The notebook guards it
 	leaving bool // other notes replace it. The follower guards it
 
 	// pages are the notes that have the same targets, if this is the first of them.
@@ -137,8 +137,15 @@ func (nb *notebook) release(n *note) {
 	}
 }
 
-// partials returns the first pages of the notes of which some targets have ended, but not all. There are none while the
-// storage fails.
+// touch notes that a target of a note was told.
+func (nb *notebook) touch(n *note) {
+	nb.mu.Lock()
+	defer nb.mu.Unlock()
+	n.partial = true
+}
+
+// partials returns the first pages of the notes of which some targets have ended or were told, but not all have ended. There
+// are none while the storage fails.
 func (nb *notebook) partials() map[*note][]*item {
 	nb.mu.Lock()
 	defer nb.mu.Unlock()

@@ -9,6 +9,7 @@ import (
 	"math/rand/v2"
 	"runtime"
 	"runtime/debug"
+	"strings"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -252,7 +253,7 @@ func (sim *simulation) away(err error) {
 
 // fault returns how a storage behaves for a while.
 func (sim *simulation) fault() func(storagetest.Call) storagetest.Fault {
-	switch sim.random.IntN(5) {
+	switch sim.random.IntN(6) {
 	case 0:
 		return storagetest.Failing(storagetest.ErrInjected)
 	case 1:
@@ -261,6 +262,13 @@ func (sim *simulation) fault() func(storagetest.Call) storagetest.Fault {
 		return storagetest.Hanging(true)
 	case 3:
 		return storagetest.Delayed(time.Second)
+	case 4: // notes are fast, reports are not
+		return func(c storagetest.Call) storagetest.Fault {
+			if c.Op == storagetest.Store && !strings.Contains(c.Name, "/notes/") {
+				return storagetest.Fault{Before: 10 * time.Second}
+			}
+			return storagetest.Fault{}
+		}
 	}
 	seed := sim.random.Uint64()
 	return func(c storagetest.Call) storagetest.Fault { // it depends on the call alone

@@ -33,6 +33,9 @@ type Target struct {
 	// Known reports whether an upstream is known to have it.
 	Known bool `json:"known,omitempty"`
 
+	// Told reports whether Source.Finished has returned.
+	Told bool `json:"told,omitempty"`
+
 	// Accepted is when it was submitted, or first asked for.
 	Accepted time.Time `json:"accepted"`
 }

@@ -26,7 +26,10 @@ func (f *Follower) tellAll(s *Source) {
 			s.Finished(target)
 			f.mu.Lock()
 		}
-		it.telling = false
+		it.telling, it.Told = false, true
+		for _, n := range it.notes {
+			f.notebook.touch(n)
+		}
 		if it.over && f.items[it.ID] == it {
 			f.end(s, it, ending{how: endedFinished})
 		}

@@ -1,6 +1,7 @@
 package harvest
 
 import (
+	"context"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -27,6 +28,32 @@ func TestEndedTargetsOfANote(t *testing.T) {
 		}
 		if list := p.List(); len(list) != 1 || list[0].ID != u.id(3) {
 			t.Errorf("pending is %+v", list)
+		}
+	})
+}
+
+// A process that ends in good order between the two reports of a target leaves nothing to be told again.
+func TestToldBeforeItEnds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u, m := newUpstream(), storagetest.New(storagetest.Redis)
+		p := u.start(m, Config{Instance: "one"}, func(s *Source) {
+			fetch := s.Fetch
+			s.Fetch = func(ctx context.Context, target Target, all bool) (Outcome, error) {
+				if all {
+					return Outcome{}, errAway
+				}
+				return fetch(ctx, target, all)
+			}
+		})
+		target := u.submit(1, time.Second)
+		p.mustAdd(t, target)
+		time.Sleep(30 * time.Second)
+		p.stop()
+		p = u.start(m, Config{Instance: "one"}, nil)
+		defer p.stop()
+		time.Sleep(time.Minute)
+		if told := u.task(target.ID, func(*fakeTask) {}).told; told != 1 || p.pending() != 0 || len(noted(m)) != 0 {
+			t.Errorf("it was told %d times; %d are pending", told, p.pending())
 		}
 	})
 }
