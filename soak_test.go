@@ -39,8 +39,8 @@ var soakFor = flag.Duration("soak", 0, "how long TestSoak runs")
 // TestSoak mixes callers of several namespaces with faults of the nodes, the broker and the storage, reloads and restarts.
 // It asserts all the time that
 //
-//   - a finished report that a caller got is answered again, byte for byte, for as long as its namespace keeps it. The one
-//     excuse is a storage that fails at that moment, and the response must say so.
+//   - a finished report that a caller got is answered again, byte for byte, for as long as its namespace keeps it. The
+//     excuses are a storage that fails at that moment, and memory that is used up. The response must say so.
 //   - no caller gets a document of another namespace: every document names the namespace with whose secret a node was asked.
 //   - the heap stays within its bound.
 //   - no response and no log holds a secret, although one node sends back what it was asked.
@@ -715,8 +715,8 @@ func (s *soak) mustHave(ns *soakNamespace, id reportID, p promise) bool {
 	return p.restarts == s.restarts.Load() && p.evictions == s.stats()[ns.name].Evictions
 }
 
-// call sends a request and checks the response. If the storage is to blame, it tries again until it is not. It reports
-// whether the response was a finished report.
+// call sends a request and checks the response. If the storage is to blame, or there is no memory to read the report, it
+// tries again until that is over. It reports whether the response was a finished report.
 func (s *soak) call(ctx context.Context, ns *soakNamespace, c call) bool {
 	if c.slow == 0 {
 		s.running.RLock()
@@ -750,7 +750,8 @@ func (s *soak) call(ctx context.Context, ns *soakNamespace, c call) bool {
 			s.expired.Add(1)
 			ns.forget(c.id)
 			return false
-		case ns.stored && s.storageFailed(start) && (c.method == http.MethodHead || strings.Contains(problem, "the storage that may have it cannot be read")):
+		case ns.stored && s.storageFailed(start) && (c.method == http.MethodHead || strings.Contains(problem, "the storage that may have it cannot be read")),
+			strings.Contains(problem, `"code":"busy"`): // what is read for others uses up the memory
 			s.excused.Add(1)
 			select {
 			case <-ctx.Done():

@@ -3,9 +3,11 @@ package harvest
 import (
 	"context"
 	"encoding/hex"
+	"errors"
 	"flag"
 	"fmt"
 	"hash/fnv"
+	"io/fs"
 	"math/rand/v2"
 	"runtime"
 	"runtime/debug"
@@ -366,16 +368,34 @@ func (sim *simulation) settle() (summary string) {
 			sim.Errorf("%s has ended and nobody was told; stored: %t; %+v", id, stored, k)
 		}
 	}
-	reader.Close()
-	if names := noted(sim.memory); len(names) != 0 {
+	if names := sim.notes(reader); len(names) != 0 {
 		sim.Errorf("%d notes are left: %q", len(names), names[:min(3, len(names))])
 	}
+	reader.Close()
 	// A task is asked for about 25 times in ten minutes. Some are followed by two instances.
 	if most := 150 * len(sim.confirmed); asked > most {
 		sim.Errorf("%d questions", asked)
 	}
 	return fmt.Sprintf("%d crashes and stops; %d submissions, %d confirmed, %d kept, %d told otherwise; %d questions",
 		sim.crashes, sim.next, len(sim.confirmed), kept, len(sim.confirmed)-kept, sim.upstream.questions())
+}
+
+// notes returns the notes of all instances that can be found. A storage like that of Redis may have a value of which it does
+// not know the name, after an operation that was done by half.
+func (sim *simulation) notes(reader *archive.Archive) (found []string) {
+	for i := range sim.instances {
+		holder := fmt.Sprint("instance", i, "-0")
+		names, err := reader.ListNotes(sim.Context(), holder)
+		if err != nil {
+			sim.Error(err)
+		}
+		for _, name := range names {
+			if _, err := reader.LoadNote(sim.Context(), holder, name); !errors.Is(err, fs.ErrNotExist) {
+				found = append(found, holder+"/"+name)
+			}
+		}
+	}
+	return found
 }
 
 // isStored reports whether the storage has a report.
