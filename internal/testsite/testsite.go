@@ -11,7 +11,9 @@ import (
 	"crypto/x509/pkix"
 	"encoding/base64"
 	"encoding/pem"
+	"fmt"
 	"math/big"
+	mathrand "math/rand/v2"
 	"net"
 	"sync"
 	"testing"
@@ -70,21 +72,24 @@ func ClientConfig() *tls.Config {
 // ports has the ports that FreePort has returned.
 var ports sync.Map
 
-// FreePort returns a port on which no process listens, and a different one each time. Caddy's listeners could share a port,
-// and the system may offer one again that is not used yet.
+// FreePort returns a port on which no process listens, and a different one each time. The system gives none of these ports to
+// a connection, which would take it before the test listens on it.
 func FreePort(t testing.TB) int {
 	t.Helper()
-	for {
-		listener, err := net.Listen("tcp", "127.0.0.1:0") //nolint:noctx // it does not wait
+	const first, last = 10_000, 32_000
+	for range 1000 {
+		port := first + mathrand.IntN(last-first)                             //nolint:gosec // it need not be unpredictable
+		listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)) //nolint:noctx // it does not wait
 		if err != nil {
-			t.Fatal(err)
+			continue
 		}
-		port := listener.Addr().(*net.TCPAddr).Port
 		_ = listener.Close()
 		if _, returned := ports.LoadOrStore(port, true); !returned {
 			return port
 		}
 	}
+	t.Fatal("no port is free")
+	return 0
 }
 
 // Load runs Caddy with a Caddyfile.
