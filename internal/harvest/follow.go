@@ -62,7 +62,10 @@ func (f *Follower) add(targets []Target) (unstored []*note) {
 		f.put(s, it, it.firstDue(s, f.jitter))
 		fresh = append(fresh, it)
 	}
-	if len(fresh) > 0 && f.notebook != nil {
+	if len(fresh) == 0 { // as for each caller that polls
+		return unstored
+	}
+	if f.notebook != nil {
 		notes := f.newNotes(fresh)
 		f.notebook.add(notes...)
 		unstored = append(unstored, notes...)
