@@ -51,12 +51,7 @@ func TestWebhook(t *testing.T) {
 
 // TestWebhookIsSentAgain kills Caddy before the server has accepted the message. The next process sends the same again.
 func TestWebhookIsSentAgain(t *testing.T) {
-	hook := startHook(t)
-	hang := make(chan struct{})
-	hook.hang = hang
-	s := startNotifying(t, hook.server.URL+"/hook")
-	s.submit(t, "file.txt", "a file")
-	hook.await(t, 1)
+	hook, hang, s := startHanging(t)
 	s.kill()
 	close(hang)
 	s.run(t)
@@ -70,12 +65,7 @@ func TestWebhookIsSentAgain(t *testing.T) {
 
 // TestWebhookDuringReload reloads the configuration before the server has accepted the message.
 func TestWebhookDuringReload(t *testing.T) {
-	hook := startHook(t)
-	hang := make(chan struct{})
-	hook.hang = hang
-	s := startNotifying(t, hook.server.URL+"/hook")
-	s.submit(t, "file.txt", "a file")
-	hook.await(t, 1)
+	hook, hang, s := startHanging(t)
 	s.reload(t)
 	close(hang)
 	s.wantNothingPending(t)
@@ -204,6 +194,18 @@ type notifying struct {
 	log         string // the file
 	command     *exec.Cmd
 	secrets     map[string]string
+}
+
+// startHanging starts a site whose webhook hangs until the channel is closed, and waits for its first message.
+func startHanging(t *testing.T) (*hook, chan<- struct{}, *notifying) {
+	t.Helper()
+	hang := make(chan struct{})
+	hook := startHook(t)
+	hook.hang = hang
+	s := startNotifying(t, hook.server.URL+"/hook")
+	s.submit(t, "file.txt", "a file")
+	hook.await(t, 1)
+	return hook, hang, s
 }
 
 func startNotifying(t *testing.T, url string) *notifying {

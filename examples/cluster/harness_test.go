@@ -31,6 +31,7 @@ import (
 	_ "github.com/caddy-fsbroker/caddy-fsbroker/examples/cluster/internal/redisstorage"
 	"github.com/caddy-fsbroker/caddy-fsbroker/examples/cluster/internal/redistest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/examples/quickstart/backend"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
 // beCaddy is the environment variable that makes this test binary run as Caddy with the module and the test's storage.
@@ -140,7 +141,7 @@ func newTimedCluster(t *testing.T, timing timing, options ...string) *cluster {
 	t.Cleanup(c.pinned.CloseIdleConnections)
 
 	for _, u := range []*upstream{&c.broker, &c.node1, &c.node2} {
-		u.address, u.tls = fmt.Sprintf("127.0.0.1:%d", redistest.FreePort(t)), certificate.ServerConfig()
+		u.address, u.tls = fmt.Sprintf("127.0.0.1:%d", testsite.FreePort(t)), certificate.ServerConfig()
 		u.asked = make(map[question]int)
 		u.start(t)
 		t.Cleanup(u.stop)
@@ -304,7 +305,7 @@ func (c *cluster) startWith(directives []string, options ...string) *instance {
 		c: c, directives: directives, log: filepath.Join(dir, "log"),
 		client: &http.Client{Timeout: time.Minute, Transport: new(http.Transport)},
 	}
-	site, admin := fmt.Sprintf("127.0.0.1:%d", redistest.FreePort(c.t)), fmt.Sprintf("127.0.0.1:%d", redistest.FreePort(c.t))
+	site, admin := fmt.Sprintf("127.0.0.1:%d", testsite.FreePort(c.t)), fmt.Sprintf("127.0.0.1:%d", testsite.FreePort(c.t))
 	i.site, i.admin = "http://"+site, "http://"+admin
 	i.env = append(slices.Clone(c.env), "FSBROKER_SITE="+i.site, "CADDY_ADMIN="+admin, "XDG_DATA_HOME="+dir, "XDG_CONFIG_HOME="+dir)
 	i.args = []string{"run", "--config", filepath.Join(dir, "Caddyfile")}

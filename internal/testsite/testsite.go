@@ -73,7 +73,7 @@ func ClientConfig() *tls.Config {
 var ports sync.Map
 
 // FreePort returns a port on which no process listens, and a different one each time. The system gives none of these ports to
-// a connection, which would take it before the test listens on it.
+// a connection, which would take it before a server listens on it, or while the server starts again.
 func FreePort(t testing.TB) int {
 	t.Helper()
 	const first, last = 10_000, 32_000

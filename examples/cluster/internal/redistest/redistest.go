@@ -5,17 +5,15 @@ import (
 	"bytes"
 	"cmp"
 	cryptorand "crypto/rand"
-	"fmt"
-	"math/rand/v2"
-	"net"
 	"os/exec"
 	"strconv"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"github.com/redis/go-redis/v9"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
 // Server is a Redis server that has a password, listens on a loopback port only, and keeps its files in a temporary
@@ -36,7 +34,7 @@ func Start(t testing.TB, options ...string) *Server {
 	if _, err := exec.LookPath("redis-server"); err != nil {
 		t.Skipf("SKIPPED: redis-server is missing (%v)", err)
 	}
-	port := strconv.Itoa(FreePort(t))
+	port := strconv.Itoa(testsite.FreePort(t))
 	s := &Server{Address: "127.0.0.1:" + port, Password: cryptorand.Text(), t: t}
 	s.options = append([]string{
 		"--bind", "127.0.0.1", "--port", port, "--requirepass", s.Password, "--dir", t.TempDir(), "--save", "", "--loglevel", "warning",
@@ -48,26 +46,6 @@ func Start(t testing.TB, options ...string) *Server {
 	})
 	s.Restart()
 	return s
-}
-
-// ports has the ports that FreePort has returned.
-var ports sync.Map
-
-// FreePort returns a port on which no process listens, and a different one each time. The system gives it to no outgoing
-// connection, so that a server finds it free when it starts again.
-func FreePort(t testing.TB) int {
-	t.Helper()
-	for range 100 {
-		port := 10_000 + rand.IntN(20_000)                                                     //nolint:gosec // it need not be unpredictable
-		if listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)); err == nil { //nolint:noctx // it does not wait
-			_ = listener.Close()
-			if _, returned := ports.LoadOrStore(port, true); !returned {
-				return port
-			}
-		}
-	}
-	t.Fatal("no port is free")
-	return 0
 }
 
 // Restart starts the server again after Kill.
