@@ -290,7 +290,7 @@ func newPendingReport(p harvest.Pending) pendingReport {
 	}
 	switch {
 	case p.Finished:
-		r.State = "finished" // and not in the storage yet
+		r.State = "finished" // and not stored, or not told to an event handler, yet
 	case p.Known:
 		r.State = "unfinished"
 	}

@@ -509,8 +509,8 @@ func (ns *namespace) shutDown() {
 	}
 }
 
-// drain waits until what is queued is stored, and what is pending is noted. A server calls it when it has shut down, while modules can still be used. The
-// grace period may be over, so its context does not matter.
+// drain waits until what is queued is stored, and what is pending is noted. A server calls it when it has shut down, while
+// modules can still be used. The grace period may be over, so its context does not matter.
 func (ns *namespace) drain(context.Context) error {
 	if ns.backend == nil {
 		return nil
