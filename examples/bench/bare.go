@@ -23,7 +23,8 @@ func init() {
 	httpcaddyfile.RegisterDirectiveOrder("bench_bare", httpcaddyfile.Before, "respond")
 }
 
-// bare is a minimal Caddy handler. It writes a recorded header and body, selected by the query, and does nothing else.
+// bare is a minimal Caddy handler. It writes a recorded header and body, selected by the query, and does nothing else. It
+// responds with 304 if the client has the recorded ETag, and to HEAD without the body.
 type bare struct {
 	// A folder of recorded responses.
 	Folder string `json:"folder"`
@@ -33,9 +34,11 @@ type bare struct {
 
 // recorded is a response of the module.
 type recorded struct {
-	Query  string
-	Header http.Header
-	Body   []byte
+	Query       string
+	Header      http.Header
+	Body        []byte
+	ETag        string
+	NotModified http.Header // of the response to a client that has the ETag
 }
 
 func (*bare) CaddyModule() caddy.ModuleInfo {
@@ -98,8 +101,16 @@ func (b *bare) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Han
 		return caddyhttp.Error(http.StatusNotFound, nil)
 	}
 	header := w.Header()
+	if match := r.Header["If-None-Match"]; len(match) > 0 && match[0] == a.ETag {
+		maps.Copy(header, a.NotModified)
+		w.WriteHeader(http.StatusNotModified)
+		return nil
+	}
 	maps.Copy(header, a.Header)
 	w.WriteHeader(http.StatusOK)
+	if r.Method == http.MethodHead {
+		return nil
+	}
 	_, err := w.Write(a.Body)
 	return err
 }

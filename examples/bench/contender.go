@@ -37,7 +37,7 @@ const caddyBase = `{
 	admin {{.Admin}}
 	auto_https off
 	servers {
-		protocols h1 h2
+		protocols {{.Protocols}}
 	}
 	{{block "global" .}}{{end}}
 }
@@ -155,7 +155,7 @@ http {
 	}
 	server {
 		listen {{.Plain}};
-		listen {{.Secure}} ssl;
+		listen {{.Secure}} ssl http2;
 		location = /task {
 			if ($refused) {
 				return 401;
@@ -170,6 +170,12 @@ http {
 }
 `, level)))
 }
+
+// At its default level, and at the module's level.
+var (
+	nginx1 = &contender{name: "nginx", caches: true, target: byPair, command: nginx, config: nginxConfig("nginx", 1)}
+	nginx6 = &contender{name: "nginx, level 6", caches: true, target: byPair, command: nginx, config: nginxConfig("nginx-6", 6)}
+)
 
 // contenders lists all contenders, the module first. Each is configured as its users would configure it for this purpose.
 var contenders = []*contender{
@@ -211,9 +217,8 @@ var contenders = []*contender{
 		reverse_proxy {{.Node}}
 	}`),
 	},
-	// At nginx's default level, and at the module's level.
-	{name: "nginx", caches: true, target: byPair, command: nginx, config: nginxConfig("nginx", 1)},
-	{name: "nginx, level 6", caches: true, target: byPair, command: nginx, config: nginxConfig("nginx-6", 6)},
+	nginx1,
+	nginx6,
 	{
 		name: "Varnish", caches: true, target: byPair, noTLS: true,
 		command: func(config string, s *server) (string, []string) {
@@ -248,7 +253,7 @@ func encodedOr(l load, other string) string {
 // server is a running server of one contender, or of several that share a configuration. It is also the data for the
 // template of that configuration.
 type server struct {
-	Dir, User, Plain, Secure, Admin, Node, Secret string
+	Dir, User, Plain, Secure, Admin, Node, Secret, Protocols string
 
 	CPUs  int
 	Sizes []struct{ ID string }
@@ -258,7 +263,7 @@ type server struct {
 
 // start starts the server of c with a copy of the harness's files.
 func (c *contender) start(ctx context.Context, h *harness) (*server, error) {
-	s := &server{Node: h.node.address, Secret: secret, CPUs: cmp.Or(h.options.serverCPUs, runtime.NumCPU())}
+	s := &server{Node: h.node.address, Secret: secret, Protocols: h.caddyProtocols, CPUs: cmp.Or(h.options.serverCPUs, runtime.NumCPU())}
 	for _, size := range h.sizes {
 		s.Sizes = append(s.Sizes, struct{ ID string }{size.id()})
 	}

@@ -18,17 +18,34 @@ type load struct {
 	gzip  bool
 	tls   bool
 	conns int
+
+	// The loads of the parts protocols and http3 have these too. The others are hits over HTTP/1.1, measured with wrk.
+	protocol protocol
+	streams  int // requests at a time on each connection
+	kind     kind
 }
 
 func (l load) String() string {
 	protocol, form := "HTTP", "identity"
-	if l.tls {
+	switch {
+	case l.protocol != "" && l.tls:
+		protocol = string(l.protocol) + ", TLS"
+	case l.protocol != "":
+		protocol = string(l.protocol)
+	case l.tls:
 		protocol = "HTTPS"
 	}
 	if l.gzip {
 		form = "gzip"
 	}
-	return fmt.Sprintf("%s, %s, %s, %d conn.", protocol, form, l.size.name, l.conns)
+	text := fmt.Sprintf("%s, %s, %s, %d conn.", protocol, form, l.size.name, l.conns)
+	if l.streams > 1 {
+		text += fmt.Sprintf(" of %d streams", l.streams)
+	}
+	if l.kind != hit {
+		text += ", " + l.kind.String()
+	}
+	return text
 }
 
 // representation returns a name for the report's size and encoding.
@@ -41,7 +58,7 @@ func (l load) representation() string {
 
 // supportedBy reports whether c can serve l.
 func (l load) supportedBy(c *contender) bool {
-	return (!l.tls || !c.noTLS) && (c.maxLen == 0 || len(l.size.document) <= c.maxLen)
+	return (!l.tls || !c.noTLS) && (c.maxLen == 0 || len(l.size.document) <= c.maxLen) && l.protocol.supportedBy(c, l.tls) && l.kind.supportedBy(c)
 }
 
 // url returns the URL to request from c.
@@ -62,7 +79,7 @@ func allLoads(sizes []size) []load {
 		for _, tls := range []bool{false, true} {
 			for _, gzip := range []bool{false, true} {
 				for _, conns := range connections {
-					all = append(all, load{size, gzip, tls, conns})
+					all = append(all, load{size: size, gzip: gzip, tls: tls, conns: conns})
 				}
 			}
 		}
@@ -89,7 +106,20 @@ end
 `
 
 // run puts c under the load and measures it.
-func (l load) run(ctx context.Context, h *harness, c *contender, s *server) (measure, error) {
+func (l load) run(ctx context.Context, h *harness, c *contender, s *server) (m measure, err error) {
+	if l.protocol == "" {
+		m, err = l.runWrk(ctx, h, c, s)
+	} else {
+		m, err = l.runProtocol(ctx, h, c, s)
+	}
+	if err != nil {
+		return measure{}, fmt.Errorf("%s, %s: %w", c.name, l, err)
+	}
+	return m, nil
+}
+
+// runWrk is run for a load without a protocol.
+func (l load) runWrk(ctx context.Context, h *harness, c *contender, s *server) (measure, error) {
 	var header []string
 	if l.gzip {
 		header = append(header, "Accept-Encoding: gzip")
@@ -98,10 +128,7 @@ func (l load) run(ctx context.Context, h *harness, c *contender, s *server) (mea
 	if err == nil && failed > 0 {
 		err = fmt.Errorf("%g of %g requests failed", failed, m.responses)
 	}
-	if err != nil {
-		return measure{}, fmt.Errorf("%s, %s: %w", c.name, l, err)
-	}
-	return m.measure, nil
+	return m.measure, err
 }
 
 // wrkResult is what wrk measured.
@@ -120,7 +147,7 @@ func (h *harness) wrk(ctx context.Context, s *server, conns int, url string, hea
 		args = append(args, "-H", field)
 	}
 	if _, err := exec.LookPath("wrk"); err != nil {
-		return wrkResult{}, 0, fmt.Errorf("wrk is required: install it (apt-get install wrk nginx varnish): %w", err)
+		return wrkResult{}, 0, fmt.Errorf("wrk is required: install it (apt-get install wrk nghttp2-client nginx varnish): %w", err)
 	}
 	before := s.process.cpu()
 	out, err := exec.CommandContext(ctx, "wrk", append(args, url)...).CombinedOutput() //nolint:gosec // the URL is that of a server that this program runs

@@ -39,10 +39,10 @@ func main() {
 	flag.IntVar(&o.seconds, "seconds", 1, "duration of a load in a round, in seconds")
 	flag.IntVar(&o.rounds, "rounds", 5, "number of rounds for each load")
 	flag.IntVar(&o.kept, "kept", 2000, "number of cached reports for which memory is measured")
-	flag.IntVar(&o.serverCPUs, "server-cpus", runtime.NumCPU()/2, "number of CPUs that are reserved for the servers; wrk and the node use the others. With 0, all share all CPUs")
+	flag.IntVar(&o.serverCPUs, "server-cpus", runtime.NumCPU()/2, "number of CPUs that are reserved for the servers; the clients and the node use the others. With 0, all share all CPUs")
 	peers := flag.String("peers", ".", "regular expression for the names of the servers to compare with the module")
 	loads := flag.String("loads", ".", "regular expression for the names of the loads, such as '^HTTPS, gzip'")
-	parts := flag.String("parts", ".", "regular expression for what to measure: load, unauthorized, memory, cold, miss, compression, collections, "+
+	parts := flag.String("parts", ".", "regular expression for what to measure: load, unauthorized, memory, cold, miss, compression, collections, protocols, http3, "+
 		"storage hits, storage writes, storage stop, storage purge, storage sweep, storage heap")
 	delays := flag.String("delays", "0s,5ms,20ms", "how long each operation of the storage takes at least")
 	flag.IntVar(&o.stored, "stored", 10_000, "number of reports in the storage")

@@ -21,6 +21,7 @@ type results struct {
 	misses      []missResult
 	compression []compressionResult
 	collections []collectionsResult
+	protocols   []loadResult
 
 	// Of the storage, with the rounds of each trial.
 	hits    [][]hitsResult
@@ -35,7 +36,8 @@ type loadResult struct {
 	load
 	*contender
 	measure
-	ratio float64 // the module's requests per second divided by this contender's
+	ratio    float64 // the module's requests per second divided by this contender's
+	cpuRatio float64 // this contender's CPU time per response divided by the module's
 }
 
 type memoryResult struct {
@@ -82,6 +84,7 @@ func (r *results) print(ctx context.Context, out io.Writer, h *harness) {
 		{len(r.loads), r.printSummary}, {len(r.loads), r.printLoads}, {len(r.floods), r.printFloods},
 		{len(r.memory), r.printMemory}, {len(r.cold), r.printCold}, {len(r.misses), r.printMisses},
 		{len(r.compression), r.printCompression}, {len(r.collections), r.printCollections}, {len(r.loads), r.printGoals},
+		{len(r.protocols), r.printProtocols}, {len(r.protocols), r.printProtocolGoals}, {len(r.protocols), r.printProtocolLoads},
 		{len(r.hits), r.printHits}, {len(r.writes), r.printWrites}, {len(r.stops), r.printStops},
 		{len(r.purges), r.printPurges}, {len(r.sweeps), r.printSweeps},
 		{len(r.through), r.printThrough},
@@ -112,7 +115,7 @@ func (r *results) printSummary(out io.Writer) {
 		fmt.Fprintf(out, "| %s | %.0f |", ours.load, ours.Requests)
 		for _, c := range others {
 			ratio := ""
-			if theirs := r.find(ours.load, c); theirs != nil {
+			if theirs := find(r.loads, ours.load, c); theirs != nil {
 				ratio = fmt.Sprintf("%.2f", theirs.ratio)
 			}
 			fmt.Fprintf(out, " %s |", ratio)
@@ -122,10 +125,10 @@ func (r *results) printSummary(out io.Writer) {
 }
 
 // find returns the result of c under a load, or nil if there is none.
-func (r *results) find(under load, c *contender) *loadResult {
-	for i, l := range r.loads {
+func find(all []loadResult, under load, c *contender) *loadResult {
+	for i, l := range all {
 		if l.contender == c && l.load.String() == under.String() {
-			return &r.loads[i]
+			return &all[i]
 		}
 	}
 	return nil
@@ -242,7 +245,7 @@ func (r *results) printGoals(out io.Writer) {
 				continue
 			}
 			bare := ""
-			if floor := r.find(worst.load, bareHandler); floor != nil {
+			if floor := find(r.loads, worst.load, bareHandler); floor != nil {
 				bare = fmt.Sprintf("%.2f", worst.ratio/floor.ratio)
 			}
 			fmt.Fprintf(out, "| %s | %.2f | %s | %s | %s |\n", g.text, worst.ratio, bare, worst.load, verdict(worst.ratio >= g.minimum))
@@ -289,7 +292,7 @@ func versions(ctx context.Context) string {
 			}
 		}
 	}
-	for _, command := range [][]string{{"nginx", "-v"}, {"varnishd", "-V"}, {"wrk", "-v"}} {
+	for _, command := range [][]string{{"nginx", "-v"}, {"varnishd", "-V"}, {"wrk", "-v"}, {"h2load", "--version"}} {
 		out, _ := exec.CommandContext(ctx, command[0], command[1:]...).CombinedOutput() //nolint:gosec // it is one of these
 		line, _, _ := strings.Cut(string(out), "\n")
 		line = strings.TrimPrefix(line, "nginx version: ")

@@ -8,7 +8,6 @@ import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
@@ -35,10 +34,15 @@ type harness struct {
 	node    *node
 	client  *http.Client
 	kept    string // folder of a storage that has reports; empty until one is needed
+
+	caddyProtocols string // the protocols that Caddy serves
 }
 
+// defaultProtocols are those of the parts that do not compare protocols.
+const defaultProtocols = "h1 h2"
+
 func newHarness(ctx context.Context, o options) (*harness, error) {
-	h := &harness{options: o}
+	h := &harness{options: o, caddyProtocols: defaultProtocols}
 	var err error
 	if h.dir, err = os.MkdirTemp("", "fsbroker-bench-"); err != nil {
 		return nil, err
@@ -53,10 +57,7 @@ func newHarness(ctx context.Context, o options) (*harness, error) {
 	if h.node, err = startNode(ctx, h.sizes); err != nil {
 		return nil, err
 	}
-	h.client = &http.Client{Transport: &http.Transport{
-		DisableCompression: true,
-		TLSClientConfig:    &tls.Config{InsecureSkipVerify: true}, //nolint:gosec // this program generated the certificate
-	}}
+	h.client = h1.client()
 	err = errors.Join(
 		os.Mkdir(h.files, 0o700),
 		os.WriteFile(h.script, []byte(script), 0o600),
@@ -151,15 +152,21 @@ type part struct {
 func (h *harness) parts() []part {
 	return []part{
 		{"load", h.load}, {"unauthorized", h.unauthorized}, {"memory", h.memory}, {"cold", h.cold}, {"miss", h.miss},
-		{"compression", h.compression}, {"collections", h.collections},
+		{"compression", h.compression}, {"collections", h.collections}, {"protocols", h.protocols}, {"http3", h.http3},
 		{"storage hits", h.storageHits}, {"storage writes", h.storageWrites}, {"storage stop", h.storageStop},
 		{"storage purge", h.storagePurge}, {"storage sweep", h.storageSweep}, {"storage heap", h.storageHeap},
 	}
 }
 
-// load measures every participant under every load, in rounds. Servers are restarted for each round, because the memory
+// load measures every participant under every load of wrk.
+func (h *harness) load(ctx context.Context, participants []*contender, results *results) (err error) {
+	results.loads, err = h.measureLoads(ctx, allLoads(h.sizes), participants)
+	return err
+}
+
+// measureLoads measures participants under loads, in rounds. Servers are restarted for each round, because the memory
 // layout of a process makes it a few percent faster or slower for its whole life.
-func (h *harness) load(ctx context.Context, participants []*contender, results *results) error {
+func (h *harness) measureLoads(ctx context.Context, loads []load, participants []*contender) ([]loadResult, error) {
 	type trial struct {
 		load      load
 		contender *contender
@@ -167,7 +174,7 @@ func (h *harness) load(ctx context.Context, participants []*contender, results *
 		rounds    []measure
 	}
 	var trials []*trial
-	for _, l := range allLoads(h.sizes) {
+	for _, l := range loads {
 		var ours *trial
 		for _, c := range participants {
 			if !l.supportedBy(c) || !h.options.loads.MatchString(l.String()) {
@@ -197,13 +204,14 @@ func (h *harness) load(ctx context.Context, participants []*contender, results *
 		}
 		stopAll(servers)
 		if err != nil {
-			return err
+			return nil, err
 		}
 	}
+	var all []loadResult
 	for _, t := range trials {
-		results.loads = append(results.loads, summarize(t.load, t.contender, t.rounds, t.ours.rounds))
+		all = append(all, summarize(t.load, t.contender, t.rounds, t.ours.rounds))
 	}
-	return nil
+	return all, nil
 }
 
 // startAll starts the servers of all participants. Before it starts the bare handler, it records the responses of the
@@ -247,10 +255,19 @@ func (h *harness) record(ctx context.Context, s *server) error {
 				return err
 			}
 		}
+		etag := a.header.Get("ETag")
+		match, err := notModified.request(l.url(module, s), l.gzip, etag).send(ctx, h.client)
+		if err == nil && (match.status != http.StatusNotModified || etag == "") {
+			err = fmt.Errorf("%s: status %d for a client that has the ETag %q", l, match.status, etag)
+		}
+		if err != nil {
+			return err
+		}
 		for _, own := range []string{"Server", "Date", "Alt-Svc"} { // Caddy and Go set these
 			a.header.Del(own)
+			match.header.Del(own)
 		}
-		text, err := json.Marshal(recorded{pairQuery(l.representation()), a.header, a.body})
+		text, err := json.Marshal(recorded{pairQuery(l.representation()), a.header, a.body, etag, match.header})
 		if err != nil {
 			return err
 		}
@@ -267,24 +284,49 @@ type response struct {
 	body   []byte
 }
 
+// get requests a URL that has a report.
 func (h *harness) get(ctx context.Context, url string, gzipped bool) (response, error) {
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
-	if err != nil {
-		return response{}, err
+	r, err := request{method: http.MethodGet, url: url, gzip: gzipped}.send(ctx, h.client)
+	if err == nil && r.status != http.StatusOK {
+		err = fmt.Errorf("%s: status %d: %.200s", url, r.status, r.body)
 	}
-	if gzipped {
-		req.Header.Set("Accept-Encoding", "gzip")
+	return r.response, err
+}
+
+// request is a request for a report.
+type request struct {
+	method string
+	url    string
+	gzip   bool   // whether the client accepts gzip
+	etag   string // that the client has; empty if it has none
+}
+
+// header returns the header of the request.
+func (r request) header() http.Header {
+	header := make(http.Header)
+	if r.gzip {
+		header.Set("Accept-Encoding", "gzip")
 	}
-	resp, err := h.client.Do(req)
+	if r.etag != "" {
+		header.Set("If-None-Match", r.etag)
+	}
+	return header
+}
+
+// send makes the request.
+func (r request) send(ctx context.Context, client *http.Client) (reply, error) {
+	req, err := http.NewRequestWithContext(ctx, r.method, r.url, nil)
 	if err != nil {
-		return response{}, err
+		return reply{}, err
+	}
+	req.Header = r.header()
+	resp, err := client.Do(req)
+	if err != nil {
+		return reply{}, err
 	}
 	defer resp.Body.Close()
 	body, err := io.ReadAll(resp.Body)
-	if err == nil && resp.StatusCode != http.StatusOK {
-		err = fmt.Errorf("%s: status %d: %.200s", url, resp.StatusCode, body)
-	}
-	return response{resp.Header, body}, err
+	return reply{resp.StatusCode, response{resp.Header, body}}, err
 }
 
 // check checks that a contender returns the report three times in a row, compressed if the load has gzip.
@@ -294,14 +336,23 @@ func (h *harness) check(ctx context.Context, l load, c *contender, s *server) er
 		if err != nil {
 			return fmt.Errorf("%s: %w", c.name, err)
 		}
-		if l.gzip {
-			if a.body, err = gunzip(a); err != nil {
-				return fmt.Errorf("%s, %s: %w", c.name, l, err)
-			}
+		if err := l.checkReport(a); err != nil {
+			return fmt.Errorf("%s, %s: %w", c.name, l, err)
 		}
-		if !bytes.Equal(a.body, l.size.document) {
-			return fmt.Errorf("%s, %s: the response of %d bytes is not the report", c.name, l, len(a.body))
+	}
+	return nil
+}
+
+// checkReport checks that a response has the report, compressed if the load has gzip.
+func (l load) checkReport(a response) (err error) {
+	body := a.body
+	if l.gzip {
+		if body, err = gunzip(a); err != nil {
+			return err
 		}
+	}
+	if !bytes.Equal(body, l.size.document) {
+		return fmt.Errorf("the response of %d bytes is not the report", len(body))
 	}
 	return nil
 }
@@ -320,12 +371,15 @@ func gunzip(a response) ([]byte, error) {
 // summarize returns the medians of the rounds. The ratio is the median of the ratios per round, because other activity
 // on the machine in a round affects all contenders.
 func summarize(l load, c *contender, rounds, ours []measure) loadResult {
-	ratios := make([]float64, len(rounds))
+	ratios, cpuRatios := make([]float64, len(rounds)), make([]float64, len(rounds))
 	for i := range rounds {
 		ratios[i] = ours[i].Requests / rounds[i].Requests
+		cpuRatios[i] = float64(rounds[i].CPU) / float64(ours[i].CPU)
 	}
 	return loadResult{
-		load: l, contender: c, ratio: median(ratios, func(r float64) float64 { return r }),
+		load: l, contender: c,
+		ratio:    median(ratios, func(r float64) float64 { return r }),
+		cpuRatio: median(cpuRatios, func(r float64) float64 { return r }),
 		measure: measure{
 			Requests: median(rounds, func(m measure) float64 { return m.Requests }),
 			P50:      median(rounds, func(m measure) time.Duration { return m.P50 }),
