@@ -2,12 +2,14 @@ package main
 
 import (
 	"maps"
+	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 )
 
 // TestProtocols measures one size over each protocol. What h2load measures and what it cannot must both have results.
@@ -88,5 +90,20 @@ func TestParseH2load(t *testing.T) {
 	}
 	if _, err := l.parseH2load(out, 9, got); err == nil {
 		t.Error("there is no error although a response is missing in the log")
+	}
+}
+
+// TestReadH2loadLog has a status that is not the expected one.
+func TestReadH2loadLog(t *testing.T) {
+	log := filepath.Join(t.TempDir(), "log")
+	if err := os.WriteFile(log, []byte("1795929561392301\t200\t1398\n1795929561392323\t200\t140\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	want := []time.Duration{140 * time.Microsecond, 1398 * time.Microsecond}
+	if took, err := readH2loadLog(log, 200); err != nil || !slices.Equal(took, want) {
+		t.Errorf("%v, %v", took, err)
+	}
+	if _, err := readH2loadLog(log, 304); err == nil {
+		t.Error("there is no error")
 	}
 }
