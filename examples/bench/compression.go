@@ -24,7 +24,7 @@ type writer interface {
 
 func compressors() ([]compressor, error) {
 	var all []compressor
-	for _, level := range []int{1, 6, 9} {
+	for _, level := range []int{1, 3, 4, 5, 6, 9} {
 		zw, err := gzip.NewWriterLevel(nil, level)
 		if err != nil {
 			return nil, err
@@ -49,25 +49,49 @@ func (h *harness) compression(_ context.Context, _ []*contender, results *result
 		return err
 	}
 	for _, size := range h.sizes {
-		for _, way := range ways {
-			var compressed bytes.Buffer
-			var took []time.Duration
-			for range max(5, h.options.rounds) {
-				compressed.Reset()
-				begin := time.Now()
-				way.Reset(&compressed)
-				if _, err := way.Write(size.document); err != nil {
+		all := make([]compressionResult, len(ways))
+		took := make([][]time.Duration, len(ways))
+		for range compressionRounds {
+			for i, way := range ways {
+				n, more, err := way.compress(size.document, compressionWork/compressionRounds)
+				if err != nil {
 					return err
 				}
-				if err := way.Close(); err != nil {
-					return err
-				}
-				took = append(took, time.Since(begin))
+				all[i] = compressionResult{size: size, way: way.name, bytes: n}
+				took[i] = append(took[i], more...)
 			}
-			results.compression = append(results.compression, compressionResult{
-				size, way.name, compressed.Len(), median(took, func(d time.Duration) time.Duration { return d }),
-			})
 		}
+		for i := range all {
+			all[i].took = median(took[i], func(d time.Duration) time.Duration { return d })
+		}
+		results.compression = append(results.compression, all...)
 	}
 	return nil
+}
+
+const (
+	// compressionWork is how long a document is compressed in one way at least, so that the ways can be told apart.
+	compressionWork = 250 * time.Millisecond
+
+	// compressionRounds is into how many rounds this time is divided. In each, the ways come in turn.
+	compressionRounds = 5
+)
+
+// compress compresses a document again and again for some time, at least once. It returns how large the document becomes,
+// and how long each time took.
+func (c compressor) compress(document []byte, lasts time.Duration) (n int, took []time.Duration, err error) {
+	var compressed bytes.Buffer
+	for start := time.Now(); len(took) == 0 || time.Since(start) < lasts; {
+		compressed.Reset()
+		begin := time.Now()
+		c.Reset(&compressed)
+		if _, err := c.Write(document); err != nil {
+			return 0, nil, err
+		}
+		if err := c.Close(); err != nil {
+			return 0, nil, err
+		}
+		took = append(took, time.Since(begin))
+	}
+	return compressed.Len(), took, nil
 }
