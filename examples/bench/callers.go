@@ -6,7 +6,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/http"
 	"slices"
@@ -22,7 +21,11 @@ type plan struct {
 	count   int
 	rate    int                    // requests per second of all callers together; 0: as many as they can make
 	task    func(i int) string     // the ID of a request's task
+	path    func(id string) string // what to request for a task
 	want    func(id string) []byte // the report of a task
+
+	identity bool // the callers do not accept gzip
+	checkAll bool // every response is compared with the report, not only some
 }
 
 // repeated returns a plan that makes the requests of p several times.
@@ -38,6 +41,14 @@ type calls struct {
 	failed  int             // responses that were no report
 	failure string          // one of these
 	elapsed time.Duration
+}
+
+// err returns an error if requests failed.
+func (c calls) err() error {
+	if c.failed == 0 {
+		return nil
+	}
+	return fmt.Errorf("%d requests failed: %s", c.failed, c.failure)
 }
 
 // perSecond returns the reports per second.
@@ -56,44 +67,60 @@ const checkEvery = 100
 
 // run makes the requests of the plan to s.
 func (p plan) run(ctx context.Context, s *server) (calls, error) {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	var (
-		next  atomic.Int64
-		wg    sync.WaitGroup
-		parts = make([]calls, p.callers)
-		begin = time.Now()
-	)
-	for i := range parts {
-		wg.Go(func() {
-			c := &caller{address: s.Plain}
-			defer c.close()
-			defer context.AfterFunc(ctx, c.close)()
-			for n := int(next.Add(1)) - 1; n < p.count && ctx.Err() == nil; n = int(next.Add(1)) - 1 {
-				p.pace(ctx, begin, n)
-				if err := p.request(ctx, c, n, &parts[i]); err != nil {
-					cancel(err)
-				}
-			}
-		})
-	}
-	wg.Wait()
-	return merge(parts, time.Since(begin)), context.Cause(ctx)
+	all := newCallers(p.callers, s)
+	defer all.close()
+	return p.runWith(ctx, all)
 }
 
 // runAll is run for requests that must not fail.
 func (p plan) runAll(ctx context.Context, s *server) (calls, error) {
 	c, err := p.run(ctx, s)
-	if err == nil && c.failed > 0 {
-		err = fmt.Errorf("%d requests failed: %s", c.failed, c.failure)
+	return c, errors.Join(err, c.err())
+}
+
+// runWith makes the requests of the plan. A caller that has its response makes the next one.
+func (p plan) runWith(ctx context.Context, all callers) (calls, error) {
+	var next atomic.Int64
+	begin := time.Now()
+	return all.each(ctx, func(ctx context.Context, _ int, c *caller, into *calls) error {
+		for n := int(next.Add(1)) - 1; n < p.count && ctx.Err() == nil; n = int(next.Add(1)) - 1 {
+			p.pace(ctx, begin, n)
+			if err := p.request(ctx, c, n, into); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// poll makes each caller request a report of its own again and again for some time.
+func (p plan) poll(ctx context.Context, all callers, lasts time.Duration) (calls, error) {
+	task := p.task
+	p.task = func(i int) string { return task(i % len(all)) }
+	begin := time.Now()
+	return all.each(ctx, func(ctx context.Context, i int, c *caller, into *calls) error {
+		for n := i; max(p.due(n), time.Since(begin)) < lasts && ctx.Err() == nil; n += len(all) {
+			p.pace(ctx, begin, n)
+			if err := p.request(ctx, c, n, into); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+}
+
+// due returns when it is time for the n-th request, from the beginning.
+func (p plan) due(n int) time.Duration {
+	if p.rate == 0 {
+		return 0
 	}
-	return c, err
+	return time.Duration(n) * time.Second / time.Duration(p.rate)
 }
 
 // pace waits until it is time for the n-th request.
 func (p plan) pace(ctx context.Context, begin time.Time, n int) {
 	if p.rate > 0 {
-		_ = wait(ctx, time.Until(begin.Add(time.Duration(n)*time.Second/time.Duration(p.rate))))
+		_ = wait(ctx, time.Until(begin.Add(p.due(n))))
 	}
 }
 
@@ -101,7 +128,7 @@ func (p plan) pace(ctx context.Context, begin time.Time, n int) {
 func (p plan) request(ctx context.Context, c *caller, n int, into *calls) error {
 	id := p.task(n)
 	begin := time.Now()
-	r, err := c.get(ctx, "/task?appServerID=node-1&taskID="+id)
+	r, err := c.get(ctx, p.path(id), !p.identity)
 	if err != nil {
 		return err
 	}
@@ -111,7 +138,7 @@ func (p plan) request(ctx context.Context, c *caller, n int, into *calls) error 
 		return nil
 	}
 	into.took = append(into.took, time.Since(begin))
-	if n%checkEvery != 0 {
+	if n%checkEvery != 0 && !p.checkAll {
 		return nil
 	}
 	return check(r.response, p.want(id))
@@ -129,6 +156,14 @@ func check(r response, want []byte) error {
 	return err
 }
 
+// checkEncoded is check for a response that must be compressed, or must not be.
+func checkEncoded(r response, want []byte, gzipped bool) error {
+	if encoding := r.header.Get("Content-Encoding"); (encoding == "gzip") != gzipped {
+		return fmt.Errorf("the response has Content-Encoding %q", encoding)
+	}
+	return check(r, want)
+}
+
 // merge combines what the callers recorded.
 func merge(parts []calls, elapsed time.Duration) calls {
 	all := calls{elapsed: elapsed}
@@ -143,9 +178,65 @@ func merge(parts []calls, elapsed time.Duration) calls {
 	return all
 }
 
+// measuredCalls are calls, and what they cost others.
+type measuredCalls struct {
+	calls
+	cpu   time.Duration // of the server
+	asked int           // requests to the node
+}
+
+// cpuEach returns the CPU time of the server per report.
+func (m measuredCalls) cpuEach() time.Duration { return m.cpu / time.Duration(max(1, len(m.took))) }
+
+// measureCalls measures what the calls that run makes cost. None of them may fail.
+func (h *harness) measureCalls(s *server, run func() (calls, error)) (measuredCalls, error) {
+	cpu, asked := s.process.cpu(), h.node.requests.Load()
+	c, err := run()
+	m := measuredCalls{calls: c, cpu: s.process.cpu() - cpu, asked: int(h.node.requests.Load() - asked)}
+	return m, errors.Join(err, c.err())
+}
+
+// callers are connections to a server.
+type callers []*caller
+
+func newCallers(count int, s *server) callers {
+	all := make(callers, count)
+	for i := range all {
+		all[i] = &caller{address: s.Plain}
+	}
+	return all
+}
+
+// close closes all connections.
+func (all callers) close() {
+	for _, c := range all {
+		c.close()
+	}
+}
+
+// each calls do for all callers at once, and merges what they record. An error ends all of them.
+func (all callers) each(ctx context.Context, do func(ctx context.Context, i int, c *caller, into *calls) error) (calls, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	var wg sync.WaitGroup
+	parts := make([]calls, len(all))
+	begin := time.Now()
+	for i, c := range all {
+		wg.Go(func() {
+			defer context.AfterFunc(ctx, c.close)()
+			if err := do(ctx, i, c, &parts[i]); err != nil {
+				cancel(err)
+			}
+		})
+	}
+	wg.Wait()
+	return merge(parts, time.Since(begin)), context.Cause(ctx)
+}
+
 // caller is a connection for requests, one after the other. It takes less CPU time than an http.Client.
 type caller struct {
 	address string
+	body    bytes.Buffer
 
 	mu   sync.Mutex // guards conn
 	conn net.Conn
@@ -158,13 +249,17 @@ type reply struct {
 	response
 }
 
-// get requests a path.
-func (c *caller) get(ctx context.Context, path string) (reply, error) {
+// get requests a path. The body of the reply is valid until the next request.
+func (c *caller) get(ctx context.Context, path string, gzipped bool) (reply, error) {
 	conn, err := c.connect(ctx)
 	if err != nil {
 		return reply{}, err
 	}
-	_, err = fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\nAccept-Encoding: gzip\r\n\r\n", path, c.address, secret)
+	encoding := "identity"
+	if gzipped {
+		encoding = "gzip"
+	}
+	_, err = fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\nAccept-Encoding: %s\r\n\r\n", path, c.address, secret, encoding)
 	if err != nil {
 		return reply{}, err
 	}
@@ -173,11 +268,12 @@ func (c *caller) get(ctx context.Context, path string) (reply, error) {
 		return reply{}, err
 	}
 	defer resp.Body.Close()
-	body, err := io.ReadAll(resp.Body)
+	c.body.Reset()
+	_, err = c.body.ReadFrom(resp.Body)
 	if resp.Close {
 		c.close()
 	}
-	return reply{resp.StatusCode, response{resp.Header, body}}, err
+	return reply{resp.StatusCode, response{resp.Header, c.body.Bytes()}}, err
 }
 
 // connect returns the connection, with time left for a request.

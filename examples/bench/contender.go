@@ -122,6 +122,11 @@ var proxies = caddyConfig("proxy", "", `
 		reverse_proxy {{.Node}}
 	}`)
 
+var reverseProxy = &contender{
+	name: "Caddy reverse_proxy", config: proxies,
+	target: func(l load, task string) string { return encodedOr(l, "") + byPair(l, task) },
+}
+
 func nginx(config string, _ *server) (string, []string) { return "nginx", []string{"-c", config} }
 
 func nginxConfig(name string, level int) *template.Template {
@@ -199,10 +204,7 @@ var contenders = []*contender{
 			return "/respond/" + l.size.id()
 		},
 	},
-	{
-		name: "Caddy reverse_proxy", config: proxies,
-		target: func(l load, task string) string { return encodedOr(l, "") + byPair(l, task) },
-	},
+	reverseProxy,
 	{
 		name: "Caddy cache-handler", caches: true, target: byPair,
 		config: caddyConfig("cache-handler", `

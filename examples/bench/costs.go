@@ -119,19 +119,16 @@ func (h *harness) cold(ctx context.Context, participants []*contender, results *
 	return nil
 }
 
-// miss measures the cost of fetching a report from the node, compared with a proxy that does nothing else.
+// miss measures the cost of fetching a large report from the node, compared with a proxy that keeps nothing.
 func (h *harness) miss(ctx context.Context, participants []*contender, results *results) error {
 	for _, mib := range []int{2, 16, 50} {
 		id := strconv.Itoa(mib) + "MiBmiss"
 		h.node.documents[id] = makeReport(mib << 20)
 		for _, c := range participants {
-			if c != module && c.config != proxies {
+			if c != module && c != reverseProxy {
 				continue
 			}
 			for _, gzipped := range []bool{true, false} {
-				if gzipped && c.config == proxies {
-					continue
-				}
 				progress.Printf("cache miss of %d MiB, %s", mib, c.name)
 				r, err := h.missOf(ctx, c, id, gzipped)
 				if err != nil {
@@ -153,25 +150,31 @@ func (h *harness) missOf(ctx context.Context, c *contender, id string, gzipped b
 		return missResult{}, err
 	}
 	defer s.process.stop()
-	if _, err := h.get(ctx, "http://"+s.Plain+c.target(load{}, h.sizes[0].id()+"-warm"), gzipped); err != nil {
+	target := func(task string) string { return "http://" + s.Plain + c.target(load{gzip: gzipped}, task) }
+	if _, err := h.get(ctx, target(h.sizes[0].id()+"-warm"), gzipped); err != nil {
 		return missResult{}, err
 	}
 	var r missResult
-	var took []time.Duration
+	var all []answer
 	for i := range 5 {
 		before := s.process.memory("VmRSS")
 		if err := s.process.resetPeak(); err != nil {
 			return missResult{}, err
 		}
-		begin := time.Now()
-		if _, err := h.get(ctx, "http://"+s.Plain+c.target(load{}, fmt.Sprintf("%s-%d", id, i)), gzipped); err != nil {
+		got, err := h.getTimed(ctx, target(fmt.Sprintf("%s-%d", id, i)), gzipped)
+		if err != nil {
 			return missResult{}, err
 		}
-		took = append(took, time.Since(begin))
 		if i == 0 {
 			r.peak = s.process.memory("VmHWM") - before
+			if err := checkEncoded(got.response, h.node.documents[id], gzipped); err != nil {
+				return missResult{}, fmt.Errorf("%s: %w", c.name, err)
+			}
 		}
+		got.body = nil
+		all = append(all, got)
 	}
-	r.took = median(took, func(d time.Duration) time.Duration { return d })
+	r.first = median(all, func(t answer) time.Duration { return t.first })
+	r.took = median(all, func(t answer) time.Duration { return t.took })
 	return r, nil
 }

@@ -42,11 +42,14 @@ func main() {
 	flag.IntVar(&o.serverCPUs, "server-cpus", runtime.NumCPU()/2, "number of CPUs that are reserved for the servers; the clients and the node use the others. With 0, all share all CPUs")
 	peers := flag.String("peers", ".", "regular expression for the names of the servers to compare with the module")
 	loads := flag.String("loads", ".", "regular expression for the names of the loads, such as '^HTTPS, gzip'")
-	parts := flag.String("parts", ".", "regular expression for what to measure: load, unauthorized, memory, cold, miss, compression, collections, protocols, http3, "+
+	parts := flag.String("parts", ".", "regular expression for what to measure: load, unauthorized, memory, cold, miss, misses, polls, compression, collections, protocols, http3, "+
 		"storage hits, storage writes, storage stop, storage purge, storage sweep, storage heap")
 	delays := flag.String("delays", "0s,5ms,20ms", "how long each operation of the storage takes at least")
 	flag.IntVar(&o.stored, "stored", 10_000, "number of reports in the storage")
 	flag.IntVar(&o.through, "through", 1_000_000, "number of reports that go through while memory is measured")
+	flag.IntVar(&o.misses, "misses", 5000, "number of misses in a round, each of another report; fewer if the report is large")
+	flag.IntVar(&o.pollers, "pollers", 1000, "number of callers that poll, each for another unfinished report")
+	flag.DurationVar(&o.polling, "polling", 6*time.Second, "how long they poll in a round")
 	flag.IntVar(&o.many, "many", 1_000_000, "number of small reports that are kept while collections are measured")
 	flag.StringVar(&o.reports, "reports", filepath.Join("..", "..", "..", "shared", "reports"),
 		"folder of real reports; if one is missing, a similar one is generated")
@@ -92,6 +95,9 @@ type options struct {
 	stored     int
 	through    int
 	many       int
+	misses     int
+	pollers    int
+	polling    time.Duration
 	serverCPUs int
 	peers      *regexp.Regexp
 	loads      *regexp.Regexp

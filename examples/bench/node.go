@@ -6,6 +6,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"fmt"
+	"maps"
 	"net"
 	"net/http"
 	"strconv"
@@ -19,14 +20,18 @@ const secret = "bench-secret"
 
 // node is a processor node and a broker. A task ID selects the report: "<size>-<anything>" is a report of that size,
 // "cold-<size>-<anything>" is the same report after a delay, and "own-<size>-<anything>" is a report of that size that no
-// other task has.
+// other task has. If "unfinished" comes before the size, it is that report while the task is in progress.
 type node struct {
 	address   string
 	documents map[string][]byte
 	requests  atomic.Int64
-	forgets   atomic.Bool // whether it knows no task
+	forgets   atomic.Bool  // whether it knows no task
+	delay     atomic.Int64 // how long it takes for each response, as a time.Duration
 	server    *http.Server
 }
+
+// unfinished comes before the size of an unfinished report in a task ID.
+const unfinished = "unfinished"
 
 // coldDelay is the delay of a cold report. It ensures that concurrent callers arrive while the node is still busy.
 const coldDelay = 300 * time.Millisecond
@@ -39,6 +44,9 @@ func startNode(ctx context.Context, sizes []size) (*node, error) {
 	n := &node{address: listener.Addr().String(), documents: map[string][]byte{"small": []byte(smallReport)}}
 	for _, s := range sizes {
 		n.documents[s.id()] = s.document
+	}
+	for size, document := range maps.Clone(n.documents) {
+		n.documents[unfinished+size] = bytes.ReplaceAll(document, []byte(`"state":"SUCCESS"`), []byte(`"state":"IN_PROGRESS"`))
 	}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /task", n.task)
@@ -55,6 +63,9 @@ func (n *node) task(w http.ResponseWriter, r *http.Request) {
 	id, cold := strings.CutPrefix(r.URL.Query().Get("taskID"), "cold-")
 	if cold {
 		time.Sleep(coldDelay)
+	}
+	if delay := time.Duration(n.delay.Load()); delay > 0 {
+		time.Sleep(delay)
 	}
 	document := n.document(id)
 	if document == nil || n.forgets.Load() {

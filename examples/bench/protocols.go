@@ -87,8 +87,8 @@ func (k kind) request(url string, gzip bool, etag string) request {
 	return r
 }
 
-// check checks the reply to a request of this kind. got is the reply to a hit.
-func (k kind) check(r, got reply) error {
+// check checks the answer to a request of this kind. got is the answer to a hit.
+func (k kind) check(r, got answer) error {
 	var body []byte
 	if k == hit {
 		body = got.body
@@ -187,8 +187,8 @@ func (l load) runProtocol(ctx context.Context, h *harness, c *contender, s *serv
 	}, nil
 }
 
-// prepare returns the request of the load, and the reply to a hit. It checks both over the protocol.
-func (l load) prepare(ctx context.Context, c *contender, s *server) (r request, got reply, err error) {
+// prepare returns the request of the load, and the answer to a hit. It checks both over the protocol.
+func (l load) prepare(ctx context.Context, c *contender, s *server) (r request, got answer, err error) {
 	client := l.protocol.client()
 	defer closeClient(client)
 	url := l.url(c, s)
@@ -197,22 +197,22 @@ func (l load) prepare(ctx context.Context, c *contender, s *server) (r request, 
 		err = fmt.Errorf("status %d: %.200s", got.status, got.body)
 	}
 	if err == nil {
-		err = l.checkReport(got.response)
+		err = checkEncoded(got.response, l.size.document, l.gzip)
 	}
 	if err != nil {
-		return request{}, reply{}, err
+		return request{}, answer{}, err
 	}
 	r = l.kind.request(url, l.gzip, got.header.Get("ETag"))
-	answer, err := r.send(ctx, client)
+	a, err := r.send(ctx, client)
 	if err == nil {
-		err = l.kind.check(answer, got)
+		err = l.kind.check(a, got)
 	}
 	return r, got, err
 }
 
 // clients makes the requests of the load with Go's clients, for what h2load cannot do. They take more CPU time than
 // h2load does. Each has a connection of its own. All responses are checked.
-func (h *harness) clients(ctx context.Context, l load, r request, got reply) (all calls, responses float64, err error) {
+func (h *harness) clients(ctx context.Context, l load, r request, got answer) (all calls, responses float64, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	var (
@@ -226,9 +226,9 @@ func (h *harness) clients(ctx context.Context, l load, r request, got reply) (al
 			client := l.protocol.client()
 			defer closeClient(client)
 			for sent := time.Now(); sent.Before(end) && ctx.Err() == nil; sent = time.Now() {
-				answer, err := r.send(ctx, client)
+				a, err := r.send(ctx, client)
 				if err == nil {
-					err = l.kind.check(answer, got)
+					err = l.kind.check(a, got)
 				}
 				if err != nil {
 					cancel(err)

@@ -20,7 +20,7 @@ import (
 // h2load makes the requests of the load with h2load, and checks all responses. It returns those that are complete, and the
 // number of all, to which those that were stopped at the end add the part that arrived. This matters for large reports, of
 // which few are complete.
-func (h *harness) h2load(ctx context.Context, l load, r request, got reply) (all calls, responses float64, err error) {
+func (h *harness) h2load(ctx context.Context, l load, r request, got answer) (all calls, responses float64, err error) {
 	if _, err := exec.LookPath("h2load"); err != nil {
 		return calls{}, 0, fmt.Errorf("h2load is required: install it (apt-get install wrk nghttp2-client nginx varnish): %w", err)
 	}
@@ -86,7 +86,7 @@ var h2loadResult = regexp.MustCompile(`(?s)\nApplication protocol: (\S+)\n.*` +
 
 // parseH2load returns the number of responses that h2load printed, with the parts of those that were stopped. It checks
 // the protocol, that no request failed, and the length of the bodies.
-func (l load) parseH2load(out string, complete int, got reply) (responses float64, err error) {
+func (l load) parseH2load(out string, complete int, got answer) (responses float64, err error) {
 	found := h2loadResult.FindStringSubmatch(out)
 	if found == nil {
 		return 0, errors.New("it printed no result, or a request failed")

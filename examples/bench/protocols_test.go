@@ -59,11 +59,11 @@ func TestBareHeader(t *testing.T) {
 			if err != nil {
 				t.Fatalf("%s, %s: %v", c.name, k, err)
 			}
-			answer, err := r.send(t.Context(), h.client)
+			a, err := r.send(t.Context(), h.client)
 			if err != nil {
 				t.Fatal(err)
 			}
-			names[i] = slices.Sorted(maps.Keys(answer.header))
+			names[i] = slices.Sorted(maps.Keys(a.header))
 		}
 		if !slices.Equal(names[0], names[1]) {
 			t.Errorf("%s: the bare handler sends %q, the module %q", k, names[1], names[0])
@@ -76,7 +76,7 @@ func TestParseH2load(t *testing.T) {
 	const out = "\nApplication protocol: h2\n\nfinished in 1.00s, 10.00 req/s, 1B/s\n" +
 		"requests: 10 total, 11 started, 10 done, 10 succeeded, 0 failed, 0 errored, 0 timeout\n" +
 		"traffic: 1B (1) total, 1B (1) headers (space savings 95.71%), 1B (1003) data\n"
-	l, got := load{protocol: h2, tls: true, conns: 1, streams: 1}, reply{response: response{body: make([]byte, 100)}}
+	l, got := load{protocol: h2, tls: true, conns: 1, streams: 1}, answer{response: response{body: make([]byte, 100)}}
 	if n, err := l.parseH2load(out, 10, got); err != nil || n != 10.03 {
 		t.Errorf("%v responses, %v", n, err)
 	}

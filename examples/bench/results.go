@@ -19,6 +19,8 @@ type results struct {
 	memory      []memoryResult
 	cold        []coldResult
 	misses      []missResult
+	missLoads   [][]missLoadResult // with the rounds of each trial
+	polls       [][]pollResult     // with the rounds of each trial
 	compression []compressionResult
 	collections []collectionsResult
 	protocols   []loadResult
@@ -55,8 +57,9 @@ type missResult struct {
 	*contender
 	mib  int
 	gzip bool
-	took time.Duration
-	peak int64
+
+	first, took time.Duration // until the first byte of the body, and until the last
+	peak        int64
 }
 
 type compressionResult struct {
@@ -83,6 +86,7 @@ func (r *results) print(ctx context.Context, out io.Writer, h *harness) {
 	}{
 		{len(r.loads), r.printSummary}, {len(r.loads), r.printLoads}, {len(r.floods), r.printFloods},
 		{len(r.memory), r.printMemory}, {len(r.cold), r.printCold}, {len(r.misses), r.printMisses},
+		{len(r.missLoads), r.printMissLoads}, {len(r.polls), r.printPolls},
 		{len(r.compression), r.printCompression}, {len(r.collections), r.printCollections}, {len(r.loads), r.printGoals},
 		{len(r.protocols), r.printProtocols}, {len(r.protocols), r.printProtocolGoals}, {len(r.protocols), r.printProtocolLoads},
 		{len(r.hits), r.printHits}, {len(r.writes), r.printWrites}, {len(r.stops), r.printStops},
@@ -177,15 +181,21 @@ func (r *results) printCold(out io.Writer) {
 }
 
 func (r *results) printMisses(out io.Writer) {
-	fmt.Fprint(out, "\n**A cache miss**\n\n| | report | caller accepts | time | ms per MiB | peak memory, MiB per MiB |\n|---|--:|---|--:|--:|--:|\n")
+	fmt.Fprint(out, "\n**A cache miss**\n\n"+
+		"| | report | caller accepts | time to the first byte | whole time | ms per MiB | peak memory, MiB per MiB |\n"+
+		"|---|--:|---|--:|--:|--:|--:|\n")
 	for _, m := range r.misses {
-		form := "identity"
-		if m.gzip {
-			form = "gzip"
-		}
-		fmt.Fprintf(out, "| %s | %d MiB | %s | %s | %.1f | %.2f |\n", m.contender.name, m.mib, form, short(m.took),
-			m.took.Seconds()*1000/float64(m.mib), float64(m.peak)/float64(m.mib<<20))
+		fmt.Fprintf(out, "| %s | %d MiB | %s | %s | %s | %.1f | %.2f |\n", m.contender.name, m.mib, accepted(m.gzip), short(m.first),
+			short(m.took), m.took.Seconds()*1000/float64(m.mib), float64(m.peak)/float64(m.mib<<20))
 	}
+}
+
+// accepted returns the encoding that a caller accepts.
+func accepted(gzip bool) string {
+	if gzip {
+		return "gzip"
+	}
+	return "identity"
 }
 
 func (r *results) printCompression(out io.Writer) {

@@ -34,6 +34,7 @@ func (h *harness) ownReports(size, name string, count, callers int) plan {
 	return plan{
 		callers: callers, count: count, want: h.node.document,
 		task: func(i int) string { return "own-" + size + "-" + name + strconv.Itoa(i) },
+		path: func(id string) string { return "/task?appServerID=node-1&taskID=" + id },
 	}
 }
 

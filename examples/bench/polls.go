@@ -1,0 +1,116 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"io"
+	"time"
+)
+
+// pollLoad describes callers, each of whom polls for an unfinished report of its own.
+type pollLoad struct {
+	size
+	callers     int
+	everySecond bool // each caller polls once a second; otherwise as fast as it can
+	*contender
+}
+
+// often returns how often each caller polls.
+func (l pollLoad) often() string {
+	if l.everySecond {
+		return "once a second"
+	}
+	return "as fast as it can"
+}
+
+type pollResult struct {
+	pollLoad
+	measuredCalls
+}
+
+const (
+	// pollDelay is how long the node takes for an unfinished report.
+	pollDelay = 5 * time.Millisecond
+
+	// pollInterval is the module's default.
+	pollInterval = 2 * time.Second
+)
+
+// polls measures callers who poll for unfinished reports, with the module and with a proxy that asks the node each time.
+func (h *harness) polls(ctx context.Context, participants []*contender, results *results) error {
+	loads := h.allPollLoads(participants)
+	rounds := make([][]pollResult, len(loads))
+	for round := range h.options.rounds {
+		progress.Printf("polls, round %d of %d", round+1, h.options.rounds)
+		for i, l := range loads {
+			m, err := h.pollsOf(ctx, l)
+			if err != nil {
+				return fmt.Errorf("%s, polls: %w", l.contender.name, err)
+			}
+			rounds[i] = append(rounds[i], pollResult{l, m})
+		}
+	}
+	results.polls = rounds
+	return nil
+}
+
+// allPollLoads returns the loads for small reports, and those of 15 KB.
+func (h *harness) allPollLoads(participants []*contender) []pollLoad {
+	var all []pollLoad
+	for _, size := range []size{{name: "small", document: []byte(smallReport)}, h.sizes[0]} {
+		for _, everySecond := range []bool{false, true} {
+			for _, c := range participants {
+				if c == module || c == reverseProxy {
+					all = append(all, pollLoad{size, h.options.pollers, everySecond, c})
+				}
+			}
+		}
+	}
+	return all
+}
+
+// pollsOf puts a server that has just started under a load. Before, each caller makes one request. These requests are
+// spread over the poll interval, so the module asks the node as evenly afterwards.
+func (h *harness) pollsOf(ctx context.Context, l pollLoad) (measuredCalls, error) {
+	s, err := l.contender.start(ctx, h)
+	if err != nil {
+		return measuredCalls{}, err
+	}
+	defer s.process.stop()
+	h.node.delay.Store(int64(pollDelay))
+	defer h.node.delay.Store(0)
+	p := h.ownReports(unfinished+l.size.id(), "", l.callers, l.callers)
+	p.path = func(id string) string { return l.target(load{gzip: true}, id) }
+	all := newCallers(l.callers, s)
+	defer all.close()
+
+	first := p
+	first.checkAll = true
+	first.rate = max(1, l.callers/int(pollInterval.Seconds()))
+	if c, err := first.runWith(ctx, all); err != nil || c.failed > 0 {
+		return measuredCalls{}, cmp.Or(err, c.err())
+	}
+	if l.everySecond {
+		p.rate = l.callers
+	}
+	return h.measureCalls(s, func() (calls, error) { return p.poll(ctx, all, h.options.polling) })
+}
+
+// printPolls prints the medians of the rounds.
+func (r *results) printPolls(out io.Writer) {
+	fmt.Fprintf(out, "\n**Polls for unfinished reports, %d callers, each for another report, HTTP, gzip, a node that takes %s**\n\n"+
+		"| report | each caller polls | | requests/s | requests to the node/s | p50 | p99 | CPU s per 10,000 | CPU, %% of a core |\n"+
+		"|---|---|---|--:|--:|--:|--:|--:|--:|\n", r.polls[0][0].callers, inMillis(pollDelay))
+	for _, rounds := range r.polls {
+		l := rounds[0]
+		fmt.Fprintf(out, "| %s | %s | %s | %.0f | %.0f | %s | %s | %.2f | %.0f |\n",
+			l.size.name, l.often(), l.contender.name,
+			median(rounds, func(r pollResult) float64 { return r.perSecond() }),
+			median(rounds, func(r pollResult) float64 { return float64(r.asked) / r.elapsed.Seconds() }),
+			short(median(rounds, func(r pollResult) time.Duration { return r.percentile(50) })),
+			short(median(rounds, func(r pollResult) time.Duration { return r.percentile(99) })),
+			10_000*median(rounds, func(r pollResult) time.Duration { return r.cpuEach() }).Seconds(),
+			100*median(rounds, func(r pollResult) float64 { return r.cpu.Seconds() / r.elapsed.Seconds() }))
+	}
+}
