@@ -6,9 +6,12 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
+	"net/http/httputil"
 	"slices"
+	"strconv"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -41,6 +44,7 @@ type calls struct {
 	failed  int             // responses that were no report
 	failure string          // one of these
 	elapsed time.Duration
+	cpu     time.Duration // CPU time of the server
 }
 
 // err returns an error if requests failed.
@@ -53,6 +57,12 @@ func (c calls) err() error {
 
 // perSecond returns the reports per second.
 func (c calls) perSecond() float64 { return float64(len(c.took)) / c.elapsed.Seconds() }
+
+// cpuPerReport returns the CPU time of the server for each report.
+func (c calls) cpuPerReport() time.Duration { return c.cpu / time.Duration(max(1, len(c.took))) }
+
+// busy returns how many CPUs the server used. If it used less than it had, the callers or the storage were slower.
+func (c calls) busy() float64 { return c.cpu.Seconds() / c.elapsed.Seconds() }
 
 // percentile returns how long the p-th percent of the reports took at most. It is 0 if there was none.
 func (c calls) percentile(p float64) time.Duration {
@@ -141,27 +151,7 @@ func (p plan) request(ctx context.Context, c *caller, n int, into *calls) error 
 	if n%checkEvery != 0 && !p.checkAll {
 		return nil
 	}
-	return check(r.response, p.want(id))
-}
-
-// check checks that a response, compressed or not, is the report.
-func check(r response, want []byte) error {
-	body, err := r.body, error(nil)
-	if r.header.Get("Content-Encoding") != "" {
-		body, err = gunzip(r)
-	}
-	if err == nil && !bytes.Equal(body, want) {
-		err = errors.New("the response is not the report")
-	}
-	return err
-}
-
-// checkEncoded is check for a response that must be compressed, or must not be.
-func checkEncoded(r response, want []byte, gzipped bool) error {
-	if encoding := r.header.Get("Content-Encoding"); (encoding == "gzip") != gzipped {
-		return fmt.Errorf("the response has Content-Encoding %q", encoding)
-	}
-	return check(r, want)
+	return checkBody(r.encoding, r.body, p.want(id), !p.identity)
 }
 
 // merge combines what the callers recorded.
@@ -181,19 +171,14 @@ func merge(parts []calls, elapsed time.Duration) calls {
 // measuredCalls are calls, and what they cost others.
 type measuredCalls struct {
 	calls
-	cpu   time.Duration // of the server
-	asked int           // requests to the node
+	asked int // requests to the node
 }
 
-// cpuEach returns the CPU time of the server per report.
-func (m measuredCalls) cpuEach() time.Duration { return m.cpu / time.Duration(max(1, len(m.took))) }
-
-// measureCalls measures what the calls that run makes cost. None of them may fail.
-func (h *harness) measureCalls(s *server, run func() (calls, error)) (measuredCalls, error) {
-	cpu, asked := s.process.cpu(), h.node.requests.Load()
+// measureCalls counts the requests to the node during the calls that run makes. None of them may fail.
+func (h *harness) measureCalls(run func() (calls, error)) (measuredCalls, error) {
+	asked := h.node.requests.Load()
 	c, err := run()
-	m := measuredCalls{calls: c, cpu: s.process.cpu() - cpu, asked: int(h.node.requests.Load() - asked)}
-	return m, errors.Join(err, c.err())
+	return measuredCalls{c, int(h.node.requests.Load() - asked)}, errors.Join(err, c.err())
 }
 
 // callers are connections to a server.
@@ -202,7 +187,7 @@ type callers []*caller
 func newCallers(count int, s *server) callers {
 	all := make(callers, count)
 	for i := range all {
-		all[i] = &caller{address: s.Plain}
+		all[i] = &caller{server: s}
 	}
 	return all
 }
@@ -220,7 +205,8 @@ func (all callers) each(ctx context.Context, do func(ctx context.Context, i int,
 	defer cancel(nil)
 	var wg sync.WaitGroup
 	parts := make([]calls, len(all))
-	begin := time.Now()
+	process := all[0].server.process
+	cpu, begin := process.cpu(), time.Now()
 	for i, c := range all {
 		wg.Go(func() {
 			defer context.AfterFunc(ctx, c.close)()
@@ -230,50 +216,110 @@ func (all callers) each(ctx context.Context, do func(ctx context.Context, i int,
 		})
 	}
 	wg.Wait()
-	return merge(parts, time.Since(begin)), context.Cause(ctx)
+	merged := merge(parts, time.Since(begin))
+	merged.cpu = process.cpu() - cpu
+	return merged, context.Cause(ctx)
 }
 
-// caller is a connection for requests, one after the other. It takes less CPU time than an http.Client.
+// caller is a connection for requests, one after the other. It takes far less CPU time than an http.Client, so that the
+// server is what is measured.
 type caller struct {
-	address string
-	body    bytes.Buffer
+	server *server
+	out    []byte
+	body   bytes.Buffer
 
 	mu   sync.Mutex // guards conn
 	conn net.Conn
 	in   *bufio.Reader
 }
 
-// reply is a response with its status.
+// reply is a response to a caller.
 type reply struct {
-	status int
-	response
+	status   int
+	encoding string
+	body     []byte // valid until the next request
 }
 
-// get requests a path. The body of the reply is valid until the next request.
+// checkBody checks that a body is the report, and is compressed if it must be.
+func checkBody(encoding string, body, want []byte, gzipped bool) (err error) {
+	switch {
+	case gzipped:
+		body, err = gunzip(encoding, body)
+	case encoding != "":
+		err = fmt.Errorf("the response has Content-Encoding %q, which was not accepted", encoding)
+	}
+	if err == nil && !bytes.Equal(body, want) {
+		err = fmt.Errorf("the response of %d bytes is not the report", len(body))
+	}
+	return err
+}
+
+// get requests a path.
 func (c *caller) get(ctx context.Context, path string, gzipped bool) (reply, error) {
 	conn, err := c.connect(ctx)
 	if err != nil {
 		return reply{}, err
 	}
-	encoding := "identity"
+	accept := ""
 	if gzipped {
-		encoding = "gzip"
+		accept = "Accept-Encoding: gzip\r\n"
 	}
-	_, err = fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\nAccept-Encoding: %s\r\n\r\n", path, c.address, secret, encoding)
+	c.out = fmt.Appendf(c.out[:0], "GET %s HTTP/1.1\r\nHost: %s\r\n%s\r\n", path, c.server.Plain, accept)
+	if _, err := conn.Write(c.out); err != nil {
+		return reply{}, err
+	}
+	return c.read()
+}
+
+// read reads a response, which must have a Content-Length or be chunked. The servers write the names of header fields in
+// their canonical form.
+func (c *caller) read() (reply, error) {
+	line, err := c.in.ReadSlice('\n')
 	if err != nil {
 		return reply{}, err
 	}
-	resp, err := http.ReadResponse(c.in, nil)
-	if err != nil {
-		return reply{}, err
+	var r reply
+	_, status, _ := bytes.Cut(line, []byte(" "))
+	status, _, _ = bytes.Cut(bytes.TrimSpace(status), []byte(" "))
+	if r.status, err = strconv.Atoi(string(status)); err != nil {
+		return reply{}, fmt.Errorf("the response begins with %q", line)
 	}
-	defer resp.Body.Close()
+	length, chunked, closing := int64(-1), false, false
+	for {
+		if line, err = c.in.ReadSlice('\n'); err != nil {
+			return reply{}, err
+		}
+		name, value, ok := bytes.Cut(bytes.TrimSpace(line), []byte(": "))
+		if !ok {
+			break
+		}
+		switch string(name) {
+		case "Content-Length":
+			length, err = strconv.ParseInt(string(value), 10, 64)
+		case "Content-Encoding":
+			r.encoding = string(value)
+		case "Transfer-Encoding":
+			chunked = string(value) == "chunked"
+		case "Connection":
+			closing = string(value) == "close"
+		}
+	}
 	c.body.Reset()
-	_, err = c.body.ReadFrom(resp.Body)
-	if resp.Close {
+	switch {
+	case chunked:
+		if _, err = c.body.ReadFrom(httputil.NewChunkedReader(c.in)); err == nil {
+			_, err = c.in.Discard(len("\r\n"))
+		}
+	case length < 0:
+		err = errors.New("the response has no length")
+	default:
+		_, err = io.CopyN(&c.body, c.in, length)
+	}
+	if closing {
 		c.close()
 	}
-	return reply{resp.StatusCode, response{resp.Header, c.body.Bytes()}}, err
+	r.body = c.body.Bytes()
+	return r, err
 }
 
 // connect returns the connection, with time left for a request.
@@ -281,11 +327,11 @@ func (c *caller) connect(ctx context.Context) (net.Conn, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.conn == nil {
-		conn, err := new(net.Dialer).DialContext(ctx, "tcp", c.address)
+		conn, err := new(net.Dialer).DialContext(ctx, "tcp", c.server.Plain)
 		if err != nil {
 			return nil, err
 		}
-		c.conn, c.in = conn, bufio.NewReader(conn)
+		c.conn, c.in = conn, bufio.NewReaderSize(conn, 64<<10)
 	}
 	return c.conn, c.conn.SetDeadline(time.Now().Add(time.Minute))
 }

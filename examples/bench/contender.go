@@ -129,8 +129,13 @@ var reverseProxy = &contender{
 
 func nginx(config string, _ *server) (string, []string) { return "nginx", []string{"-c", config} }
 
-func nginxConfig(name string, level int) *template.Template {
-	return template.Must(template.New(name).Parse(fmt.Sprintf(`
+// nginxWith returns nginx with a compression level and a folder for the cache, which may be a template.
+func nginxWith(name string, level int, folder string) *contender {
+	return &contender{name: name, caches: true, target: byPair, command: nginx, config: nginxConfig(level, folder)}
+}
+
+func nginxConfig(level int, folder string) *template.Template {
+	return template.Must(template.New(fmt.Sprintf("nginx-%d", level)).Parse(fmt.Sprintf(`
 daemon off;
 user {{.User}};
 pid {{.Dir}}/nginx.pid;
@@ -147,7 +152,7 @@ http {
 	uwsgi_temp_path {{.Dir}}/uwsgi;
 	scgi_temp_path {{.Dir}}/scgi;
 	proxy_temp_path {{.Dir}}/proxy;
-	proxy_cache_path {{.Dir}}/cache levels=1:2 keys_zone=reports:16m;
+	proxy_cache_path %s levels=1:2 keys_zone=reports:16m inactive=24h;
 	gzip on;
 	gzip_comp_level %d;
 	gzip_types application/json;
@@ -173,13 +178,13 @@ http {
 		}
 	}
 }
-`, level)))
+`, folder, level)))
 }
 
 // At its default level, and at the module's level.
 var (
-	nginx1 = &contender{name: "nginx", caches: true, target: byPair, command: nginx, config: nginxConfig("nginx", 1)}
-	nginx6 = &contender{name: "nginx, level 6", caches: true, target: byPair, command: nginx, config: nginxConfig("nginx-6", 6)}
+	nginx1 = nginxWith("nginx", 1, "{{.Dir}}/cache")
+	nginx6 = nginxWith("nginx, level 6", 6, "{{.Dir}}/cache")
 )
 
 // contenders lists all contenders, the module first. Each is configured as its users would configure it for this purpose.

@@ -43,7 +43,7 @@ func main() {
 	peers := flag.String("peers", ".", "regular expression for the names of the servers to compare with the module")
 	loads := flag.String("loads", ".", "regular expression for the names of the loads, such as '^HTTPS, gzip'")
 	parts := flag.String("parts", ".", "regular expression for what to measure: load, unauthorized, memory, cold, miss, misses, polls, compression, collections, protocols, http3, "+
-		"storage hits, storage writes, storage stop, storage purge, storage sweep, storage heap")
+		"storage hits, storage writes, storage stop, storage purge, storage sweep, storage heap, restart")
 	delays := flag.String("delays", "0s,5ms,20ms", "how long each operation of the storage takes at least")
 	flag.IntVar(&o.stored, "stored", 10_000, "number of reports in the storage")
 	flag.IntVar(&o.through, "through", 1_000_000, "number of reports that go through while memory is measured")

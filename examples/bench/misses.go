@@ -36,7 +36,7 @@ func (h *harness) misses(ctx context.Context, participants []*contender, results
 			if l.contender == module {
 				ours = m
 			}
-			rounds[i] = append(rounds[i], missLoadResult{l, m, float64(ours.cpuEach()) / float64(m.cpuEach())})
+			rounds[i] = append(rounds[i], missLoadResult{l, m, float64(ours.cpuPerReport()) / float64(m.cpuPerReport())})
 		}
 	}
 	results.missLoads = rounds
@@ -75,7 +75,7 @@ func (h *harness) missesOf(ctx context.Context, l missLoad) (measuredCalls, erro
 	if _, err := h.missPlan(l, "warm", max(1, count/10)).runAll(ctx, s); err != nil {
 		return measuredCalls{}, err
 	}
-	m, err := h.measureCalls(s, func() (calls, error) { return h.missPlan(l, "miss", count).run(ctx, s) })
+	m, err := h.measureCalls(func() (calls, error) { return h.missPlan(l, "miss", count).run(ctx, s) })
 	if err == nil && (m.asked != count || len(m.took) != count) {
 		err = fmt.Errorf("the node received %d requests for %d reports, and callers %d", m.asked, count, len(m.took))
 	}
@@ -102,7 +102,7 @@ func (r *results) printMissLoads(out io.Writer) {
 			median(rounds, func(r missLoadResult) float64 { return r.perSecond() }),
 			short(median(rounds, func(r missLoadResult) time.Duration { return r.percentile(50) })),
 			short(median(rounds, func(r missLoadResult) time.Duration { return r.percentile(99) })),
-			median(rounds, func(r missLoadResult) time.Duration { return r.cpuEach() }).Microseconds(),
+			median(rounds, func(r missLoadResult) time.Duration { return r.cpuPerReport() }).Microseconds(),
 			median(rounds, func(r missLoadResult) float64 { return r.ratio }))
 	}
 }

@@ -94,7 +94,7 @@ func (h *harness) pollsOf(ctx context.Context, l pollLoad) (measuredCalls, error
 	if l.everySecond {
 		p.rate = l.callers
 	}
-	return h.measureCalls(s, func() (calls, error) { return p.poll(ctx, all, h.options.polling) })
+	return h.measureCalls(func() (calls, error) { return p.poll(ctx, all, h.options.polling) })
 }
 
 // printPolls prints the medians of the rounds.
@@ -110,7 +110,7 @@ func (r *results) printPolls(out io.Writer) {
 			median(rounds, func(r pollResult) float64 { return float64(r.asked) / r.elapsed.Seconds() }),
 			short(median(rounds, func(r pollResult) time.Duration { return r.percentile(50) })),
 			short(median(rounds, func(r pollResult) time.Duration { return r.percentile(99) })),
-			10_000*median(rounds, func(r pollResult) time.Duration { return r.cpuEach() }).Seconds(),
+			10_000*median(rounds, func(r pollResult) time.Duration { return r.cpuPerReport() }).Seconds(),
 			100*median(rounds, func(r pollResult) float64 { return r.cpu.Seconds() / r.elapsed.Seconds() }))
 	}
 }

@@ -32,6 +32,8 @@ type results struct {
 	purges  [][]purgeResult
 	sweeps  [][]sweepResult
 	through []heapRun
+
+	restarts [][]restartResult // the rounds of each trial
 }
 
 type loadResult struct {
@@ -91,7 +93,7 @@ func (r *results) print(ctx context.Context, out io.Writer, h *harness) {
 		{len(r.protocols), r.printProtocols}, {len(r.protocols), r.printProtocolGoals}, {len(r.protocols), r.printProtocolLoads},
 		{len(r.hits), r.printHits}, {len(r.writes), r.printWrites}, {len(r.stops), r.printStops},
 		{len(r.purges), r.printPurges}, {len(r.sweeps), r.printSweeps},
-		{len(r.through), r.printThrough},
+		{len(r.through), r.printThrough}, {len(r.restarts), r.printRestarts},
 	} {
 		if table.rows > 0 {
 			table.print(out)

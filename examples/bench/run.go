@@ -34,7 +34,7 @@ type harness struct {
 	sizes   []size
 	node    *node
 	client  *http.Client
-	kept    string // folder of a storage that has reports; empty until one is needed
+	kept    map[string]bool // folders of storages that have their reports
 
 	caddyProtocols string // the protocols that Caddy serves
 }
@@ -43,7 +43,7 @@ type harness struct {
 const defaultProtocols = "h1 h2"
 
 func newHarness(ctx context.Context, o options) (*harness, error) {
-	h := &harness{options: o, caddyProtocols: defaultProtocols}
+	h := &harness{options: o, caddyProtocols: defaultProtocols, kept: make(map[string]bool)}
 	var err error
 	if h.dir, err = os.MkdirTemp("", "fsbroker-bench-"); err != nil {
 		return nil, err
@@ -157,6 +157,7 @@ func (h *harness) parts() []part {
 		{"protocols", h.protocols}, {"http3", h.http3},
 		{"storage hits", h.storageHits}, {"storage writes", h.storageWrites}, {"storage stop", h.storageStop},
 		{"storage purge", h.storagePurge}, {"storage sweep", h.storageSweep}, {"storage heap", h.storageHeap},
+		{"restart", h.restart},
 	}
 }
 
@@ -356,18 +357,18 @@ func (h *harness) check(ctx context.Context, l load, c *contender, s *server) er
 		if err != nil {
 			return fmt.Errorf("%s: %w", c.name, err)
 		}
-		if err := checkEncoded(a, l.size.document, l.gzip); err != nil {
+		if err := checkBody(a.header.Get("Content-Encoding"), a.body, l.size.document, l.gzip); err != nil {
 			return fmt.Errorf("%s, %s: %w", c.name, l, err)
 		}
 	}
 	return nil
 }
 
-func gunzip(a response) ([]byte, error) {
-	if encoding := a.header.Get("Content-Encoding"); encoding != "gzip" {
+func gunzip(encoding string, body []byte) ([]byte, error) {
+	if encoding != "gzip" {
 		return nil, fmt.Errorf("the response has Content-Encoding %q instead of gzip", encoding)
 	}
-	zr, err := gzip.NewReader(bytes.NewReader(a.body))
+	zr, err := gzip.NewReader(bytes.NewReader(body))
 	if err != nil {
 		return nil, err
 	}

@@ -15,17 +15,22 @@ import (
 // withStorage returns the module with a storage whose operations take that long, and with other options of `cache`.
 // Without a folder, the storage keeps nothing.
 func withStorage(delay time.Duration, folder string, options ...string) *contender {
+	return moduleWith(fmt.Sprintf("fsbroker_task, storage of %s", delay),
+		append(options, fmt.Sprintf("storage bench_delayed %s %s", delay, folder))...)
+}
+
+// moduleWith returns the module with options of `cache`.
+func moduleWith(name string, options ...string) *contender {
 	return &contender{
-		name: fmt.Sprintf("fsbroker_task, storage of %s", delay),
+		name: name, caches: true, target: byPair,
 		config: caddyConfig("storage", "", fmt.Sprintf(`
 	fsbroker_task {
 		secret bench {{.Secret}}
 		node node-1 {{.Node}} {{.Secret}}
 		cache {
-			storage bench_delayed %s %s
 			%s
 		}
-	}`, delay, folder, strings.Join(options, "\n"))),
+	}`, strings.Join(options, "\n"))),
 	}
 }
 
@@ -34,27 +39,27 @@ func (h *harness) ownReports(size, name string, count, callers int) plan {
 	return plan{
 		callers: callers, count: count, want: h.node.document,
 		task: func(i int) string { return "own-" + size + "-" + name + strconv.Itoa(i) },
-		path: func(id string) string { return "/task?appServerID=node-1&taskID=" + id },
+		path: func(id string) string { return "/task?" + pairQuery(id) },
 	}
 }
 
 // stored returns a plan that requests the reports in the folder that filled returns.
-func (h *harness) stored(callers int) plan {
-	return h.ownReports(h.sizes[0].id(), "stored", h.options.stored, callers)
+func (h *harness) stored(size size, callers int) plan {
+	return h.ownReports(size.id(), "stored", h.options.stored, callers)
 }
 
 // filled returns a folder of a storage that has the reports that stored requests.
-func (h *harness) filled(ctx context.Context) (string, error) {
-	if h.kept != "" {
-		return h.kept, nil
+func (h *harness) filled(ctx context.Context, size size) (string, error) {
+	folder := filepath.Join(h.values, "stored-"+size.id())
+	if h.kept[folder] {
+		return folder, nil
 	}
-	progress.Printf("storing %d reports", h.options.stored)
-	folder := filepath.Join(h.values, "stored")
+	progress.Printf("storing %d reports of %s", h.options.stored, size.name)
 	s, err := withStorage(0, folder).start(ctx, h)
 	if err != nil {
 		return "", err
 	}
-	err = h.fill(ctx, s, h.stored(32))
+	err = h.fill(ctx, s, h.stored(size, 32))
 	s.process.stop()
 	if err != nil {
 		return "", err
@@ -63,7 +68,7 @@ func (h *harness) filled(ctx context.Context) (string, error) {
 	if err == nil && found.documents != h.options.stored {
 		err = fmt.Errorf("%d of %d reports were stored", found.documents, h.options.stored)
 	}
-	h.kept = folder
+	h.kept[folder] = err == nil
 	return folder, err
 }
 

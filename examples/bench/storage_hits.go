@@ -16,9 +16,16 @@ type hitsTrial struct {
 // hitsResult is how fast the reports come from the storage, and then from memory.
 type hitsResult struct {
 	hitsTrial
-	cold, warm calls
-	ratio      float64 // of the rates
+	restarted
 }
+
+// restarted is how fast a server that has just started responds with stored reports, and then with the same again.
+type restarted struct {
+	cold, warm calls
+}
+
+// ratio returns the ratio of the rates.
+func (r restarted) ratio() float64 { return r.cold.perSecond() / r.warm.perSecond() }
 
 // warmRounds is how often each report is requested again. Hits in memory are so fast that once would not take long enough.
 const warmRounds = 5
@@ -26,7 +33,7 @@ const warmRounds = 5
 // storageHits measures how fast a server that has just started responds with stored reports, each of which is requested
 // once, and how fast it responds with the same reports again. The node does not know them any more.
 func (h *harness) storageHits(ctx context.Context, _ []*contender, results *results) error {
-	folder, err := h.filled(ctx)
+	folder, err := h.filled(ctx, h.sizes[0])
 	if err != nil {
 		return err
 	}
@@ -42,33 +49,31 @@ func (h *harness) storageHits(ctx context.Context, _ []*contender, results *resu
 	for round := range h.options.rounds {
 		for i, t := range trials {
 			progress.Printf("stored reports, %s, %d callers, round %d of %d", t.delay, t.callers, round+1, h.options.rounds)
-			r, err := h.hitsOf(ctx, t, folder)
+			r, err := h.restarted(ctx, withStorage(t.delay, folder), h.stored(h.sizes[0], t.callers))
 			if err != nil {
 				return err
 			}
-			rounds[i] = append(rounds[i], r)
+			rounds[i] = append(rounds[i], hitsResult{t, r})
 		}
 	}
 	results.hits = rounds
 	return nil
 }
 
-// hitsOf starts a server with stored reports, and requests each of them, and then again.
-func (h *harness) hitsOf(ctx context.Context, t hitsTrial, folder string) (hitsResult, error) {
-	s, err := withStorage(t.delay, folder).start(ctx, h)
+// restarted starts a contender with stored reports, and requests each of them, and then again.
+func (h *harness) restarted(ctx context.Context, c *contender, p plan) (r restarted, err error) {
+	s, err := c.start(ctx, h)
 	if err != nil {
-		return hitsResult{}, err
-	}
-	defer s.process.stop()
-	r := hitsResult{hitsTrial: t}
-	if r.cold, err = h.stored(t.callers).run(ctx, s); err != nil {
 		return r, err
 	}
-	if r.cold.failed > 0 {
-		progress.Printf("%d requests failed: %s", r.cold.failed, r.cold.failure)
+	defer s.process.stop()
+	if r.cold, err = p.run(ctx, s); err != nil {
+		return r, err
 	}
-	r.warm, err = h.stored(t.callers).repeated(warmRounds).run(ctx, s)
-	r.ratio = r.cold.perSecond() / r.warm.perSecond()
+	if err := r.cold.err(); err != nil {
+		progress.Print(err)
+	}
+	r.warm, err = p.repeated(warmRounds).run(ctx, s)
 	return r, err
 }
 
@@ -81,7 +86,7 @@ func (r *results) printHits(out io.Writer) {
 		fmt.Fprintf(out, "| %s | %d |", inMillis(rounds[0].delay), rounds[0].callers)
 		printCalls(out, rounds, func(r hitsResult) calls { return r.cold })
 		printCalls(out, rounds, func(r hitsResult) calls { return r.warm })
-		fmt.Fprintf(out, " %.2f |\n", median(rounds, func(r hitsResult) float64 { return r.ratio }))
+		fmt.Fprintf(out, " %.2f |\n", median(rounds, func(r hitsResult) float64 { return r.ratio() }))
 	}
 }
 

@@ -31,7 +31,7 @@ func (r purgeResult) rate() float64 {
 
 // storagePurge measures how fast all stored reports are purged.
 func (h *harness) storagePurge(ctx context.Context, _ []*contender, results *results) error {
-	folder, err := h.filled(ctx)
+	folder, err := h.filled(ctx, h.sizes[0])
 	if err != nil {
 		return err
 	}

@@ -32,7 +32,7 @@ func (r sweepResult) perSecond() float64 {
 
 // storageSweep measures how fast stored reports are deleted when their retention is over.
 func (h *harness) storageSweep(ctx context.Context, _ []*contender, results *results) error {
-	folder, err := h.filled(ctx)
+	folder, err := h.filled(ctx, h.sizes[0])
 	if err != nil {
 		return err
 	}
