@@ -49,7 +49,7 @@ func (h *harness) filledNginx(ctx context.Context, size size) (string, error) {
 	return folder, err
 }
 
-// onDisk returns a copy of a folder on the disk, from which it need not be read yet.
+// onDisk returns a copy of a folder on the disk. The page cache has what is in it.
 func (h *harness) onDisk(folder string) (string, error) {
 	other := filepath.Join(h.dir, filepath.Base(folder))
 	if h.kept[other] {
@@ -140,7 +140,7 @@ func (h *harness) restartTrials(ctx context.Context, participants []*contender) 
 func (r *results) printRestarts(out io.Writer) {
 	fmt.Fprint(out, "\n**After a restart, with the reports in files, and the same reports again**\n\n"+
 		"| files in | load | | after the restart, reports/s | p50 | p99 | server CPU µs per report | CPUs busy | again, reports/s | server CPU µs per report | CPUs busy "+
-		"| after the restart / again | the module is … times as fast | its CPU time / this |\n"+
+		"| after the restart / again | the module is … times as fast | its CPU time per report / this |\n"+
 		"|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n")
 	for _, rounds := range r.restarts {
 		cold := func(r restartResult) calls { return r.cold }
