@@ -3,6 +3,7 @@ package main
 import (
 	"bufio"
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -24,11 +25,33 @@ type plan struct {
 	count   int
 	rate    int                    // requests per second of all callers together; 0: as many as they can make
 	task    func(i int) string     // the ID of a request's task
-	path    func(id string) string // what to request for a task
 	want    func(id string) []byte // the report of a task
+
+	// query returns the n-th request, which is for that task.
+	query func(n int, id string) query
 
 	identity bool // the callers do not accept gzip
 	checkAll bool // every response is compared with the report, not only some
+}
+
+// query is a request without its header and body.
+type query struct {
+	method string
+	host   string // of the site; empty if it is the server's address
+	target string // path and query
+}
+
+// reportQuery returns the request for the report of a task of node-1.
+func reportQuery(_ int, id string) query {
+	return query{method: http.MethodGet, target: "/task?" + pairQuery(id)}
+}
+
+// from returns a plan that makes the requests of p from one on, and only some of them.
+func (p plan) from(first, count int) plan {
+	task, ask := p.task, p.query
+	p.count, p.task = count, func(i int) string { return task(first + i) }
+	p.query = func(n int, id string) query { return ask(first+n, id) }
+	return p
 }
 
 // repeated returns a plan that makes the requests of p several times.
@@ -138,7 +161,7 @@ func (p plan) pace(ctx context.Context, begin time.Time, n int) {
 func (p plan) request(ctx context.Context, c *caller, n int, into *calls) error {
 	id := p.task(n)
 	begin := time.Now()
-	r, err := c.get(ctx, p.path(id), !p.identity)
+	r, err := c.send(ctx, p.query(n, id), !p.identity)
 	if err != nil {
 		return err
 	}
@@ -254,17 +277,21 @@ func checkBody(encoding string, body, want []byte, gzipped bool) (err error) {
 	return err
 }
 
-// get requests a path.
-func (c *caller) get(ctx context.Context, path string, gzipped bool) (reply, error) {
+// send makes a request without a body.
+func (c *caller) send(ctx context.Context, q query, gzipped bool) (reply, error) {
 	conn, err := c.connect(ctx)
 	if err != nil {
 		return reply{}, err
 	}
-	accept := ""
+	var more string
 	if gzipped {
-		accept = "Accept-Encoding: gzip\r\n"
+		more = "Accept-Encoding: gzip\r\n"
 	}
-	c.out = fmt.Appendf(c.out[:0], "GET %s HTTP/1.1\r\nHost: %s\r\n%s\r\n", path, c.server.Plain, accept)
+	if q.method != http.MethodGet {
+		more += "Content-Length: 0\r\n"
+	}
+	c.out = fmt.Appendf(c.out[:0], "%s %s HTTP/1.1\r\nHost: %s\r\nAuthorization: Bearer %s\r\n%s\r\n",
+		q.method, q.target, cmp.Or(q.host, c.server.Plain), secret, more)
 	if _, err := conn.Write(c.out); err != nil {
 		return reply{}, err
 	}

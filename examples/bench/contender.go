@@ -5,6 +5,7 @@ import (
 	"cmp"
 	"context"
 	"fmt"
+	"net/http"
 	"os"
 	"os/exec"
 	"os/user"
@@ -33,7 +34,7 @@ type contender struct {
 	caches bool // whether it caches reports
 }
 
-const caddyBase = `{
+const caddyGlobal = `{
 	admin {{.Admin}}
 	auto_https off
 	servers {
@@ -41,7 +42,9 @@ const caddyBase = `{
 	}
 	{{block "global" .}}{{end}}
 }
-(tls) {
+`
+
+const caddyBase = caddyGlobal + `(tls) {
 	tls {{.Dir}}/cert.pem {{.Dir}}/key.pem
 }
 (site) {
@@ -69,7 +72,10 @@ var functions = template.FuncMap{
 
 func byPair(_ load, task string) string { return "/task?" + pairQuery(task) }
 
-func pairQuery(task string) string { return "secret=" + secret + "&appServerID=node-1&taskID=" + task }
+func pairQuery(task string) string { return "secret=" + secret + "&" + nodeQuery("node-1", task) }
+
+// nodeQuery returns the query for a task of a node, without a secret.
+func nodeQuery(node, task string) string { return "appServerID=" + node + "&taskID=" + task }
 
 var module = &contender{
 	name: "fsbroker_task", caches: true, target: byPair,
@@ -257,6 +263,11 @@ func encodedOr(l load, other string) string {
 	return other
 }
 
+// request returns what requests the report of a task from c.
+func (c *contender) request(l load) func(n int, id string) query {
+	return func(_ int, id string) query { return query{method: http.MethodGet, target: c.target(l, id)} }
+}
+
 // server is a running server of one contender, or of several that share a configuration. It is also the data for the
 // template of that configuration.
 type server struct {
@@ -266,6 +277,17 @@ type server struct {
 	Sizes []struct{ ID string }
 
 	process *process
+	launch  func(context.Context) (*process, error) // starts the process
+}
+
+// restart stops the server and starts it again.
+func (s *server) restart(ctx context.Context) error {
+	s.process.stop()
+	p, err := s.launch(ctx)
+	if err == nil {
+		s.process = p
+	}
+	return err
 }
 
 // start starts the server of c with a copy of the harness's files.
@@ -303,7 +325,10 @@ func (c *contender) start(ctx context.Context, h *harness) (*server, error) {
 		name, args = c.command(config, s)
 	}
 	name, args = onServerCPUs(h.options.serverCPUs, name, args)
-	if s.process, err = startProcess(ctx, s.Dir, s.Plain, env, name, args...); err != nil {
+	s.launch = func(ctx context.Context) (*process, error) {
+		return startProcess(ctx, s.Dir, s.Plain, env, name, args...)
+	}
+	if s.process, err = s.launch(ctx); err != nil {
 		return nil, fmt.Errorf("%s: %w", c.name, err)
 	}
 	return s, nil

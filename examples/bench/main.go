@@ -43,7 +43,8 @@ func main() {
 	peers := flag.String("peers", ".", "regular expression for the names of the servers to compare with the module")
 	loads := flag.String("loads", ".", "regular expression for the names of the loads, such as '^HTTPS, gzip'")
 	parts := flag.String("parts", ".", "regular expression for what to measure: load, unauthorized, memory, cold, miss, misses, polls, compression, collections, protocols, http3, "+
-		"storage hits, storage writes, storage stop, storage purge, storage sweep, storage heap, restart")
+		"storage hits, storage writes, storage stop, storage purge, storage sweep, storage heap, restart, "+
+		"growth nodes, growth sites, growth stored, growth harvest")
 	delays := flag.String("delays", "0s,5ms,20ms", "how long each operation of the storage takes at least")
 	flag.IntVar(&o.stored, "stored", 10_000, "number of reports in the storage")
 	flag.IntVar(&o.through, "through", 1_000_000, "number of reports that go through while memory is measured")
@@ -51,6 +52,11 @@ func main() {
 	flag.IntVar(&o.pollers, "pollers", 1000, "number of callers that poll, each for another unfinished report")
 	flag.DurationVar(&o.polling, "polling", 6*time.Second, "how long they poll in a round")
 	flag.IntVar(&o.many, "many", 1_000_000, "number of small reports that are kept while collections are measured")
+	flag.IntVar(&o.grownNodes, "grown-nodes", 1000, "largest number of nodes in the part 'growth nodes'. The others are the powers of ten below it")
+	flag.IntVar(&o.sites, "sites", 100, "largest number of sites in the part 'growth sites'")
+	flag.IntVar(&o.grown, "grown", 1_000_000, "largest number of small reports in the storage in the part 'growth stored'. A million need about 10 GB")
+	flag.IntVar(&o.pending, "pending", 10_000, "largest number of pending submissions in the part 'growth harvest'")
+	flag.IntVar(&o.quiet, "quiet", 30, "how long a server is watched that nobody asks, in the parts 'growth', in seconds")
 	flag.StringVar(&o.reports, "reports", filepath.Join("..", "..", "..", "shared", "reports"),
 		"folder of real reports; if one is missing, a similar one is generated")
 	flag.Parse()
@@ -98,6 +104,11 @@ type options struct {
 	misses     int
 	pollers    int
 	polling    time.Duration
+	grownNodes int
+	sites      int
+	grown      int
+	pending    int
+	quiet      int
 	serverCPUs int
 	peers      *regexp.Regexp
 	loads      *regexp.Regexp

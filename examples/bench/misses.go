@@ -86,7 +86,7 @@ func (h *harness) missesOf(ctx context.Context, l missLoad) (measuredCalls, erro
 func (h *harness) missPlan(l missLoad, name string, count int) plan {
 	p := h.ownReports(l.size.id(), name, count, l.callers)
 	p.identity = !l.gzip
-	p.path = func(id string) string { return l.target(load{gzip: l.gzip}, id) }
+	p.query = l.request(load{gzip: l.gzip})
 	return p
 }
 

@@ -20,11 +20,13 @@ const secret = "bench-secret"
 
 // node is a processor node and a broker. A task ID selects the report: "<size>-<anything>" is a report of that size,
 // "cold-<size>-<anything>" is the same report after a delay, and "own-<size>-<anything>" is a report of that size that no
-// other task has. If "unfinished" comes before the size, it is that report while the task is in progress.
+// other task has. If "unfinished" comes before the size, it is that report while the task is in progress. A submission
+// "pending-<anything>" is never finished. Others are known to /submit-result only.
 type node struct {
 	address   string
 	documents map[string][]byte
 	requests  atomic.Int64
+	checks    atomic.Int64 // requests for its system information
 	forgets   atomic.Bool  // whether it knows no task
 	delay     atomic.Int64 // how long it takes for each response, as a time.Duration
 	server    *http.Server
@@ -41,7 +43,7 @@ func startNode(ctx context.Context, sizes []size) (*node, error) {
 	if err != nil {
 		return nil, err
 	}
-	n := &node{address: listener.Addr().String(), documents: map[string][]byte{"small": []byte(smallReport)}}
+	n := &node{address: listener.Addr().String(), documents: map[string][]byte{"small": []byte(smallReport), pending: []byte(pendingReport)}}
 	for _, s := range sizes {
 		n.documents[s.id()] = s.document
 	}
@@ -53,6 +55,13 @@ func startNode(ctx context.Context, sizes []size) (*node, error) {
 	mux.HandleFunc("GET /submit-result", func(w http.ResponseWriter, r *http.Request) {
 		fmt.Fprintf(w, `{"state":"SUCCESS","appServerID":"node-1","taskID":%q}`, r.URL.Query().Get("submitID")) //nolint:gosec // no browser asks
 	})
+	mux.HandleFunc("GET /system-info", func(w http.ResponseWriter, _ *http.Request) {
+		n.checks.Add(1)
+		fmt.Fprint(w, `{"versionInfo":{"name":"bench","version":"1"},"queueInfo":{"queueCount":0}}`)
+	})
+	mux.HandleFunc("POST /submit", func(w http.ResponseWriter, r *http.Request) {
+		_, _ = w.Write(acceptance(r.URL.Query().Get("submitName"))) //nolint:gosec // no browser asks
+	})
 	n.server = &http.Server{Handler: mux, ReadHeaderTimeout: time.Minute}
 	go func() { _ = n.server.Serve(listener) }()
 	return n, nil
@@ -61,6 +70,9 @@ func startNode(ctx context.Context, sizes []size) (*node, error) {
 func (n *node) task(w http.ResponseWriter, r *http.Request) {
 	n.requests.Add(1)
 	id, cold := strings.CutPrefix(r.URL.Query().Get("taskID"), "cold-")
+	if submission := r.URL.Query().Get("submitID"); strings.HasPrefix(submission, pending+"-") {
+		id = submission
+	}
 	if cold {
 		time.Sleep(coldDelay)
 	}
@@ -77,15 +89,32 @@ func (n *node) task(w http.ResponseWriter, r *http.Request) {
 	_, _ = w.Write(document) //nolint:gosec // no browser asks
 }
 
+// pending is the beginning of the IDs of submissions that are never finished.
+const pending = "pending"
+
+// pendingReport is the report of such a submission.
+var pendingReport = strings.Replace(smallReport, `"state":"SUCCESS"`, `"state":"IN_PROGRESS"`, 1)
+
+// acceptance returns the answer to the submission of a file. The ID of the submission is the file's name.
+func acceptance(name string) []byte {
+	return fmt.Appendf(nil, `{"processTime":1,"acceptedFiles":[{"ID":%q,"submitName":%q,"sha256":"%x","positionInQueue":0}],`+
+		`"rejectedFiles":[],"submitWarnings":[]}`, name, name, fileOf(name))
+}
+
 // document returns the report of a task, or nil if there is none.
 func (n *node) document(id string) []byte {
-	id, own := strings.CutPrefix(id, "own-")
-	size, _, _ := strings.Cut(id, "-")
+	name, own := strings.CutPrefix(id, "own-")
+	size, _, _ := strings.Cut(name, "-")
 	document := n.documents[size]
 	if own {
-		document = ofOtherFile(document, sha256.Sum256([]byte(id)))
+		document = ofOtherFile(document, fileOf(id))
 	}
 	return document
+}
+
+// fileOf returns the digest of the file that a report of its own is of.
+func fileOf(id string) [sha256.Size]byte {
+	return sha256.Sum256([]byte(strings.TrimPrefix(id, "own-")))
 }
 
 // digest comes before the digest of the analysed file in a report.

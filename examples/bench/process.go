@@ -16,8 +16,10 @@ import (
 
 // process is a running server, including its child processes.
 type process struct {
-	cmd *exec.Cmd
-	log string
+	cmd       *exec.Cmd
+	log       string
+	began     time.Time     // when it was started
+	listening time.Duration // how long it took until it listened
 }
 
 // reserveCPUs keeps this process and its child processes off the first serverCPUs CPUs, which are for the servers.
@@ -40,6 +42,9 @@ func onServerCPUs(serverCPUs int, name string, args []string) (string, []string)
 	return "taskset", append([]string{"--cpu-list", fmt.Sprintf("0-%d", serverCPUs-1), name}, args...)
 }
 
+// maxStart is how long a process may take until it listens.
+const maxStart = 15 * time.Second
+
 // startProcess starts a command and waits until it listens on address.
 func startProcess(ctx context.Context, folder, address string, env []string, name string, args ...string) (*process, error) {
 	p := &process{cmd: exec.CommandContext(ctx, name, args...), log: filepath.Join(folder, "log")} //nolint:gosec // it is a contender
@@ -51,16 +56,18 @@ func startProcess(ctx context.Context, folder, address string, env []string, nam
 	p.cmd.Dir, p.cmd.Env, p.cmd.Stdout, p.cmd.Stderr = folder, append(os.Environ(), env...), log, log
 	p.cmd.Cancel = func() error { return p.cmd.Process.Signal(syscall.SIGTERM) }
 	p.cmd.WaitDelay = 10 * time.Second
+	p.began = time.Now()
 	if err := p.cmd.Start(); err != nil {
 		return nil, err
 	}
 	dialer := &net.Dialer{Timeout: time.Second}
-	for range 300 {
+	for time.Since(p.began) < maxStart {
 		conn, err := dialer.DialContext(ctx, "tcp", address)
 		if err == nil {
+			p.listening = time.Since(p.began)
 			return p, conn.Close()
 		}
-		time.Sleep(50 * time.Millisecond)
+		time.Sleep(2 * time.Millisecond)
 	}
 	p.stop()
 	text, _ := os.ReadFile(p.log)

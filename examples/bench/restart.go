@@ -26,7 +26,7 @@ type keeper struct {
 // keepers lists all keepers, the module first.
 var keepers = []keeper{
 	{module.name, (*harness).filled, func(folder string) *contender {
-		return moduleWith(module.name, "max_size 2GiB", "storage file_system "+folder)
+		return moduleWith(module.name, nodeOption, "max_size 2GiB", "storage file_system "+folder)
 	}},
 	{"nginx", (*harness).filledNginx, func(folder string) *contender { return nginxWith("nginx", 1, folder) }},
 	{"nginx, level 6", (*harness).filledNginx, func(folder string) *contender { return nginxWith("nginx, level 6", 6, folder) }},

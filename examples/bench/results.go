@@ -34,6 +34,7 @@ type results struct {
 	through []heapRun
 
 	restarts [][]restartResult // the rounds of each trial
+	growths  []growth
 }
 
 type loadResult struct {
@@ -94,6 +95,7 @@ func (r *results) print(ctx context.Context, out io.Writer, h *harness) {
 		{len(r.hits), r.printHits}, {len(r.writes), r.printWrites}, {len(r.stops), r.printStops},
 		{len(r.purges), r.printPurges}, {len(r.sweeps), r.printSweeps},
 		{len(r.through), r.printThrough}, {len(r.restarts), r.printRestarts},
+		{len(r.growths), r.printGrowths},
 	} {
 		if table.rows > 0 {
 			table.print(out)

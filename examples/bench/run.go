@@ -158,6 +158,8 @@ func (h *harness) parts() []part {
 		{"storage hits", h.storageHits}, {"storage writes", h.storageWrites}, {"storage stop", h.storageStop},
 		{"storage purge", h.storagePurge}, {"storage sweep", h.storageSweep}, {"storage heap", h.storageHeap},
 		{"restart", h.restart},
+		{"growth nodes", h.growthNodes}, {"growth sites", h.growthSites}, {"growth stored", h.growthStored},
+		{"growth harvest", h.growthHarvest},
 	}
 }
 

@@ -15,31 +15,39 @@ import (
 // withStorage returns the module with a storage whose operations take that long, and with other options of `cache`.
 // Without a folder, the storage keeps nothing.
 func withStorage(delay time.Duration, folder string, options ...string) *contender {
-	return moduleWith(fmt.Sprintf("fsbroker_task, storage of %s", delay),
+	return moduleWith(fmt.Sprintf("fsbroker_task, storage of %s", delay), nodeOption,
 		append(options, fmt.Sprintf("storage bench_delayed %s %s", delay, folder))...)
 }
 
-// moduleWith returns the module with options of `cache`.
-func moduleWith(name string, options ...string) *contender {
+// nodeOption configures the node.
+const nodeOption = "node node-1 {{.Node}} {{.Secret}}"
+
+// moduleWith returns the module with options, and with those of `cache`.
+func moduleWith(name, options string, cache ...string) *contender {
 	return &contender{
 		name: name, caches: true, target: byPair,
 		config: caddyConfig("storage", "", fmt.Sprintf(`
 	fsbroker_task {
 		secret bench {{.Secret}}
-		node node-1 {{.Node}} {{.Secret}}
+		%s
 		cache {
 			%s
 		}
-	}`, strings.Join(options, "\n"))),
+	}`, options, strings.Join(cache, "\n"))),
 	}
+}
+
+// inFileSystem returns the module with Caddy's storage in files in a folder, and other options.
+func inFileSystem(folder, options string) *contender {
+	return moduleWith("fsbroker_task, storage file_system", options, "storage file_system "+folder)
 }
 
 // ownReports returns a plan that requests reports of a size. Each is that of another file.
 func (h *harness) ownReports(size, name string, count, callers int) plan {
 	return plan{
 		callers: callers, count: count, want: h.node.document,
-		task: func(i int) string { return "own-" + size + "-" + name + strconv.Itoa(i) },
-		path: func(id string) string { return "/task?" + pairQuery(id) },
+		task:  func(i int) string { return "own-" + size + "-" + name + strconv.Itoa(i) },
+		query: reportQuery,
 	}
 }
 
@@ -74,12 +82,9 @@ func (h *harness) filled(ctx context.Context, size size) (string, error) {
 
 // fill makes the requests of a plan in small steps, and waits after each until the reports are stored.
 func (h *harness) fill(ctx context.Context, s *server, all plan) error {
-	const step = 1000
+	const step = 5000 // half of what the queue has room for
 	for from := 0; from < all.count; from += step {
-		p := all
-		p.count = min(step, all.count-from)
-		p.task = func(i int) string { return all.task(from + i) }
-		if _, err := p.runAll(ctx, s); err != nil {
+		if _, err := all.from(from, min(step, all.count-from)).runAll(ctx, s); err != nil {
 			return err
 		}
 		if err := h.waitUntilStored(ctx, s); err != nil {

@@ -79,27 +79,39 @@ func (h *harness) purgeOf(ctx context.Context, delay time.Duration, of string) (
 // purge asks a server to purge everything, or to go on with that. It returns where to go on, or nil if all is done. If the
 // request failed, answer is the status.
 func (h *harness) purge(ctx context.Context, s *server, from int) (next *int, answer string, err error) {
-	url := fmt.Sprintf("http://%s/fsbroker/cache?from=%d", s.Admin, from)
-	req, err := http.NewRequestWithContext(ctx, http.MethodDelete, url, nil)
+	p, answer, err := h.remove(ctx, s, fmt.Sprintf("from=%d", from))
+	if err != nil || answer == "" {
+		return p.Next, "", err
+	}
+	return &from, answer, nil
+}
+
+// purged is what a purge has removed, and where to go on.
+type purged struct {
+	Memory, Storage int
+	Next            *int
+}
+
+// remove asks a server to purge what a query says. If the request failed, answer is the status.
+func (h *harness) remove(ctx context.Context, s *server, query string) (p purged, answer string, err error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodDelete, "http://"+s.Admin+"/fsbroker/cache?"+query, nil)
 	if err != nil {
-		return nil, "", err
+		return p, "", err
 	}
 	resp, err := h.client.Do(req)
 	if err != nil {
-		return nil, "", err
+		return p, "", err
 	}
 	defer resp.Body.Close()
 	body, err := io.ReadAll(resp.Body)
 	if err != nil {
-		return nil, "", err
+		return p, "", err
 	}
 	if resp.StatusCode != http.StatusOK {
 		progress.Printf("the purge was answered with status %d: %.200s", resp.StatusCode, body)
-		return &from, resp.Status, nil
+		return p, resp.Status, nil
 	}
-	var purged struct{ Next *int }
-	err = json.Unmarshal(body, &purged)
-	return purged.Next, "", err
+	return p, "", json.Unmarshal(body, &p)
 }
 
 // printPurges prints the medians of the rounds.

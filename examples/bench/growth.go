@@ -1,0 +1,188 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"io"
+	"math"
+	"slices"
+	"strings"
+	"time"
+)
+
+// quantity is something that was measured of a server, with its unit.
+type quantity struct {
+	name  string
+	value float64
+}
+
+// sample has what was measured of one server.
+type sample []quantity
+
+func (s *sample) add(name string, value float64) { *s = append(*s, quantity{name, value}) }
+
+// variant is a server that is measured at several sizes.
+type variant struct {
+	name   string
+	sample func(ctx context.Context, n int) (sample, error)
+}
+
+// growth is how what servers take grows with a number.
+type growth struct {
+	title   string
+	numbers []int
+	series  []series
+}
+
+// series is one quantity of one variant, for each number.
+type series struct {
+	quantity, server string
+	values           []float64
+}
+
+// powers returns a number and up to count-1 powers of ten below it, so that each is ten times the one before. The largest
+// is the last.
+func powers(largest, count int) (all []int) {
+	for n := largest; n > 0 && len(all) < count; n /= 10 {
+		all = append(all, n)
+	}
+	slices.Reverse(all)
+	return all
+}
+
+// grow measures each variant at each number, in rounds.
+func (h *harness) grow(ctx context.Context, results *results, title string, numbers []int, variants ...variant) error {
+	g := growth{title: title, numbers: numbers}
+	rounds := make([][][]sample, len(variants)) // for each variant and number
+	for i := range variants {
+		rounds[i] = make([][]sample, len(numbers))
+	}
+	for round := range h.options.rounds {
+		for i, n := range numbers {
+			for k, v := range variants {
+				progress.Printf("%s, %d, %s, round %d of %d", title, n, v.name, round+1, h.options.rounds)
+				s, err := v.sample(ctx, n)
+				if err != nil {
+					return fmt.Errorf("%s, %d, %s: %w", title, n, v.name, err)
+				}
+				rounds[k][i] = append(rounds[k][i], s)
+			}
+		}
+	}
+	for k, v := range variants {
+		g.add(v.name, rounds[k])
+	}
+	results.growths = append(results.growths, g)
+	return nil
+}
+
+// add adds the medians of the rounds of one variant. Its samples have the same quantities.
+func (g *growth) add(server string, rounds [][]sample) {
+	for i, q := range rounds[0][0] {
+		one := series{quantity: q.name, server: server}
+		for _, samples := range rounds {
+			one.values = append(one.values, median(samples, func(s sample) float64 { return s[i].value }))
+		}
+		g.series = append(g.series, one)
+	}
+}
+
+// ordered returns the series, those of the same quantity one after the other.
+func (g *growth) ordered() []series {
+	first := make(map[string]int)
+	for i, s := range g.series {
+		if _, ok := first[s.quantity]; !ok {
+			first[s.quantity] = i
+		}
+	}
+	all := slices.Clone(g.series)
+	slices.SortStableFunc(all, func(a, b series) int { return cmp.Compare(first[a.quantity], first[b.quantity]) })
+	return all
+}
+
+// slope returns the slope of the logarithms of values between two of the numbers. It is not finite if a value is 0.
+func (g *growth) slope(s series, from, to int) float64 {
+	return math.Log(s.values[to]/s.values[from]) / math.Log(float64(g.numbers[to])/float64(g.numbers[from]))
+}
+
+// printGrowths prints a table for each growth.
+func (r *results) printGrowths(out io.Writer) {
+	for _, g := range r.growths {
+		g.print(out)
+	}
+	fmt.Fprint(out, "\nA slope is that of the logarithms: 0 is constant, 1 is linear. The first is that between the first number and the "+
+		"last one, the second is that of the last step alone.\n")
+}
+
+func (g *growth) print(out io.Writer) {
+	fmt.Fprintf(out, "\n**%s**\n\n| measure | server |", g.title)
+	for _, n := range g.numbers {
+		fmt.Fprintf(out, " %d |", n)
+	}
+	fmt.Fprint(out, " slope | slope of the last step |\n|---|---|", strings.Repeat("--:|", len(g.numbers)+2), "\n")
+	last := len(g.numbers) - 1
+	for _, s := range g.ordered() {
+		fmt.Fprintf(out, "| %s | %s |", s.quantity, s.server)
+		for _, v := range s.values {
+			fmt.Fprintf(out, " %s |", significant(v))
+		}
+		for _, slope := range []float64{g.slope(s, 0, last), g.slope(s, max(0, last-1), last)} {
+			if math.IsNaN(slope) || math.IsInf(slope, 0) {
+				fmt.Fprint(out, " |")
+			} else {
+				fmt.Fprintf(out, " %.2f |", slope)
+			}
+		}
+		fmt.Fprintln(out)
+	}
+}
+
+// significant returns a number with three digits, or all before the point. It is empty if there is no number.
+func significant(v float64) string {
+	switch size := math.Abs(v); {
+	case math.IsNaN(v) || math.IsInf(v, 0):
+		return ""
+	case size >= 100:
+		return fmt.Sprintf("%.0f", v)
+	case size >= 10:
+		return fmt.Sprintf("%.1f", v)
+	}
+	return fmt.Sprintf("%.2f", v)
+}
+
+func inMiB(bytes int64) float64 { return float64(bytes) / (1 << 20) }
+
+func millis(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }
+
+func micros(d time.Duration) float64 { return float64(d) / float64(time.Microsecond) }
+
+// answer requests a URL several times. It returns the median of the times, and the last response.
+func (h *harness) answer(ctx context.Context, url string) (time.Duration, response, error) {
+	var took []time.Duration
+	var r response
+	for range 5 {
+		begin := time.Now()
+		var err error
+		if r, err = h.get(ctx, url, false); err != nil {
+			return 0, r, err
+		}
+		took = append(took, time.Since(begin))
+	}
+	return median(took, func(d time.Duration) time.Duration { return d }), r, nil
+}
+
+// addScrape measures a request for the metrics.
+func (s *sample) addScrape(ctx context.Context, h *harness, of *server) error {
+	took, r, err := h.answer(ctx, "http://"+of.Admin+"/metrics")
+	s.add("metrics, KiB", float64(len(r.body))/(1<<10))
+	s.add("request for the metrics, ms", millis(took))
+	return err
+}
+
+// watch returns the CPU time that a server takes while nobody asks it, and for how long it was watched.
+func (h *harness) watch(ctx context.Context, s *server) (cpu, elapsed time.Duration, err error) {
+	before, begin := s.process.cpu(), time.Now()
+	err = wait(ctx, time.Duration(h.options.quiet)*time.Second)
+	return s.process.cpu() - before, time.Since(begin), err
+}
