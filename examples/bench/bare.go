@@ -82,17 +82,24 @@ func readResponses(folder string) (responses, error) {
 	}
 	all := make(responses)
 	for _, name := range names {
-		text, err := os.ReadFile(name)
+		r, err := readResponse(name)
 		if err != nil {
 			return nil, err
-		}
-		var r recorded
-		if err := json.Unmarshal(text, &r); err != nil {
-			return nil, fmt.Errorf("%s: %w", name, err)
 		}
 		all[r.Query] = r
 	}
 	return all, nil
+}
+
+func readResponse(name string) (r recorded, err error) {
+	text, err := os.ReadFile(name)
+	if err != nil {
+		return r, err
+	}
+	if err := json.Unmarshal(text, &r); err != nil {
+		return r, fmt.Errorf("%s: %w", name, err)
+	}
+	return r, nil
 }
 
 func (b *bare) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
@@ -100,6 +107,11 @@ func (b *bare) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Han
 	if !ok {
 		return caddyhttp.Error(http.StatusNotFound, nil)
 	}
+	return a.write(w, r)
+}
+
+// write writes the recorded response, as a request wants it.
+func (a recorded) write(w http.ResponseWriter, r *http.Request) error {
 	header := w.Header()
 	if match := r.Header["If-None-Match"]; len(match) > 0 && match[0] == a.ETag {
 		maps.Copy(header, a.NotModified)

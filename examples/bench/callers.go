@@ -260,6 +260,7 @@ type caller struct {
 type reply struct {
 	status   int
 	encoding string
+	length   int64  // as the response says it; -1 if it does not
 	body     []byte // valid until the next request
 }
 
@@ -305,13 +306,13 @@ func (c *caller) read() (reply, error) {
 	if err != nil {
 		return reply{}, err
 	}
-	var r reply
+	r := reply{length: -1}
 	_, status, _ := bytes.Cut(line, []byte(" "))
 	status, _, _ = bytes.Cut(bytes.TrimSpace(status), []byte(" "))
 	if r.status, err = strconv.Atoi(string(status)); err != nil {
 		return reply{}, fmt.Errorf("the response begins with %q", line)
 	}
-	length, chunked, closing := int64(-1), false, false
+	chunked, closing := false, false
 	for {
 		if line, err = c.in.ReadSlice('\n'); err != nil {
 			return reply{}, err
@@ -322,7 +323,7 @@ func (c *caller) read() (reply, error) {
 		}
 		switch string(name) {
 		case "Content-Length":
-			length, err = strconv.ParseInt(string(value), 10, 64)
+			r.length, err = strconv.ParseInt(string(value), 10, 64)
 		case "Content-Encoding":
 			r.encoding = string(value)
 		case "Transfer-Encoding":
@@ -337,10 +338,10 @@ func (c *caller) read() (reply, error) {
 		if _, err = c.body.ReadFrom(httputil.NewChunkedReader(c.in)); err == nil {
 			_, err = c.in.Discard(len("\r\n"))
 		}
-	case length < 0:
+	case r.length < 0:
 		err = errors.New("the response has no length")
 	default:
-		_, err = io.CopyN(&c.body, c.in, length)
+		_, err = io.CopyN(&c.body, c.in, r.length)
 	}
 	if closing {
 		c.close()

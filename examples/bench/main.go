@@ -42,7 +42,7 @@ func main() {
 	flag.IntVar(&o.serverCPUs, "server-cpus", runtime.NumCPU()/2, "number of CPUs that are reserved for the servers; the clients and the node use the others. With 0, all share all CPUs")
 	peers := flag.String("peers", ".", "regular expression for the names of the servers to compare with the module")
 	loads := flag.String("loads", ".", "regular expression for the names of the loads, such as '^HTTPS, gzip'")
-	parts := flag.String("parts", ".", "regular expression for what to measure: load, unauthorized, memory, cold, miss, misses, polls, compression, collections, protocols, http3, "+
+	parts := flag.String("parts", ".", "regular expression for what to measure: load, unauthorized, memory, cold, miss, misses, polls, compression, collections, waiting, protocols, http3, "+
 		"storage hits, storage writes, storage stop, storage purge, storage sweep, storage heap, restart, "+
 		"growth nodes, growth sites, growth stored, growth harvest")
 	delays := flag.String("delays", "0s,5ms,20ms", "how long each operation of the storage takes at least")
@@ -57,6 +57,8 @@ func main() {
 	flag.IntVar(&o.grown, "grown", 1_000_000, "largest number of small reports in the storage in the part 'growth stored'. A million need about 10 GB")
 	flag.IntVar(&o.pending, "pending", 10_000, "largest number of pending submissions in the part 'growth harvest'")
 	flag.IntVar(&o.quiet, "quiet", 30, "how long a server is watched that nobody asks, in the parts 'growth', in seconds")
+	flag.IntVar(&o.waiters, "waiters", 100_000, "number of callers that wait for one report; a tenth of it wait for one each")
+	flag.DurationVar(&o.poll, "poll-interval", 2*time.Second, "poll interval of the module while callers wait")
 	flag.StringVar(&o.reports, "reports", filepath.Join("..", "..", "..", "shared", "reports"),
 		"folder of real reports; if one is missing, a similar one is generated")
 	flag.Parse()
@@ -109,6 +111,8 @@ type options struct {
 	grown      int
 	pending    int
 	quiet      int
+	waiters    int
+	poll       time.Duration
 	serverCPUs int
 	peers      *regexp.Regexp
 	loads      *regexp.Regexp

@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 )
@@ -21,7 +22,8 @@ const secret = "bench-secret"
 // node is a processor node and a broker. A task ID selects the report: "<size>-<anything>" is a report of that size,
 // "cold-<size>-<anything>" is the same report after a delay, and "own-<size>-<anything>" is a report of that size that no
 // other task has. If "unfinished" comes before the size, it is that report while the task is in progress. A submission
-// "pending-<anything>" is never finished. Others are known to /submit-result only.
+// "pending-<anything>" is never finished. Others are known to /submit-result only. "late-<ID>" is
+// the report of another ID, once the late tasks are finished.
 type node struct {
 	address   string
 	documents map[string][]byte
@@ -29,6 +31,7 @@ type node struct {
 	checks    atomic.Int64 // requests for its system information
 	forgets   atomic.Bool  // whether it knows no task
 	delay     atomic.Int64 // how long it takes for each response, as a time.Duration
+	late      lateTasks
 	server    *http.Server
 }
 
@@ -80,6 +83,9 @@ func (n *node) task(w http.ResponseWriter, r *http.Request) {
 		time.Sleep(delay)
 	}
 	document := n.document(id)
+	if strings.HasPrefix(id, latePrefix) && !n.late.tell() {
+		document = []byte(pendingReport)
+	}
 	if document == nil || n.forgets.Load() {
 		http.NotFound(w, r)
 		return
@@ -92,7 +98,7 @@ func (n *node) task(w http.ResponseWriter, r *http.Request) {
 // pending is the beginning of the IDs of submissions that are never finished.
 const pending = "pending"
 
-// pendingReport is the report of such a submission.
+// pendingReport is the report of such a submission, and of a late task that is not finished.
 var pendingReport = strings.Replace(smallReport, `"state":"SUCCESS"`, `"state":"IN_PROGRESS"`, 1)
 
 // acceptance returns the answer to the submission of a file. The ID of the submission is the file's name.
@@ -101,9 +107,48 @@ func acceptance(name string) []byte {
 		`"rejectedFiles":[],"submitWarnings":[]}`, name, name, fileOf(name))
 }
 
-// document returns the report of a task, or nil if there is none.
+// lateTasks are tasks that are all finished at the same moment.
+type lateTasks struct {
+	mu       sync.Mutex // guards the fields below
+	finished bool
+	told     time.Time // when the node first answered with a finished report
+}
+
+// latePrefix is what the IDs of late tasks begin with.
+const latePrefix = "late-"
+
+// tell reports whether the tasks are finished, for a request that is answered now.
+func (l *lateTasks) tell() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.finished && l.told.IsZero() {
+		l.told = time.Now()
+	}
+	return l.finished
+}
+
+// toldAt returns when the node first answered with a finished report. It is zero if it has not.
+func (l *lateTasks) toldAt() time.Time {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.told
+}
+
+// finish finishes the tasks.
+func (l *lateTasks) finish() { l.set(true) }
+
+// restart makes the tasks unfinished again.
+func (l *lateTasks) restart() { l.set(false) }
+
+func (l *lateTasks) set(finished bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.finished, l.told = finished, time.Time{}
+}
+
+// document returns the report of a task that is finished, or nil if there is none.
 func (n *node) document(id string) []byte {
-	name, own := strings.CutPrefix(id, "own-")
+	name, own := strings.CutPrefix(strings.TrimPrefix(id, latePrefix), "own-")
 	size, _, _ := strings.Cut(name, "-")
 	document := n.documents[size]
 	if own {

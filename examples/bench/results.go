@@ -24,6 +24,7 @@ type results struct {
 	compression []compressionResult
 	collections []collectionsResult
 	protocols   []loadResult
+	waiting     []*waitingRounds
 
 	// Of the storage, with the rounds of each trial.
 	hits    [][]hitsResult
@@ -90,7 +91,8 @@ func (r *results) print(ctx context.Context, out io.Writer, h *harness) {
 		{len(r.loads), r.printSummary}, {len(r.loads), r.printLoads}, {len(r.floods), r.printFloods},
 		{len(r.memory), r.printMemory}, {len(r.cold), r.printCold}, {len(r.misses), r.printMisses},
 		{len(r.missLoads), r.printMissLoads}, {len(r.polls), r.printPolls},
-		{len(r.compression), r.printCompression}, {len(r.collections), r.printCollections}, {len(r.loads), r.printGoals},
+		{len(r.compression), r.printCompression}, {len(r.collections), r.printCollections}, {len(r.waiting), r.printWaiting},
+		{len(r.loads), r.printGoals},
 		{len(r.protocols), r.printProtocols}, {len(r.protocols), r.printProtocolGoals}, {len(r.protocols), r.printProtocolLoads},
 		{len(r.hits), r.printHits}, {len(r.writes), r.printWrites}, {len(r.stops), r.printStops},
 		{len(r.purges), r.printPurges}, {len(r.sweeps), r.printSweeps},

@@ -154,6 +154,7 @@ func (h *harness) parts() []part {
 	return []part{
 		{"load", h.load}, {"unauthorized", h.unauthorized}, {"memory", h.memory}, {"cold", h.cold}, {"miss", h.miss},
 		{"misses", h.misses}, {"polls", h.polls}, {"compression", h.compression}, {"collections", h.collections},
+		{"waiting", h.waiting},
 		{"protocols", h.protocols}, {"http3", h.http3},
 		{"storage hits", h.storageHits}, {"storage writes", h.storageWrites}, {"storage stop", h.storageStop},
 		{"storage purge", h.storagePurge}, {"storage sweep", h.storageSweep}, {"storage heap", h.storageHeap},
@@ -268,19 +269,24 @@ func (h *harness) record(ctx context.Context, s *server) error {
 		if err != nil {
 			return err
 		}
-		for _, own := range []string{"Server", "Date", "Alt-Svc"} { // Caddy and Go set these
-			a.header.Del(own)
-			match.header.Del(own)
-		}
-		text, err := json.Marshal(recorded{pairQuery(l.representation()), a.header, a.body, etag, match.header})
-		if err != nil {
-			return err
-		}
-		if err := os.WriteFile(filepath.Join(h.files, l.representation()+".recorded"), text, 0o600); err != nil {
+		if err := h.save(l.representation()+".recorded", recorded{pairQuery(l.representation()), a.header, a.body, etag, match.header}); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// save saves a response of the module to a file of that name, for the servers that are started from now on.
+func (h *harness) save(name string, r recorded) error {
+	for _, own := range []string{"Server", "Date", "Alt-Svc"} { // Caddy and Go set these
+		r.Header.Del(own)
+		r.NotModified.Del(own)
+	}
+	text, err := json.Marshal(r)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(h.files, name), text, 0o600)
 }
 
 // response is the response of a contender.

@@ -118,7 +118,7 @@ func (h *harness) queued(ctx context.Context, s *server) (int, error) {
 	return caches["default"].Storage.Queued, err
 }
 
-// metrics are the metrics of a server, by name. Those with labels are not included.
+// metrics are the metrics of a server, by name and labels.
 type metrics map[string]float64
 
 func (h *harness) metrics(ctx context.Context, s *server) (metrics, error) {
