@@ -14,6 +14,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddyserver/certmagic"
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
@@ -270,5 +271,52 @@ func BenchmarkRequestInfo(b *testing.B) {
 				test.attach(test.r.WithContext(ctx))
 			}
 		})
+	}
+}
+
+// BenchmarkStored measures a request for a report that is in a storage in the file system, and not in memory. Each is that
+// of another file.
+func BenchmarkStored(b *testing.B) {
+	const reports = 5_000
+	h := benchHandler(b, 1, 0, 15<<10)
+	rs := h.namespace.resolver
+	backend := &archive.Backend{
+		Storage: &certmagic.FileStorage{Path: b.TempDir()}, Logger: zap.NewNop(), Retention: defaultRetention,
+	}
+	a, err := openArchive(defaultNamespace, b.Name(), rs.shared, backend)
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { _ = closeArchive(b.Name(), a, backend) })
+	rs.archive = a
+	r, err := task.ReadReport(bytes.NewReader(benchDocument(15<<10)), func(int64) error { return nil })
+	if err != nil {
+		b.Fatal(err)
+	}
+	for i := range reports {
+		d := r.Document()
+		d.File = [sha256.Size]byte(numbered(i))
+		e := rs.shared.put(task.ReportKey(rs.nodes["node-0"].source, fmt.Sprintf("t%d", i), false), task.NewReport(d), time.Hour)
+		rs.shared.save(e, archive.Item{}, nil)
+	}
+	for a.Stats().Queued > 0 {
+		time.Sleep(time.Millisecond)
+	}
+	var requests []*http.Request
+	for i := range reports {
+		requests = append(requests, benchRequest(fmt.Sprintf("appServerID=node-0&taskID=t%d", i)))
+	}
+	b.ReportAllocs()
+	w := &discard{header: make(http.Header)}
+	for i := 0; b.Loop(); i++ {
+		if i%reports == 0 {
+			b.StopTimer()
+			rs.shared.purge(archive.Selection{}.Matches)
+			b.StartTimer()
+		}
+		clear(w.header)
+		if err := h.ServeHTTP(w, requests[i%reports], nil); err != nil || w.header.Get("Cache-Status") != "fsbroker; hit; detail=storage" {
+			b.Fatal("measured something else", err, w.header)
+		}
 	}
 }

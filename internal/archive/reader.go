@@ -210,17 +210,16 @@ func readThrough[T any](ctx context.Context, a *Archive, b *Backend, through *br
 		<-a.slots // a read that hangs holds its slot
 		close(done)
 	}()
-	slow, cancel := context.WithTimeout(ctx, slowRead)
-	defer cancel()
+	slow := make(chan struct{})
+	defer time.AfterFunc(slowRead, func() { close(slow) }).Stop()
 	select {
 	case <-done:
 		return read, a.noteRead(ctx, b, through, k, failed)
 	case refusal := <-dials.refused:
 		return got, a.noteRead(ctx, b, through, k, refusal)
-	case <-slow.Done():
-	}
-	if ctx.Err() != nil {
+	case <-ctx.Done():
 		return got, a.noteRead(ctx, b, through, k, ctx.Err())
+	case <-slow:
 	}
 	a.noteFailedRead(b, through, k, errTimeout)
 	select {
