@@ -23,7 +23,7 @@ type Accepted struct {
 // without an ID. An error says why the rest of the answer cannot be read.
 func ReadAccepted(answer io.Reader, accept func(Accepted)) error {
 	document := &shortener{src: answer}
-	p := parser{jsontext.NewDecoder(document, jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true))}
+	p := newParser(document)
 	err := p.object("", func(name string) error {
 		if !strings.EqualFold(name, "acceptedFiles") || p.PeekKind() != jsontext.KindBeginArray {
 			return p.SkipValue()

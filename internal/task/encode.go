@@ -43,7 +43,7 @@ func ReadReport(document io.Reader, grow func(held int64) error) (*Report, error
 	if err := grow(SmallDocument + EncoderMemory); err != nil {
 		return nil, err
 	}
-	e := newEncoder(grow)
+	e := newEncoder(lastingWriters, grow)
 	defer e.release()
 	j, err := judge(&shortener{src: io.TeeReader(io.MultiReader(bytes.NewReader(buf[:]), document), e)})
 	if e.err != nil { // the parser has wrapped it
@@ -60,11 +60,15 @@ var smallBuffers = sync.Pool{New: func() any { return new([SmallDocument]byte) }
 
 // readSmall reads a document that is in memory. The compressor is needed for a moment only.
 func readSmall(text []byte) (*Report, error) {
-	j, err := judge(bytes.NewReader(text))
+	j, err := judge(bytes.NewBuffer(text))
 	if err != nil {
 		return nil, err
 	}
-	e := newEncoder(func(int64) error { return nil })
+	writers := lastingWriters
+	if !j.finished {
+		writers = passingWriters
+	}
+	e := newEncoder(writers, func(int64) error { return nil })
 	defer e.release()
 	if _, err := e.Write(text); err != nil {
 		return nil, err
@@ -76,13 +80,14 @@ func readSmall(text []byte) (*Report, error) {
 type encoder struct {
 	sum     hash.Hash
 	zw      *gzip.Writer
+	writers *sync.Pool // of zw
 	gzipped chunks
 	size    int
 	err     error // of grow
 }
 
-func newEncoder(grow func(held int64) error) *encoder {
-	e := &encoder{sum: sha256.New(), zw: gzipWriters.Get().(*gzip.Writer)}
+func newEncoder(writers *sync.Pool, grow func(held int64) error) *encoder {
+	e := &encoder{sum: sha256.New(), zw: writers.Get().(*gzip.Writer), writers: writers}
 	e.gzipped.grow = func(size int) error {
 		e.err = grow(SmallDocument + EncoderMemory + int64(size))
 		return e.err
@@ -94,7 +99,7 @@ func newEncoder(grow func(held int64) error) *encoder {
 // release makes the compressor available to other documents.
 func (e *encoder) release() {
 	e.zw.Reset(io.Discard) // release the output
-	gzipWriters.Put(e.zw)
+	e.writers.Put(e.zw)
 }
 
 // Write implements io.Writer.
@@ -160,15 +165,27 @@ func (c *chunks) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// gzipLevel makes real reports as small as the highest level does, within 5 %, and as zstd at its best, at several
-// hundred MB/s (examples/bench).
-const gzipLevel = 6
+const (
+	// lastingLevel makes real reports as small as the highest level does, within 5 %, and as zstd at its best, at several
+	// hundred MB/s (examples/bench).
+	lastingLevel = 6
 
-// gzipWriters reuses the large tables of the compressors.
-var gzipWriters = sync.Pool{New: func() any {
-	zw, err := gzip.NewWriterLevel(nil, gzipLevel)
-	if err != nil {
-		panic(err) // only for an invalid level
-	}
-	return zw
-}}
+	// passingLevel takes half the time for a tenth more bytes. Unfinished reports are kept for moments.
+	passingLevel = 1
+)
+
+// These reuse the large tables of the compressors.
+var (
+	lastingWriters = newWriters(lastingLevel)
+	passingWriters = newWriters(passingLevel)
+)
+
+func newWriters(level int) *sync.Pool {
+	return &sync.Pool{New: func() any {
+		zw, err := gzip.NewWriterLevel(nil, level)
+		if err != nil {
+			panic(err) // only for an invalid level
+		}
+		return zw
+	}}
+}

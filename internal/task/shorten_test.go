@@ -1,6 +1,7 @@
 package task
 
 import (
+	"bytes"
 	"encoding/json"
 	"io"
 	"strings"
@@ -59,7 +60,7 @@ func TestShortener(t *testing.T) {
 	}
 }
 
-// What is left says the same, as far as anybody looks.
+// What is left says the same, as far as anybody looks, and so does a document that is parsed in place.
 func FuzzShortener(f *testing.F) {
 	f.Add(`{"result":{"taskReference":{"state":"SUCCESS"}}}`)
 	f.Add(`{"result":{"taskReference":{"state":"` + strings.Repeat("A", maxToken+1) + `"}}}`)
@@ -74,6 +75,9 @@ func FuzzShortener(f *testing.F) {
 		jToo, errToo := judge(&shortener{src: strings.NewReader(text)})
 		if j != jToo || (err == nil) != (errToo == nil) {
 			t.Errorf("%q: %+v, %v; shortened %+v, %v", text, j, err, jToo, errToo)
+		}
+		if inPlace, errToo := judge(bytes.NewBufferString(text)); j != inPlace || (err == nil) != (errToo == nil) {
+			t.Errorf("%q: %+v, %v; in place %+v, %v", text, j, err, inPlace, errToo)
 		}
 	})
 }

@@ -64,12 +64,14 @@ func TestJudge(t *testing.T) {
 		"subtasks that are no objects": {`{"result":{"taskReference":{"state":"SUCCESS"},"subtaskReferences":["hush"]}}`, false, "its result.subtaskReferences has an unexpected JSON type"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			j, err := judge(strings.NewReader(test.document))
-			if j.finished != test.finished {
-				t.Errorf("finished: %v, want %v", j.finished, test.finished)
-			}
-			if (err == nil) != (test.err == "") || (err != nil && err.Error() != test.err) {
-				t.Errorf("error %v, want %q", err, test.err)
+			for _, document := range []io.Reader{strings.NewReader(test.document), bytes.NewBufferString(test.document)} {
+				j, err := judge(document)
+				if j.finished != test.finished {
+					t.Errorf("%T: finished: %v, want %v", document, j.finished, test.finished)
+				}
+				if (err == nil) != (test.err == "") || (err != nil && err.Error() != test.err) {
+					t.Errorf("%T: error %v, want %q", document, err, test.err)
+				}
 			}
 		})
 	}
