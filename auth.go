@@ -138,7 +138,7 @@ var secretHeaders = [...]string{"Secret", "X-Api-Key"}
 
 // authenticate returns the client that a request comes from, or nil. Every secret that is presented must be valid: a
 // wrong secret beside a right one is a mistake that must not go unnoticed.
-func (cs clients) authenticate(header http.Header, q query) *client {
+func (cs clients) authenticate(header http.Header, q *query) *client {
 	var found *client
 	valid := cs.accept(bearerToken(header), &found) && cs.accept(q.serect, &found) && cs.accept(q.secret, &found)
 	for _, name := range secretHeaders {

@@ -248,21 +248,21 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 	}
 	q := parseQuery(r.URL.RawQuery)
 	q.direct(r.Header)
-	if p := h.admit(r, q, info, e); p != nil {
+	if p := h.admit(r, &q, info, e); p != nil {
 		h.respond(w, r, info, result{}, p)
 		return nil
 	}
-	res, err := h.namespace.resolver.resolve(r.Context(), q)
+	res, err := h.namespace.resolver.resolve(r.Context(), &q)
 	if err == nil && !res.entry.report.Finished() {
 		h.namespace.resolver.follow(q, info.clientName())
-		res, err = h.wait(w, r, q, res)
+		res, err = h.wait(w, r, &q, res)
 	}
 	h.respond(w, r, info, res, err)
 	return nil
 }
 
 // admit authenticates the request and returns the problem that keeps it from being served, if there is one.
-func (h *Handler) admit(r *http.Request, q query, info *requestInfo, e *endpoint) *problem {
+func (h *Handler) admit(r *http.Request, q *query, info *requestInfo, e *endpoint) *problem {
 	info.client = h.clients.authenticate(r.Header, q)
 	if info.client == nil {
 		return &problem{kind: problemUnauthorized, detail: "send a valid secret in a header: Authorization: Bearer <secret> (a field of a form is not read)"}
@@ -280,7 +280,7 @@ func (h *Handler) admit(r *http.Request, q query, info *requestInfo, e *endpoint
 }
 
 // wait waits for an unfinished report for as long as the caller asks for, up to MaxWait.
-func (h *Handler) wait(w http.ResponseWriter, r *http.Request, q query, res result) (result, error) {
+func (h *Handler) wait(w http.ResponseWriter, r *http.Request, q *query, res result) (result, error) {
 	seconds := q.wait
 	if !q.hasWait {
 		seconds = preferredWait(r.Header)
@@ -296,7 +296,7 @@ func (h *Handler) wait(w http.ResponseWriter, r *http.Request, q query, res resu
 	w.Header().Set("Preference-Applied", "wait="+wholeSeconds(maxWait))
 	h.namespace.member.waiters.Add(1)
 	defer h.namespace.member.waiters.Add(-1)
-	return h.namespace.pollers.wait(r.Context(), q, res, maxWait)
+	return h.namespace.pollers.wait(r.Context(), q.target(), res, maxWait)
 }
 
 // writeDeadline returns when the server's write timeout ends the response. It is zero if there is none.
@@ -352,7 +352,7 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, info *requestI
 // pass passes a request to the broker, and the broker's response to the caller.
 func (h *Handler) pass(w http.ResponseWriter, r *http.Request, info *requestInfo, e *endpoint) {
 	q, rest := cutSecrets(r.URL.RawQuery)
-	p := h.admit(r, q, info, e)
+	p := h.admit(r, &q, info, e)
 	if p == nil {
 		p = h.namespace.proxy.broker.down(time.Now())
 	}

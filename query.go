@@ -31,7 +31,7 @@ type query struct {
 }
 
 // target returns the query without what concerns only its caller, for use as a key.
-func (q query) target() query {
+func (q *query) target() query {
 	t := query{submitID: q.submitID, sha256: q.sha256, all: q.all, nocache: q.nocache, onlyCached: q.onlyCached}
 	if t.submitID == "" {
 		t.appServerID, t.taskID = q.appServerID, q.taskID

@@ -62,10 +62,11 @@ func newResolver(namespace string, nodes map[string]*upstream, broker *upstream,
 // result is a report and where it came from.
 type result struct {
 	fetchResult
-	hit     bool // it was kept
-	joined  bool // it came with the fetch of another caller
-	nocache bool
-	node    *origin // the node whose report it is; nil if that is not known
+	hit      bool // it was kept
+	joined   bool // it came with the fetch of another caller
+	nocache  bool
+	accepted bool    // no upstream knows the submission, but it was accepted through here
+	node     *origin // the node whose report it is; nil if that is not known
 }
 
 // outcome returns what the cache did for a request, given its result or the problem that took its place.
@@ -101,21 +102,11 @@ func (rs *resolver) upstreams() iter.Seq[*upstream] {
 	}
 }
 
-// resolve returns the report that q asks for. A submission that was accepted through here has nothing to report yet until an
-// upstream has known it.
-func (rs *resolver) resolve(ctx context.Context, q query) (result, error) {
-	res, err := rs.find(ctx, q)
-	if rs.isAccepted(q, err) {
-		res.entry, err = unkept(task.NothingYet(time.Now())), nil
-	}
-	return res, err
-}
-
-// find returns the report that q asks for, if it is kept or an upstream knows it.
-func (rs *resolver) find(ctx context.Context, q query) (result, error) {
-	q = q.target()
+// resolve returns the report that q asks for. A hit takes little stack: with more, the goroutine of each HTTP/2 request would
+// grow its stack once more, which takes longer than the rest of the hit.
+func (rs *resolver) resolve(ctx context.Context, q *query) (result, error) {
 	if q.sha256 != "" {
-		return rs.resolveFile(ctx, q)
+		return rs.resolveFile(ctx, q.sha256, q.all)
 	}
 	k, node, p := rs.key(q)
 	if p != nil {
@@ -124,6 +115,13 @@ func (rs *resolver) find(ctx context.Context, q query) (result, error) {
 	if e, ok := rs.shared.get(k); ok && !q.nocache {
 		return result{fetchResult: fetchResult{entry: e}, hit: true, node: node}, nil
 	}
+	return rs.find(ctx, k, node, q)
+}
+
+// find returns the report under k, which memory does not have, or which is wanted from an upstream. A submission that was
+// accepted through here has nothing to report yet until an upstream has known it.
+func (rs *resolver) find(ctx context.Context, k task.Key, node *origin, asked *query) (result, error) {
+	q := asked.target()
 	if q.onlyCached {
 		res, err := rs.resolveStored(ctx, k, q)
 		res.node = node
@@ -142,6 +140,9 @@ func (rs *resolver) find(ctx context.Context, q query) (result, error) {
 	res.node = node
 	if res.from != nil && res.from.role == roleNode {
 		res.node = res.from
+	}
+	if rs.isAccepted(q, err) {
+		res.entry, res.accepted, err = unkept(task.NothingYet(time.Now())), true, nil
 	}
 	return res, err
 }
@@ -165,14 +166,14 @@ func (rs *resolver) resolveStored(ctx context.Context, k task.Key, q query) (res
 // resolveFile returns the newest finished report of a file that is kept. It asks no upstream. Another instance may have
 // stored a newer one than memory has, so the storage is looked into in any case. A storage that cannot be read only matters
 // if memory has none.
-func (rs *resolver) resolveFile(ctx context.Context, q query) (result, error) {
-	sum, _ := parseSum(q.sha256) // the query has been checked
+func (rs *resolver) resolveFile(ctx context.Context, fileSum string, all bool) (result, error) {
+	sum, _ := parseSum(fileSum) // the query has been checked
 	var stored fetchResult
 	var err error
 	if rs.archive != nil {
-		k := callKey{task.NewKey("file", string(sum[:]), strconv.FormatBool(q.all)), rs.identity}
+		k := callKey{task.NewKey("file", string(sum[:]), strconv.FormatBool(all)), rs.identity}
 		stored, _, err = rs.shared.calls.Do(ctx, k, false, func(call context.Context, _ bool) (fetchResult, error) {
-			e, err := rs.loadNewest(call, sum, q.all)
+			e, err := rs.loadNewest(call, sum, all)
 			return fetchResult{entry: e, stored: true}, err
 		})
 		if ctx.Err() != nil {
@@ -180,7 +181,7 @@ func (rs *resolver) resolveFile(ctx context.Context, q query) (result, error) {
 		}
 	}
 	// Memory is looked into last: the call may have begun before the caller's own report was kept.
-	e := rs.shared.newest(sum, q.all)
+	e := rs.shared.newest(sum, all)
 	switch {
 	case stored.entry != nil && (e == nil || e.report.At().Before(stored.entry.report.At()) || e == stored.entry):
 		return result{fetchResult: stored, hit: true, node: rs.nodeOf(stored.entry.key())}, nil
@@ -204,22 +205,32 @@ func (rs *resolver) nodeOf(k task.Key) *origin {
 }
 
 // key returns the key of the report that q asks for, and its node if that is configured.
-func (rs *resolver) key(q query) (k task.Key, node *origin, p *problem) {
+func (rs *resolver) key(q *query) (k task.Key, node *origin, p *problem) {
 	switch u := rs.nodes[q.appServerID]; {
 	case rs.broker == nil && q.submitID != "":
-		return k, nil, &problem{
-			kind:   problemNoBroker,
-			detail: "submitID cannot be resolved because no broker is configured: give appServerID and taskID",
-		}
+		return k, nil, errNoBroker
 	case q.submitID != "":
 		return task.SubmissionKey(rs.submitted, q.submitID, q.all), nil, nil
 	case u != nil:
 		return task.ReportKey(u.source, q.taskID, q.all), &u.origin, nil
 	case rs.broker == nil:
-		return k, nil, &problem{kind: problemUnknownNode, detail: "no node has this appServerID: check it"}
+		return k, nil, errUnknownNode
 	}
-	return task.ReportKey(task.NodeSource(rs.namespace, q.appServerID), q.taskID, q.all), nil, nil
+	return rs.keyOfOther(q), nil, nil
 }
+
+// keyOfOther is key for a task of a node that is not configured.
+func (rs *resolver) keyOfOther(q *query) task.Key {
+	return task.ReportKey(task.NodeSource(rs.namespace, q.appServerID), q.taskID, q.all)
+}
+
+var (
+	errNoBroker = &problem{
+		kind:   problemNoBroker,
+		detail: "submitID cannot be resolved because no broker is configured: give appServerID and taskID",
+	}
+	errUnknownNode = &problem{kind: problemUnknownNode, detail: "no node has this appServerID: check it"}
+)
 
 // call fetches the report under k, together with all other callers that ask for it.
 func (rs *resolver) call(ctx context.Context, k task.Key, q query) (result, error) {
@@ -355,7 +366,7 @@ func (rs *resolver) explainUnknown(ctx context.Context, q query) (answer, error)
 // the task.
 func (rs *resolver) fetchTaskOf(ctx context.Context, sub task.Submission, q query) (answer, error) {
 	q = query{appServerID: sub.AppServerID, taskID: sub.TaskID, all: q.all, nocache: q.nocache}
-	k, node, p := rs.key(q)
+	k, node, p := rs.key(&q)
 	if p != nil {
 		return answer{}, p
 	}
@@ -492,7 +503,7 @@ func (rs *resolver) selection(q query, common archive.Selection) (s archive.Sele
 	switch {
 	case q.submitID != "" || q.taskID != "":
 		for _, q.all = range []bool{false, true} {
-			if k, _, p := rs.key(q); p == nil {
+			if k, _, p := rs.key(&q); p == nil {
 				s.Keys = append(s.Keys, k)
 			}
 		}
@@ -541,9 +552,11 @@ var (
 func (rs *resolver) fetchFollowed(ctx context.Context, t harvest.Target, all bool) (harvest.Outcome, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, rs.questionTimeout, errTooSlow)
 	defer cancel()
-	res, err := rs.find(ctx, query{submitID: t.SubmitID, appServerID: t.AppServerID, taskID: t.TaskID, all: all})
+	res, err := rs.resolve(ctx, &query{submitID: t.SubmitID, appServerID: t.AppServerID, taskID: t.TaskID, all: all})
 	p, isProblem := errors.AsType[*problem](err)
 	switch {
+	case res.accepted:
+		return harvest.Outcome{State: harvest.Unknown}, nil
 	case err == nil && !res.entry.report.Finished():
 		return harvest.Outcome{State: harvest.Unfinished}, nil
 	case err == nil && rs.archive == nil && res.entry.unkept:

@@ -22,8 +22,26 @@ type responder struct {
 	logger     *zap.Logger
 }
 
-// write writes the report that was found and returns the status of the response.
+// write writes the report that was found and returns the status of the response. It takes little stack, see
+// resolver.resolve.
 func (rp *responder) write(w http.ResponseWriter, r *http.Request, res result) int {
+	status, form, body := rp.writeHeader(w, r, res)
+	if form != nil {
+		defer rp.memory.release(form)
+	}
+	switch {
+	case status != http.StatusOK || r.Method == http.MethodHead:
+	case form == nil:
+		rp.stream(w, res.entry)
+	default:
+		_, _ = w.Write(body) // an error means that the client has left
+	}
+	return status
+}
+
+// writeHeader writes the header of the response for a report. It returns the form to send, which must be released, and its
+// body. There is no form if the document must be sent piece by piece, or if the whole response has been written.
+func (rp *responder) writeHeader(w http.ResponseWriter, r *http.Request, res result) (status int, form *form, body []byte) {
 	report := res.entry.report
 	f := fields{header: w.Header()}
 	f.set("Cache-Status", cacheStatus(res, nil))
@@ -40,7 +58,7 @@ func (rp *responder) write(w http.ResponseWriter, r *http.Request, res result) i
 	}
 	if report.IsEmpty() {
 		w.WriteHeader(http.StatusNoContent)
-		return http.StatusNoContent
+		return http.StatusNoContent, nil, nil
 	}
 
 	e := res.entry
@@ -48,21 +66,17 @@ func (rp *responder) write(w http.ResponseWriter, r *http.Request, res result) i
 	inflated := report.Gzipped() && !gzipped
 	rep := e.describe(inflated)
 	if ifMatch := r.Header["If-Match"]; len(ifMatch) > 0 && !matchesETag(ifMatch, rep.ETag, false) {
-		return writeProblem(w, r, errPreconditionFailed, cacheStatus(res, nil))
+		return writeProblem(w, r, errPreconditionFailed, cacheStatus(res, nil)), nil, nil
 	}
 	if matchesETag(r.Header["If-None-Match"], rep.ETag, true) {
 		f.set("Etag", rep.ETag)
 		w.WriteHeader(http.StatusNotModified)
-		return http.StatusNotModified
+		return http.StatusNotModified, nil, nil
 	}
-	isHead := r.Method == http.MethodHead
-	form, body, err := rp.memory.acquireForm(e, inflated && !isHead)
+	form, body, err := rp.memory.acquireForm(e, inflated && r.Method != http.MethodHead)
 	if err != nil {
 		rp.logger.Error("a kept report is damaged", zap.Error(err))
-		return writeProblem(w, r, errDamaged, cacheStatus(res, errDamaged))
-	}
-	if form != nil {
-		defer rp.memory.release(form)
+		return writeProblem(w, r, errDamaged, cacheStatus(res, errDamaged)), nil, nil
 	}
 	f.set("Etag", rep.ETag)
 	f.set("Content-Type", "application/json")
@@ -71,14 +85,7 @@ func (rp *responder) write(w http.ResponseWriter, r *http.Request, res result) i
 		f.set("Content-Encoding", "gzip")
 	}
 	w.WriteHeader(http.StatusOK)
-	switch {
-	case isHead:
-	case form == nil:
-		rp.stream(w, e)
-	default:
-		_, _ = w.Write(body) // an error means that the client has left
-	}
-	return http.StatusOK
+	return http.StatusOK, form, body
 }
 
 // stream writes an inflated document piece by piece. The response cannot say any more that the report is damaged, so it is

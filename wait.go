@@ -9,7 +9,7 @@ import (
 
 // pollers polls for the reports that callers of a handler wait for. All callers of a report share one poller.
 type pollers struct {
-	resolve  func(context.Context, query) (result, error)
+	resolve  func(context.Context, *query) (result, error)
 	interval time.Duration
 	ctx      context.Context // ends all pollers
 	stop     context.CancelFunc
@@ -27,7 +27,7 @@ type poller struct {
 	done    chan struct{} // closed when the poller has ended
 }
 
-func newPollers(resolve func(context.Context, query) (result, error), interval time.Duration) *pollers {
+func newPollers(resolve func(context.Context, *query) (result, error), interval time.Duration) *pollers {
 	ps := &pollers{resolve: resolve, interval: interval, byQuery: make(map[query]*poller)}
 	ps.ctx, ps.stop = context.WithCancel(context.Background())
 	return ps
@@ -38,7 +38,6 @@ func newPollers(resolve func(context.Context, query) (result, error), interval t
 func (ps *pollers) wait(ctx context.Context, q query, res result, maxWait time.Duration) (result, error) {
 	timer := time.NewTimer(maxWait)
 	defer timer.Stop()
-	q = q.target()
 	p, joined := ps.join(ctx, q, res)
 	select {
 	case <-p.done:
@@ -112,7 +111,7 @@ func (ps *pollers) poll(ctx context.Context, q query, p *poller, res result) {
 			return
 		}
 		var err error
-		res, err = ps.resolve(ctx, q)
+		res, err = ps.resolve(ctx, &q)
 		if ctx.Err() != nil {
 			return
 		}

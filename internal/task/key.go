@@ -22,7 +22,9 @@ type Key [sha256.Size]byte
 
 // NewKey returns the key of a list of parts. Different lists have different keys.
 func NewKey(parts ...string) Key {
-	buf := make([]byte, 0, 512)
+	// There is room for a report that is named by a UUID. With more, the goroutine of each HTTP/2 request would grow its stack
+	// once more.
+	buf := make([]byte, 0, 64)
 	for _, part := range parts {
 		buf = binary.AppendUvarint(buf, uint64(len(part)))
 		buf = append(buf, part...)
