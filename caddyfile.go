@@ -131,6 +131,7 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		return d.Err("fsbroker_task takes no arguments but a matcher: put its options into a block")
 	}
 	var places []caddyfile.Dispenser // of the secrets
+	known := make(map[string]bool)   // the application server IDs of the nodes
 	for nesting := d.Nesting(); d.NextBlock(nesting); {
 		place := *d
 		if err := h.unmarshalOption(d); err != nil {
@@ -138,6 +139,13 @@ func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 		}
 		if len(places) < len(h.Secrets) {
 			places = append(places, place)
+		}
+		if n := len(h.Nodes); n > len(known) {
+			id := h.Nodes[n-1].AppServerID
+			if known[id] {
+				return place.Errf("node %s is configured twice", id)
+			}
+			known[id] = true
 		}
 	}
 	if len(h.Secrets) == 0 {
@@ -250,11 +258,6 @@ func (h *Handler) unmarshalNode(d *caddyfile.Dispenser) error {
 	n := Node{AppServerID: args[0]}
 	if !task.ValidID(n.AppServerID) {
 		return d.Errf("the application server ID must be 1 to %d bytes without control characters", task.MaxIDLength)
-	}
-	for _, other := range h.Nodes {
-		if other.AppServerID == n.AppServerID {
-			return d.Errf("node %s is configured twice", n.AppServerID)
-		}
 	}
 	if err := n.unmarshal(d, args[1:], nil); err != nil {
 		return err
