@@ -343,12 +343,23 @@ func (f *Follower) List() []Pending {
 	return list
 }
 
-// stats returns the number of pending targets, and the age of the oldest.
-func (f *Follower) stats() (pending int, oldest time.Duration) {
+// count returns the number of pending targets.
+func (f *Follower) count() int {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	return len(f.items)
+}
+
+// oldest returns the age of the oldest pending target, or 0 if there is none.
+func (f *Follower) oldest() time.Duration {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	now := time.Now()
+	first := now
 	for _, it := range f.items {
-		oldest = max(oldest, time.Since(it.began))
+		if it.began.Before(first) {
+			first = it.began
+		}
 	}
-	return len(f.items), oldest
+	return now.Sub(first)
 }

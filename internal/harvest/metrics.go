@@ -18,8 +18,8 @@ type Metrics struct {
 
 // pending is what a follower has pending.
 type pending interface {
-	// stats returns the number of targets, and the age of the oldest.
-	stats() (targets int, oldest time.Duration)
+	count() int
+	oldest() time.Duration
 }
 
 // NewMetrics returns metrics at zero.
@@ -37,15 +37,15 @@ func NewMetrics() *Metrics {
 	}
 	m.pending = prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: prefix + "pending", Help: "Submissions and tasks that are followed.",
-	}, func() float64 {
-		pending, _ := m.sum()
-		return float64(pending)
+	}, func() (sum float64) {
+		m.each(func(p pending) { sum += float64(p.count()) })
+		return sum
 	})
 	m.oldest = prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: prefix + "oldest_pending_seconds", Help: "Time since the oldest submission that is followed was accepted.",
-	}, func() float64 {
-		_, oldest := m.sum()
-		return oldest.Seconds()
+	}, func() (oldest float64) {
+		m.each(func(p pending) { oldest = max(oldest, p.oldest().Seconds()) })
+		return oldest
 	})
 	return m
 }
@@ -55,16 +55,12 @@ func (m *Metrics) Collectors() []prometheus.Collector {
 	return []prometheus.Collector{m.pending, m.oldest, m.finished, m.failed, m.givenUp, m.refused}
 }
 
-// sum returns the number of all pending targets, and the age of the oldest.
-func (m *Metrics) sum() (pending int, oldest time.Duration) {
+func (m *Metrics) each(do func(pending)) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	for p := range m.pendings {
-		n, age := p.stats()
-		pending += n
-		oldest = max(oldest, age)
+		do(p)
 	}
-	return pending, oldest
 }
 
 func (m *Metrics) add(p pending) {
