@@ -122,18 +122,15 @@ func (r *Report) Inflated() Representation {
 // Inflate returns the inflated representation of a report that is compressed.
 func (r *Report) Inflate() (*Representation, error) {
 	rep := r.Inflated()
-	rep.Body = make([]byte, 0, r.length)
-	err := r.inflateTo(func(piece []byte) error {
-		rep.Body = append(rep.Body, piece...)
-		return nil
-	})
+	rep.Body = make([]byte, r.length)
+	err := r.inflate(rep.Body, func([]byte) error { return nil })
 	return &rep, err
 }
 
 // WriteInflated writes the inflated document piece by piece, so it is never in memory as a whole. Damage is found at the
 // end at the latest, before the last piece is written.
 func (r *Report) WriteInflated(w io.Writer) error {
-	return r.inflateTo(func(piece []byte) error {
+	return r.inflate(nil, func(piece []byte) error {
 		_, err := w.Write(piece)
 		return err
 	})
@@ -145,9 +142,9 @@ var ErrLength = errors.New("its length is not what it says")
 // ErrDamaged means that the compressed document is damaged.
 var ErrDamaged = errors.New("the kept report is damaged")
 
-// inflateTo inflates the compressed document. It calls piece with each piece, but with the last one only after the checksum
-// has been compared.
-func (r *Report) inflateTo(piece func([]byte) error) error {
+// inflate inflates the compressed document into a buffer, piece by piece if the buffer is smaller. Without a buffer, it uses
+// one of its own. It calls piece with each piece, but with the last one only after the checksum has been compared.
+func (r *Report) inflate(buf []byte, piece func([]byte) error) error {
 	d := decoders.Get().(*decoder)
 	defer decoders.Put(d)
 	d.body.Reset(r.body)
@@ -155,8 +152,11 @@ func (r *Report) inflateTo(piece func([]byte) error) error {
 	if err := d.zr.Reset(&d.body); err != nil {
 		return fmt.Errorf("%w: %w", ErrDamaged, err)
 	}
+	if buf == nil {
+		buf = d.buf[:]
+	}
 	for left := r.length; left > 0; {
-		buf := d.buf[:min(left, len(d.buf))]
+		buf = buf[:min(left, len(buf))]
 		if _, err := io.ReadFull(&d.zr, buf); err != nil {
 			return fmt.Errorf("%w: %w", ErrDamaged, err)
 		}
