@@ -18,11 +18,12 @@ type pollers struct {
 	byQuery map[query]*poller
 }
 
-// poller polls for a report until it is finished.
+// poller polls for a report until it is finished. It has no goroutine between two polls, whose stack would have grown.
 type poller struct {
 	waiters int
 	result  result // the newest
 	err     error  // the problem that took its place
+	timer   *time.Timer
 	cancel  context.CancelFunc
 	done    chan struct{} // closed when the poller has ended
 }
@@ -64,7 +65,7 @@ func (ps *pollers) join(caller context.Context, q query, res result) (p *poller,
 		ctx, cancel := context.WithCancel(ps.ctx)
 		p = &poller{result: res, cancel: cancel, done: make(chan struct{})}
 		ps.byQuery[q] = p
-		go ps.poll(withSpanOf(ctx, caller), q, p, res)
+		ps.start(withSpanOf(ctx, caller), q, p)
 	} else if res.at().After(p.result.at()) {
 		p.result = res
 	}
@@ -83,17 +84,6 @@ func (ps *pollers) leave(q query, p *poller) (result, error) {
 	return p.result, p.err
 }
 
-// record records a result and reports whether the wait is over.
-func (ps *pollers) record(q query, p *poller, res result, err error) (over bool) {
-	ps.mu.Lock()
-	defer ps.mu.Unlock()
-	p.result, p.err = res, err
-	if over = err != nil || res.entry.report.Finished(); over {
-		ps.forget(q, p)
-	}
-	return over
-}
-
 // forget keeps other callers from joining p.
 func (ps *pollers) forget(q query, p *poller) {
 	if ps.byQuery[q] == p {
@@ -101,22 +91,34 @@ func (ps *pollers) forget(q query, p *poller) {
 	}
 }
 
-// poll resolves q until the report is finished, there is a problem, or ctx ends. res is the result so far.
-func (ps *pollers) poll(ctx context.Context, q query, p *poller, res result) {
-	defer close(p.done)
-	for over := false; !over; {
-		select {
-		case <-time.After(ps.pause(res)):
-		case <-ctx.Done():
-			return
+// start makes p poll until ctx ends. The caller holds the mutex.
+func (ps *pollers) start(ctx context.Context, q query, p *poller) {
+	p.timer = time.AfterFunc(ps.pause(p.result), func() { ps.poll(ctx, q, p) })
+	context.AfterFunc(ctx, func() {
+		ps.mu.Lock()
+		defer ps.mu.Unlock()
+		if p.timer.Stop() { // otherwise, poll ends it
+			close(p.done)
 		}
-		var err error
-		res, err = ps.resolve(ctx, &q)
-		if ctx.Err() != nil {
-			return
-		}
-		over = ps.record(q, p, res, err)
+	})
+}
+
+// poll resolves q, and sets the timer for the next poll unless the report is finished, there is a problem, or ctx has ended.
+func (ps *pollers) poll(ctx context.Context, q query, p *poller) {
+	res, err := ps.resolve(ctx, &q)
+	ps.mu.Lock()
+	defer ps.mu.Unlock()
+	if ctx.Err() != nil {
+		close(p.done)
+		return
 	}
+	p.result, p.err = res, err
+	if err != nil || res.entry.report.Finished() {
+		ps.forget(q, p)
+		close(p.done)
+		return
+	}
+	p.timer.Reset(ps.pause(res))
 }
 
 // pause returns the time until the next poll, when res is no longer kept, with jitter: pollers that began together do not
