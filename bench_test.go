@@ -274,8 +274,8 @@ func BenchmarkRequestInfo(b *testing.B) {
 	}
 }
 
-// BenchmarkStored measures a request for a report that is in a storage in the file system, and not in memory. Each is that
-// of another file.
+// BenchmarkStored measures a request for a report that is in a storage in the file system, and not in memory. Each report is
+// that of another file. The page cache has what is stored.
 func BenchmarkStored(b *testing.B) {
 	const reports = 5_000
 	h := benchHandler(b, 1, 0, 15<<10)

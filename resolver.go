@@ -102,8 +102,8 @@ func (rs *resolver) upstreams() iter.Seq[*upstream] {
 	}
 }
 
-// resolve returns the report that q asks for. A hit takes little stack: with more, the goroutine of each HTTP/2 request would
-// grow its stack once more, which takes longer than the rest of the hit.
+// resolve returns the report that q asks for. A hit must take little stack (see docs/ARCHITECTURE.md), so what it does not
+// need is in other functions.
 func (rs *resolver) resolve(ctx context.Context, q *query) (result, error) {
 	if q.sha256 != "" {
 		return rs.resolveFile(ctx, q.sha256, q.all)

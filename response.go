@@ -22,15 +22,19 @@ type responder struct {
 	logger     *zap.Logger
 }
 
-// write writes the report that was found and returns the status of the response. It takes little stack, see
-// resolver.resolve.
+// write writes the report that was found and returns the status of the response. It takes little stack, as a hit must (see
+// docs/ARCHITECTURE.md).
 func (rp *responder) write(w http.ResponseWriter, r *http.Request, res result) int {
-	status, form, body := rp.writeHeader(w, r, res)
+	status, form, body := rp.prepare(w, r, res)
+	if status != http.StatusOK {
+		return status
+	}
 	if form != nil {
 		defer rp.memory.release(form)
 	}
+	w.WriteHeader(status)
 	switch {
-	case status != http.StatusOK || r.Method == http.MethodHead:
+	case r.Method == http.MethodHead:
 	case form == nil:
 		rp.stream(w, res.entry)
 	default:
@@ -39,9 +43,9 @@ func (rp *responder) write(w http.ResponseWriter, r *http.Request, res result) i
 	return status
 }
 
-// writeHeader writes the header of the response for a report. It returns the form to send, which must be released, and its
-// body. There is no form if the document must be sent piece by piece, or if the whole response has been written.
-func (rp *responder) writeHeader(w http.ResponseWriter, r *http.Request, res result) (status int, form *form, body []byte) {
+// prepare sets the header fields of the response for a report. If the status is 200, it returns the form to send, which must
+// be released, and its body; there is no form if the document must be sent piece by piece. Any other response it has written.
+func (rp *responder) prepare(w http.ResponseWriter, r *http.Request, res result) (status int, form *form, body []byte) {
 	report := res.entry.report
 	f := fields{header: w.Header()}
 	f.set("Cache-Status", cacheStatus(res, nil))
@@ -84,7 +88,6 @@ func (rp *responder) writeHeader(w http.ResponseWriter, r *http.Request, res res
 	if gzipped {
 		f.set("Content-Encoding", "gzip")
 	}
-	w.WriteHeader(http.StatusOK)
 	return http.StatusOK, form, body
 }
 

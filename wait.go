@@ -18,14 +18,15 @@ type pollers struct {
 	byQuery map[query]*poller
 }
 
-// poller polls for a report until it is finished. It has no goroutine between two polls, whose stack would have grown.
+// poller polls for a report until it is finished. Between two polls it has no goroutine, because the stack of one would stay
+// as large as the poll has made it.
 type poller struct {
 	waiters int
 	result  result // the newest
 	err     error  // the problem that took its place
 	timer   *time.Timer
 	cancel  context.CancelFunc
-	done    chan struct{} // closed when the poller has ended
+	done    chan struct{} // closed when the wait is over
 }
 
 func newPollers(resolve func(context.Context, *query) (result, error), interval time.Duration) *pollers {
@@ -42,6 +43,7 @@ func (ps *pollers) wait(ctx context.Context, q query, res result, maxWait time.D
 	p, joined := ps.join(ctx, q, res)
 	select {
 	case <-p.done:
+	case <-ps.ctx.Done():
 	case <-timer.C:
 	case <-ctx.Done():
 	}
@@ -65,7 +67,8 @@ func (ps *pollers) join(caller context.Context, q query, res result) (p *poller,
 		ctx, cancel := context.WithCancel(ps.ctx)
 		p = &poller{result: res, cancel: cancel, done: make(chan struct{})}
 		ps.byQuery[q] = p
-		ps.start(withSpanOf(ctx, caller), q, p)
+		ctx = withSpanOf(ctx, caller)
+		p.timer = time.AfterFunc(ps.pause(res), func() { ps.poll(ctx, q, p) })
 	} else if res.at().After(p.result.at()) {
 		p.result = res
 	}
@@ -79,6 +82,7 @@ func (ps *pollers) leave(q query, p *poller) (result, error) {
 	defer ps.mu.Unlock()
 	if p.waiters--; p.waiters == 0 {
 		p.cancel()
+		p.timer.Stop()
 		ps.forget(q, p)
 	}
 	return p.result, p.err
@@ -91,25 +95,13 @@ func (ps *pollers) forget(q query, p *poller) {
 	}
 }
 
-// start makes p poll until ctx ends. The caller holds the mutex.
-func (ps *pollers) start(ctx context.Context, q query, p *poller) {
-	p.timer = time.AfterFunc(ps.pause(p.result), func() { ps.poll(ctx, q, p) })
-	context.AfterFunc(ctx, func() {
-		ps.mu.Lock()
-		defer ps.mu.Unlock()
-		if p.timer.Stop() { // otherwise, poll ends it
-			close(p.done)
-		}
-	})
-}
-
-// poll resolves q, and sets the timer for the next poll unless the report is finished, there is a problem, or ctx has ended.
+// poll resolves q, and sets the timer for the next poll unless the report is finished, there is a problem, or nobody waits any
+// more.
 func (ps *pollers) poll(ctx context.Context, q query, p *poller) {
 	res, err := ps.resolve(ctx, &q)
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
 	if ctx.Err() != nil {
-		close(p.done)
 		return
 	}
 	p.result, p.err = res, err

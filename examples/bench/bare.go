@@ -76,7 +76,7 @@ func (b *bare) Cleanup() error {
 }
 
 func readResponses(folder string) (responses, error) {
-	names, err := filepath.Glob(filepath.Join(folder, "*.recorded"))
+	names, err := filepath.Glob(filepath.Join(folder, recordedName("*")))
 	if err != nil {
 		return nil, err
 	}

@@ -151,6 +151,14 @@ func significant(v float64) string {
 	return fmt.Sprintf("%.2f", v)
 }
 
+// cpuOfEach returns the CPU time of one of n, in microseconds. It is not a number if the clock is too coarse for it.
+func cpuOfEach(cpu time.Duration, n float64) float64 {
+	if cpu < 10*time.Second/ticks {
+		return math.NaN()
+	}
+	return micros(cpu) / n
+}
+
 func inMiB(bytes int64) float64 { return float64(bytes) / (1 << 20) }
 
 func millis(d time.Duration) float64 { return float64(d) / float64(time.Millisecond) }

@@ -79,8 +79,8 @@ func (h *harness) sampleSubmissions(ctx context.Context, s *server, n int, into 
 		return err
 	}
 	into.add("submissions/s", c.perSecond())
-	into.add("p99 of them, ms", millis(c.percentile(99)))
-	into.add("CPU of one, µs", micros(s.process.cpu()-before)/float64(n))
+	into.add("p99 of a submission, ms", millis(c.percentile(99)))
+	into.add("CPU of a submission, µs", cpuOfEach(s.process.cpu()-before, float64(n)))
 	m, err := h.metrics(ctx, s)
 	if err != nil {
 		return err
@@ -111,7 +111,7 @@ func (h *harness) sampleQuestions(ctx context.Context, s *server, into *sample) 
 	questions := float64(h.node.requests.Load() - asked)
 	into.add("requests to the broker/s", questions/elapsed.Seconds())
 	into.add("CPU meanwhile, ms/s", millis(cpu)/elapsed.Seconds())
-	into.add("CPU per request to the broker, µs", micros(cpu)/questions)
+	into.add("CPU per request to the broker, µs", cpuOfEach(cpu, questions))
 	return err
 }
 

@@ -142,8 +142,8 @@ func (h *harness) sampleColdHits(ctx context.Context, s *server, n int, into *sa
 		return err
 	}
 	into.add("stored reports/s", c.perSecond())
-	into.add("p99 of them, ms", millis(c.percentile(99)))
-	into.add("CPU of one, µs", micros(s.process.cpu()-before)/float64(count))
+	into.add("p99 of a stored report, ms", millis(c.percentile(99)))
+	into.add("CPU of a stored report, µs", micros(s.process.cpu()-before)/float64(count))
 	return nil
 }
 
@@ -194,6 +194,6 @@ func (h *harness) newOf(ctx context.Context, folder string, n int) (sample, erro
 	}
 	var all sample
 	all.add("new reports stored/s", float64(count)/elapsed.Seconds())
-	all.add("CPU of one of them, µs", micros(cpu)/float64(count))
+	all.add("CPU of a new report, µs", micros(cpu)/float64(count))
 	return all, err
 }

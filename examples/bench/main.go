@@ -1,5 +1,5 @@
-// Command bench compares the module with other servers, on one machine and in one run. In each round, it puts every
-// server under the same load in turn. It prints tables in Markdown.
+// Command bench compares the module with other servers, on one machine and in one run, and measures what the module costs.
+// It prints tables in Markdown.
 package main
 
 import (
@@ -13,6 +13,7 @@ import (
 	"regexp"
 	"runtime"
 	"strings"
+	"syscall"
 	"time"
 
 	_ "github.com/caddyserver/cache-handler"
@@ -24,7 +25,7 @@ import (
 )
 
 // beCaddy is the environment variable that makes this program run as Caddy, with the module, the Caddy modules that it
-// is compared with, and the bare handler.
+// is compared with, and the bare handlers.
 const beCaddy = "FSBROKER_BENCH_BE_CADDY"
 
 // progress logs to the console. Caddy redirects the standard logger to its own log.
@@ -75,7 +76,7 @@ func main() {
 	if o.parts, err = regexp.Compile(*parts); err != nil {
 		progress.Fatalf("-parts: %v", err)
 	}
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt)
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	if err := run(ctx, o, os.Stdout); err != nil {
 		progress.Fatal(err)

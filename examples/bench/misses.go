@@ -93,7 +93,7 @@ func (h *harness) missPlan(l missLoad, name string, count int) plan {
 // printMissLoads prints the medians of the rounds.
 func (r *results) printMissLoads(out io.Writer) {
 	fmt.Fprint(out, "\n**Misses: each request is for another report, HTTP**\n\n"+
-		"| report | callers | | caller accepts | responses/s | p50 | p99 | CPU µs per response | the module's CPU time is … times as much |\n"+
+		"| report | callers | server | caller accepts | responses/s | p50 | p99 | CPU µs per response | the module's CPU time is … times as much |\n"+
 		"|---|--:|---|---|--:|--:|--:|--:|--:|\n")
 	for _, rounds := range r.missLoads {
 		l := rounds[0]

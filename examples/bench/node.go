@@ -21,9 +21,9 @@ const secret = "bench-secret"
 
 // node is a processor node and a broker. A task ID selects the report: "<size>-<anything>" is a report of that size,
 // "cold-<size>-<anything>" is the same report after a delay, and "own-<size>-<anything>" is a report of that size that no
-// other task has. If "unfinished" comes before the size, it is that report while the task is in progress. A submission
-// "pending-<anything>" is never finished. Others are known to /submit-result only. "late-<ID>" is
-// the report of another ID, once the late tasks are finished.
+// other task has. If "unfinished" comes before the size, it is that report while the task is in progress. "late-<ID>" is the
+// report of another ID, once the late tasks are finished. A submission "pending-<anything>" is never finished. Other submissions
+// have no report here, only an answer of /submit-result.
 type node struct {
 	address   string
 	documents map[string][]byte

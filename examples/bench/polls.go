@@ -70,7 +70,7 @@ func (h *harness) allPollLoads(participants []*contender) []pollLoad {
 	return all
 }
 
-// pollsOf puts a server that has just started under a load. Before, each caller makes one request. These requests are
+// pollsOf puts a server that has just started under a load. Before, each report is requested once. These requests are
 // spread over the poll interval, so the module asks the node as evenly afterwards.
 func (h *harness) pollsOf(ctx context.Context, l pollLoad) (measuredCalls, error) {
 	s, err := l.contender.start(ctx, h)
@@ -100,7 +100,7 @@ func (h *harness) pollsOf(ctx context.Context, l pollLoad) (measuredCalls, error
 // printPolls prints the medians of the rounds.
 func (r *results) printPolls(out io.Writer) {
 	fmt.Fprintf(out, "\n**Polls for unfinished reports, %d callers, each for another report, HTTP, gzip, a node that takes %s**\n\n"+
-		"| report | each caller polls | | requests/s | requests to the node/s | p50 | p99 | CPU s per 10,000 | CPU, %% of a core |\n"+
+		"| report | each caller polls | server | requests/s | requests to the node/s | p50 | p99 | CPU s per 10,000 responses | CPU, %% of a core |\n"+
 		"|---|---|---|--:|--:|--:|--:|--:|--:|\n", r.polls[0][0].callers, inMillis(pollDelay))
 	for _, rounds := range r.polls {
 		l := rounds[0]
@@ -111,6 +111,6 @@ func (r *results) printPolls(out io.Writer) {
 			short(median(rounds, func(r pollResult) time.Duration { return r.percentile(50) })),
 			short(median(rounds, func(r pollResult) time.Duration { return r.percentile(99) })),
 			10_000*median(rounds, func(r pollResult) time.Duration { return r.cpuPerReport() }).Seconds(),
-			100*median(rounds, func(r pollResult) float64 { return r.cpu.Seconds() / r.elapsed.Seconds() }))
+			100*median(rounds, func(r pollResult) float64 { return r.busy() }))
 	}
 }

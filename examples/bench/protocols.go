@@ -245,7 +245,7 @@ func (h *harness) clients(ctx context.Context, l load, r request, got answer) (a
 // printProtocols prints how the module compares with the bare handler and nginx. Ratios of 1 mean that the module is as
 // good, and more than 1 that it is better.
 func (r *results) printProtocols(out io.Writer) {
-	fmt.Fprint(out, "\n**The module over each protocol, compared with others: 1 is as good, more is better**\n\n| load | requests/s | CPU s per 10,000 |")
+	fmt.Fprint(out, "\n**The module over each protocol, compared with others: 1 is as good, more is better**\n\n| load | requests/s | CPU s per 10,000 responses |")
 	peers := []*contender{bareHandler, nginx1}
 	for _, c := range peers {
 		fmt.Fprintf(out, " %s: requests/s | CPU time |", c.name)
@@ -310,7 +310,7 @@ func ranked(all []loadResult, minimum float64, of func(loadResult) float64) (rea
 
 // printProtocolLoads prints the medians of all servers.
 func (r *results) printProtocolLoads(out io.Writer) {
-	fmt.Fprint(out, "\n**All servers over each protocol**\n\n| load | server | requests/s | p50 | p99 | CPU s per 10,000 |\n|---|---|--:|--:|--:|--:|\n")
+	fmt.Fprint(out, "\n**All servers over each protocol**\n\n| load | server | requests/s | p50 | p99 | CPU s per 10,000 responses |\n|---|---|--:|--:|--:|--:|\n")
 	for _, l := range r.protocols {
 		fmt.Fprintf(out, "| %s | %s | %.0f | %s | %s | %.2f |\n", l.load, l.contender.name, l.Requests, short(l.P50), short(l.P99), l.CPU.Seconds())
 	}

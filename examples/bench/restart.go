@@ -28,6 +28,7 @@ var keepers = []keeper{
 	{module.name, (*harness).filled, func(folder string) *contender {
 		return moduleWith(module.name, nodeOption, "max_size 2GiB", "storage file_system "+folder)
 	}},
+	{bareHandler.name, (*harness).filledBare, storedBare},
 	{"nginx", (*harness).filledNginx, func(folder string) *contender { return nginxWith("nginx", 1, folder) }},
 	{"nginx, level 6", (*harness).filledNginx, func(folder string) *contender { return nginxWith("nginx, level 6", 6, folder) }},
 }
@@ -121,6 +122,9 @@ func (h *harness) restartTrials(ctx context.Context, participants []*contender) 
 					if !slices.ContainsFunc(participants, func(c *contender) bool { return c.name == k.name }) {
 						continue
 					}
+					if k.name == bareHandler.name && !gzip { // it cannot inflate
+						continue
+					}
 					folder, err := k.fill(h, ctx, size)
 					if err == nil && place == "disk" {
 						folder, err = h.onDisk(folder)
@@ -139,8 +143,8 @@ func (h *harness) restartTrials(ctx context.Context, participants []*contender) 
 // printRestarts prints the medians of the rounds, and whether the goals were met.
 func (r *results) printRestarts(out io.Writer) {
 	fmt.Fprint(out, "\n**After a restart, with the reports in files, and the same reports again**\n\n"+
-		"| files in | load | | after the restart, reports/s | p50 | p99 | server CPU µs per report | CPUs busy | again, reports/s | server CPU µs per report | CPUs busy "+
-		"| after the restart / again | the module is … times as fast | its CPU time per report / this |\n"+
+		"| files in | load | server | after the restart, reports/s | p50 | p99 | server CPU µs per report | CPUs busy | again, reports/s | server CPU µs per report | CPUs busy "+
+		"| after the restart / again | after the restart, the module is … times as fast | and its CPU time … times as much |\n"+
 		"|---|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n")
 	for _, rounds := range r.restarts {
 		cold := func(r restartResult) calls { return r.cold }
@@ -161,7 +165,7 @@ func (r *results) printRestarts(out io.Writer) {
 // cpuColumns returns the columns of the server's CPU time.
 func cpuColumns(rounds []restartResult, of func(restartResult) calls) string {
 	each := median(rounds, func(r restartResult) time.Duration { return of(r).cpuPerReport() })
-	return fmt.Sprintf(" %.0f | %.2f |", float64(each)/float64(time.Microsecond), median(rounds, func(r restartResult) float64 { return of(r).busy() }))
+	return fmt.Sprintf(" %.0f | %.2f |", micros(each), median(rounds, func(r restartResult) float64 { return of(r).busy() }))
 }
 
 func medianRatio(rounds []restartResult) float64 {

@@ -149,7 +149,7 @@ func (r *results) printLoads(out io.Writer) {
 	for _, l := range r.loads {
 		if name := l.load.String(); name != last {
 			last = name
-			fmt.Fprintf(out, "\n**%s**\n\n| | requests/s | p50 | p99 | CPU s per 10,000 | bytes per response | the module is … times as fast |\n|---|--:|--:|--:|--:|--:|--:|\n", name)
+			fmt.Fprintf(out, "\n**%s**\n\n| | requests/s | p50 | p99 | CPU s per 10,000 responses | bytes per response | the module is … times as fast |\n|---|--:|--:|--:|--:|--:|--:|\n", name)
 		}
 		fmt.Fprintf(out, "| %s | %.0f | %s | %s | %.2f | %.0f | %.2f |\n", l.contender.name, l.Requests, short(l.P50), short(l.P99), l.CPU.Seconds(), l.Wire, l.ratio)
 	}

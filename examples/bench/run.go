@@ -269,12 +269,15 @@ func (h *harness) record(ctx context.Context, s *server) error {
 		if err != nil {
 			return err
 		}
-		if err := h.save(l.representation()+".recorded", recorded{pairQuery(l.representation()), a.header, a.body, etag, match.header}); err != nil {
+		if err := h.save(recordedName(l.representation()), recorded{pairQuery(l.representation()), a.header, a.body, etag, match.header}); err != nil {
 			return err
 		}
 	}
 	return nil
 }
+
+// recordedName returns the name of the file with the recorded response that has a representation of a report.
+func recordedName(representation string) string { return representation + ".recorded" }
 
 // save saves a response of the module to a file of that name, for the servers that are started from now on.
 func (h *harness) save(name string, r recorded) error {

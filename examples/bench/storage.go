@@ -25,7 +25,7 @@ const nodeOption = "node node-1 {{.Node}} {{.Secret}}"
 // moduleWith returns the module with options, and with those of `cache`.
 func moduleWith(name, options string, cache ...string) *contender {
 	return &contender{
-		name: name, caches: true, target: byPair,
+		name: name,
 		config: caddyConfig("storage", "", fmt.Sprintf(`
 	fsbroker_task {
 		secret bench {{.Secret}}

@@ -112,7 +112,7 @@ const (
 	stacksMetric = "go_memstats_stack_inuse_bytes"
 
 	// waitingRecorded is the file of the response that the bare handler plays back.
-	waitingRecorded = "waiting.recorded"
+	waitingRecorded = "waiting.response"
 
 	// pollsCounted is for how many poll intervals requests to the node are counted.
 	pollsCounted = 5
@@ -293,7 +293,7 @@ func (r *waitingRun) finish(ctx context.Context) error {
 // printWaiting prints what callers cost while they wait, and when they get their answers.
 func (r *results) printWaiting(out io.Writer) {
 	fmt.Fprint(out, "\n**While callers wait**\n\n| server | protocol | callers | reports | all wait after | heap per caller, bytes | stacks per caller, bytes | "+
-		"heap and stacks, times the bare handler's | resident per caller, bytes | requests to the node per s | CPU, % of one |\n"+
+		"heap and stacks, times the bare handler's | resident per caller, bytes | requests to the node per s | CPU, % of a core |\n"+
 		"|---|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|\n")
 	for _, w := range r.waiting {
 		fmt.Fprintf(out, "| %s | %s | %d | %d | %s | %d | %d | %.2f | %d | %.1f | %.1f |\n", w.name, w.protocol(), w.callers, w.reports,
@@ -306,7 +306,7 @@ func (r *results) printWaiting(out io.Writer) {
 			100*median(w.rounds, func(r waitingResult) float64 { return r.cpu }))
 	}
 	fmt.Fprint(out, "\n**When all reports are finished**\n\n| server | protocol | callers | reports | first answer after | last answer after | "+
-		"last answer, after the node's first finished report | times the bare handler's | CPU µs per caller | of callers and node, CPU µs per caller |\n"+
+		"last answer, after the node's first finished report | that time, times the bare handler's | CPU µs per caller | of callers and node, CPU µs per caller |\n"+
 		"|---|---|--:|--:|--:|--:|--:|--:|--:|--:|\n")
 	for _, w := range r.waiting {
 		fmt.Fprintf(out, "| %s | %s | %d | %d | %s | %s | %s | %.2f | %d | %d |\n", w.name, w.protocol(), w.callers, w.reports,

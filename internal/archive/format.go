@@ -234,7 +234,7 @@ func readHeader(stored []byte, h *header) error {
 	if len(stored) < headerSize {
 		return errCutShort
 	}
-	// encoding/binary would take a microsecond, here and below (BenchmarkStored).
+	// Decoded by hand, as in parseDocument, because encoding/binary is slow (BenchmarkStored). The offsets are those of header.
 	*h = header{
 		Version: stored[4], Kind: kind(stored[5]), Sealed: stored[6],
 		At: int64(binary.BigEndian.Uint64(stored[8:])), Key: task.Key(stored[16:headerSize]),
@@ -286,6 +286,7 @@ func parseDocument(h header, body []byte) (*task.Report, error) {
 	if len(body) < documentBodySize {
 		return nil, errCutShort
 	}
+	// The offsets are those of documentBody.
 	b := documentBody{
 		Length: int64(binary.BigEndian.Uint64(body)), Hash: [16]byte(body[8:24]), File: [sha256.Size]byte(body[24:56]), Gzipped: body[56],
 	}

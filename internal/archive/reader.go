@@ -210,7 +210,7 @@ func readThrough[T any](ctx context.Context, a *Archive, b *Backend, through *br
 		<-a.slots // a read that hangs holds its slot
 		close(done)
 	}()
-	slow := make(chan struct{})
+	slow := make(chan struct{}) // in a synctest bubble, the channel of a timer would crash the race detector
 	defer time.AfterFunc(slowRead, func() { close(slow) }).Stop()
 	select {
 	case <-done:

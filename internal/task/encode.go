@@ -43,7 +43,7 @@ func ReadReport(document io.Reader, grow func(held int64) error) (*Report, error
 	if err := grow(SmallDocument + EncoderMemory); err != nil {
 		return nil, err
 	}
-	e := newEncoder(lastingWriters, grow)
+	e := newEncoder(lastingWriters, grow) // whether it is finished is known only at its end
 	defer e.release()
 	j, err := judge(&shortener{src: io.TeeReader(io.MultiReader(bytes.NewReader(buf[:]), document), e)})
 	if e.err != nil { // the parser has wrapped it
@@ -170,11 +170,12 @@ const (
 	// hundred MB/s (examples/bench).
 	lastingLevel = 6
 
-	// passingLevel takes half the time for a tenth more bytes. Unfinished reports are kept for moments.
+	// passingLevel takes half the time of lastingLevel, for a tenth more bytes. Unfinished reports are kept for a poll interval
+	// only.
 	passingLevel = 1
 )
 
-// These reuse the large tables of the compressors.
+// lastingWriters and passingWriters reuse the large tables of the compressors.
 var (
 	lastingWriters = newWriters(lastingLevel)
 	passingWriters = newWriters(passingLevel)

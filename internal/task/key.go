@@ -22,8 +22,7 @@ type Key [sha256.Size]byte
 
 // NewKey returns the key of a list of parts. Different lists have different keys.
 func NewKey(parts ...string) Key {
-	// There is room for a report that is named by a UUID. With more, the goroutine of each HTTP/2 request would grow its stack
-	// once more.
+	// There is room for a report that is named by a UUID. A hit must take little stack (see docs/ARCHITECTURE.md).
 	buf := make([]byte, 0, 64)
 	for _, part := range parts {
 		buf = binary.AppendUvarint(buf, uint64(len(part)))

@@ -164,7 +164,7 @@ func newParser(document io.Reader) parser {
 	return parser{jsontext.NewDecoder(document, jsontext.AllowDuplicateNames(true), jsontext.AllowInvalidUTF8(true)), inPlace}
 }
 
-// SkipValue skips a value. In place, it is faster to read the value as a whole, and takes no memory (BenchmarkMiss).
+// SkipValue skips a value. In place, it is faster to read the value as a whole, and allocates nothing (BenchmarkMiss).
 func (p parser) SkipValue() error {
 	if !p.inPlace {
 		return p.Decoder.SkipValue()
