@@ -17,7 +17,7 @@ func TestPolls(t *testing.T) {
 	t.Cleanup(h.close)
 	var all results
 	for _, l := range []pollLoad{
-		{h.sizes[0], callers, false, module}, {size{name: "small"}, callers, true, module}, {h.sizes[0], callers, false, reverseProxy},
+		{h.sizes[0], callers, false, module}, {size{name: "small"}, callers, true, module}, {h.sizes[0], callers, false, reverseProxy}, {size{name: "small"}, callers, true, reverseProxy},
 	} {
 		m, err := h.pollsOf(t.Context(), l)
 		if err != nil {

@@ -267,7 +267,7 @@ func (r *results) printProtocols(out io.Writer) {
 	}
 }
 
-// printProtocolGoals prints how many loads reach the goal of their kind, and which are the worst. HTTP/3 has no goal.
+// printProtocolGoals prints how many loads reach the goal of their kind, and which are the worst.
 func (r *results) printProtocolGoals(out io.Writer) {
 	fmt.Fprint(out, "\n**Goals of the protocols, compared with the bare handler**\n\n"+
 		"| responses | goal | loads | reach it in requests/s | reach it in CPU time | worst in requests/s | worst in CPU time |\n|---|--:|--:|--:|--:|---|---|\n")
@@ -280,7 +280,7 @@ func (r *results) printProtocolGoals(out io.Writer) {
 	} {
 		var all []loadResult
 		for _, l := range r.protocols {
-			if l.contender == bareHandler && l.kind == g.kind && l.protocol != h3 {
+			if l.contender == bareHandler && l.kind == g.kind {
 				all = append(all, l)
 			}
 		}

@@ -76,7 +76,7 @@ func (b *bareStored) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyht
 func storedBare(folder string) *contender {
 	return &contender{
 		name:   bareHandler.name,
-		config: caddyConfig("bare-stored", "", "bench_stored "+folder+" {{.Dir}}/"+recordedName("15KB-gzip")),
+		config: caddyConfig("bare-stored", "", "bench_stored * "+folder+" {{.Dir}}/"+recordedName("15KB-gzip")),
 	}
 }
 
