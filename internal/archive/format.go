@@ -237,12 +237,17 @@ func readHeader(stored []byte, h *header) error {
 	// Decoded by hand, as in parseDocument, because encoding/binary is slow (BenchmarkStored). The offsets are those of header.
 	*h = header{
 		Version: stored[4], Kind: kind(stored[5]), Sealed: stored[6],
-		At: int64(binary.BigEndian.Uint64(stored[8:])), Key: task.Key(stored[16:headerSize]),
+		At: int64At(stored[8:]), Key: task.Key(stored[16:headerSize]),
 	}
 	if h.Kind < kindDocument || h.Kind > kindNote {
 		return errUnknownVersion
 	}
 	return nil
+}
+
+// int64At returns the number that text begins with, as encoding/binary has written it.
+func int64At(text []byte) int64 {
+	return int64(binary.BigEndian.Uint64(text)) //nolint:gosec // a negative number is written as a large one
 }
 
 // checkSum returns the body that follows a sum.
@@ -288,7 +293,7 @@ func parseDocument(h header, body []byte) (*task.Report, error) {
 	}
 	// The offsets are those of documentBody.
 	b := documentBody{
-		Length: int64(binary.BigEndian.Uint64(body)), Hash: [16]byte(body[8:24]), File: [sha256.Size]byte(body[24:56]), Gzipped: body[56],
+		Length: int64At(body), Hash: [16]byte(body[8:24]), File: [sha256.Size]byte(body[24:56]), Gzipped: body[56],
 	}
 	if b.Gzipped > 1 {
 		return nil, errMalformed
