@@ -30,7 +30,7 @@ func TestProtocols(t *testing.T) {
 	for _, want := range []string{
 		"\n| HTTP/1.1, TLS, gzip, 41 KB, 1 conn., HEAD | ", "\n| HTTP/2, TLS, gzip, 41 KB, 1 conn. of 32 streams | ",
 		"\n| HTTP/2, gzip, 41 KB, 32 conn., 304 | ", "\n| HTTP/3, TLS, gzip, 41 KB, 1 conn. | ",
-		"\n| hits | 0.97 | 1 | ", "\n| 304s | 1.00 | 1 | ", "\n| HEADs | 1.00 | 1 | ",
+		"\n| hits | 0.97 | 2 | ", "\n| 304s | 1.00 | 1 | ", "\n| HEADs | 1.00 | 1 | ",
 	} {
 		if !strings.Contains(out.String(), want) {
 			t.Errorf("%q is missing", want)
