@@ -95,8 +95,8 @@ func (ps *pollers) forget(q query, p *poller) {
 	}
 }
 
-// poll resolves q, and sets the timer for the next poll unless the report is finished, there is a problem, or nobody waits any
-// more.
+// poll resolves q. It sets the timer for the next poll, unless the report is finished, there is a problem, or no caller waits
+// any more.
 func (ps *pollers) poll(ctx context.Context, q query, p *poller) {
 	res, err := ps.resolve(ctx, &q)
 	ps.mu.Lock()

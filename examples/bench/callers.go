@@ -42,16 +42,18 @@ type query struct {
 	target string // path and query
 }
 
-// reportQuery returns the request for the report of a task of node-1.
-func reportQuery(_ int, id string) query {
-	return query{method: http.MethodGet, target: "/task?" + pairQuery(id)}
-}
-
 // from returns a plan that makes the requests of p from one on, and only some of them.
 func (p plan) from(first, count int) plan {
 	task, ask := p.task, p.query
 	p.count, p.task = count, func(i int) string { return task(first + i) }
 	p.query = func(n int, id string) query { return ask(first+n, id) }
+	return p
+}
+
+// shuffled returns a plan that makes the requests of p in no order.
+func (p plan) shuffled() plan {
+	count, task := p.count, p.task
+	p.task = func(i int) string { return task(i * 7919 % count) } // 7919 is a prime
 	return p
 }
 

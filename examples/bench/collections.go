@@ -90,9 +90,8 @@ func (h *harness) hitsDuringCollections(ctx context.Context, s *server, reports 
 	if err != nil {
 		return r, err
 	}
-	hits := reports
+	hits := reports.shuffled()
 	hits.count, hits.rate = hitsPerSecond*h.options.seconds*h.options.rounds, hitsPerSecond
-	hits.task = func(i int) string { return reports.task(i * 7919 % reports.count) } // 7919 is a prime
 	asked := h.node.requests.Load()
 	collecting, done := context.WithCancel(ctx)
 	defer done()

@@ -167,7 +167,7 @@ func (h *harness) missOf(ctx context.Context, c *contender, id string, gzipped b
 		}
 		if i == 0 {
 			r.peak = s.process.memory("VmHWM") - before
-			if err := checkBody(got.header.Get("Content-Encoding"), got.body, h.node.documents[id], gzipped); err != nil {
+			if err := got.check(h.node.documents[id], gzipped); err != nil {
 				return missResult{}, fmt.Errorf("%s: %w", c.name, err)
 			}
 		}

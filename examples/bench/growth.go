@@ -188,7 +188,7 @@ func (s *sample) addScrape(ctx context.Context, h *harness, of *server) error {
 	return err
 }
 
-// watch returns the CPU time that a server takes while nobody asks it, and for how long it was watched.
+// watch returns the CPU time that a server takes without requests, and how long that was measured.
 func (h *harness) watch(ctx context.Context, s *server) (cpu, elapsed time.Duration, err error) {
 	before, begin := s.process.cpu(), time.Now()
 	err = wait(ctx, time.Duration(h.options.quiet)*time.Second)

@@ -73,14 +73,13 @@ func (h *harness) pendingOf(ctx context.Context, n int) (all sample, err error) 
 
 // sampleSubmissions submits files, all of which must then be followed.
 func (h *harness) sampleSubmissions(ctx context.Context, s *server, n int, into *sample) error {
-	before := s.process.cpu()
 	c, err := submissions(n).runAll(ctx, s)
 	if err != nil {
 		return err
 	}
 	into.add("submissions/s", c.perSecond())
 	into.add("p99 of a submission, ms", millis(c.percentile(99)))
-	into.add("CPU of a submission, µs", cpuOfEach(s.process.cpu()-before, float64(n)))
+	into.add("CPU of a submission, µs", cpuOfEach(c.cpu, float64(n)))
 	m, err := h.metrics(ctx, s)
 	if err != nil {
 		return err

@@ -112,8 +112,8 @@ func (h *harness) growthSites(ctx context.Context, _ []*contender, results *resu
 // floorBody is what a site of the floor answers.
 const floorBody = "ok"
 
-// sampleOf starts a server and measures it: at first while nobody asks it, then under requests for all nodes or sites in
-// turn, and at last its reload.
+// sampleOf starts a server and measures it: first without requests, then under requests for all nodes or sites in turn, and
+// at last its reload.
 func (h *harness) sampleOf(ctx context.Context, r *reloadable) (sample, error) {
 	checked := h.node.checks.Load()
 	s, err := r.start(ctx, h)
@@ -157,8 +157,8 @@ func (h *harness) sampleOf(ctx context.Context, r *reloadable) (sample, error) {
 	return all, err
 }
 
-// misses is the number of reports that are fetched to measure a miss.
-const misses = 2000
+// grownMisses is the number of reports that are fetched to measure a miss.
+const grownMisses = 2000
 
 // sampleMisses requests a report of each node and site, and then other reports of all.
 func (h *harness) sampleMisses(ctx context.Context, r *reloadable, s *server, into *sample) error {
@@ -166,22 +166,19 @@ func (h *harness) sampleMisses(ctx context.Context, r *reloadable, s *server, in
 		return nil
 	}
 	var took calls
-	var cpu time.Duration
 	asked := h.node.requests.Load()
 	first := max(r.nodes, len(r.hosts))
-	for _, part := range []plan{r.reportsOf(h, "first", first), r.reportsOf(h, "miss", misses)} {
-		before := s.process.cpu()
+	for _, part := range []plan{r.reportsOf(h, "first", first), r.reportsOf(h, "miss", grownMisses)} {
 		var err error
 		if took, err = part.runAll(ctx, s); err != nil {
 			return err
 		}
-		cpu = s.process.cpu() - before
 	}
-	if n := h.node.requests.Load() - asked; n != int64(first+misses) {
-		return fmt.Errorf("the node got %d requests instead of %d", n, first+misses)
+	if n := h.node.requests.Load() - asked; n != int64(first+grownMisses) {
+		return fmt.Errorf("the node got %d requests instead of %d", n, first+grownMisses)
 	}
 	into.add("misses/s", took.perSecond())
-	into.add("CPU of a miss, µs", micros(cpu)/misses)
+	into.add("CPU of a miss, µs", micros(took.cpuPerReport()))
 	return nil
 }
 

@@ -118,17 +118,9 @@ func (h *harness) readsOf(ctx context.Context, folder string, n int, round strin
 	return all, err
 }
 
-// spread returns a plan that requests the first n reports, in no order.
-func (h *harness) spread(n int) plan {
-	p := h.grown(n)
-	task := p.task
-	p.task = func(i int) string { return task(i * 7919 % n) } // 7919 is a prime
-	return p
-}
-
 // sampleFirst requests a stored report of a server that has just started.
 func (h *harness) sampleFirst(ctx context.Context, s *server, n int, into *sample) error {
-	c, err := h.spread(n).from(0, 1).runAll(ctx, s)
+	c, err := h.grown(n).shuffled().from(0, 1).runAll(ctx, s)
 	into.add("first stored report, ms", millis(c.percentile(50)))
 	return err
 }
@@ -136,14 +128,13 @@ func (h *harness) sampleFirst(ctx context.Context, s *server, n int, into *sampl
 // sampleColdHits requests stored reports, each once, but not that of sampleFirst.
 func (h *harness) sampleColdHits(ctx context.Context, s *server, n int, into *sample) error {
 	count := min(grownHits, n-1)
-	before := s.process.cpu()
-	c, err := h.spread(n).from(1, count).runAll(ctx, s)
+	c, err := h.grown(n).shuffled().from(1, count).runAll(ctx, s)
 	if err != nil {
 		return err
 	}
 	into.add("stored reports/s", c.perSecond())
 	into.add("p99 of a stored report, ms", millis(c.percentile(99)))
-	into.add("CPU of a stored report, µs", micros(s.process.cpu()-before)/float64(count))
+	into.add("CPU of a stored report, µs", micros(c.cpuPerReport()))
 	return nil
 }
 

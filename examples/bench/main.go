@@ -57,7 +57,7 @@ func main() {
 	flag.IntVar(&o.sites, "sites", 100, "largest number of sites in the part 'growth sites'")
 	flag.IntVar(&o.grown, "grown", 1_000_000, "largest number of small reports in the storage in the part 'growth stored'. A million need about 10 GB")
 	flag.IntVar(&o.pending, "pending", 10_000, "largest number of pending submissions in the part 'growth harvest'")
-	flag.IntVar(&o.quiet, "quiet", 30, "how long a server is watched that nobody asks, in the parts 'growth', in seconds")
+	flag.IntVar(&o.quiet, "quiet", 30, "how long a server without requests is measured in the parts 'growth', in seconds")
 	flag.IntVar(&o.waiters, "waiters", 100_000, "number of callers that wait for one report; a tenth of it wait for one each")
 	flag.DurationVar(&o.poll, "poll-interval", 2*time.Second, "poll interval of the module while callers wait")
 	flag.StringVar(&o.reports, "reports", filepath.Join("..", "..", "..", "shared", "reports"),

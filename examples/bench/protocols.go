@@ -197,7 +197,7 @@ func (l load) prepare(ctx context.Context, c *contender, s *server) (r request, 
 		err = fmt.Errorf("status %d: %.200s", got.status, got.body)
 	}
 	if err == nil {
-		err = checkBody(got.header.Get("Content-Encoding"), got.body, l.size.document, l.gzip)
+		err = got.check(l.size.document, l.gzip)
 	}
 	if err != nil {
 		return request{}, answer{}, err

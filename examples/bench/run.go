@@ -298,6 +298,11 @@ type response struct {
 	body   []byte
 }
 
+// check checks that the response has the report, compressed if it must be.
+func (r response) check(want []byte, gzipped bool) error {
+	return checkBody(r.header.Get("Content-Encoding"), r.body, want, gzipped)
+}
+
 // get requests a URL that has a report.
 func (h *harness) get(ctx context.Context, url string, gzipped bool) (response, error) {
 	a, err := h.getTimed(ctx, url, gzipped)
@@ -368,7 +373,7 @@ func (h *harness) check(ctx context.Context, l load, c *contender, s *server) er
 		if err != nil {
 			return fmt.Errorf("%s: %w", c.name, err)
 		}
-		if err := checkBody(a.header.Get("Content-Encoding"), a.body, l.size.document, l.gzip); err != nil {
+		if err := a.check(l.size.document, l.gzip); err != nil {
 			return fmt.Errorf("%s, %s: %w", c.name, l, err)
 		}
 	}

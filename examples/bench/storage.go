@@ -47,7 +47,7 @@ func (h *harness) ownReports(size, name string, count, callers int) plan {
 	return plan{
 		callers: callers, count: count, want: h.node.document,
 		task:  func(i int) string { return "own-" + size + "-" + name + strconv.Itoa(i) },
-		query: reportQuery,
+		query: module.request(load{}),
 	}
 }
 

@@ -69,7 +69,7 @@ func (h *harness) floodWith(ctx context.Context, f flood) (floodResult, error) {
 	if err := h.check(ctx, l, module, s); err != nil { // from now on, it is cached
 		return floodResult{}, err
 	}
-	url := "http://" + s.Plain + "/task?appServerID=node-1&taskID=" + l.size.id() + f.query
+	url := "http://" + s.Plain + "/task?" + nodeQuery("node-1", l.size.id()) + f.query
 	header := []string{"Accept-Encoding: gzip"}
 	if f.authorization != "" {
 		header = append(header, "Authorization: "+f.authorization)

@@ -171,7 +171,7 @@ func (h *harness) recordWaiting(ctx context.Context, c *contender) error {
 	url := "http://" + s.Plain + byPair(load{}, latePrefix+h.sizes[0].id())
 	r, err := h.get(ctx, url, true)
 	if err == nil {
-		err = checkBody(r.header.Get("Content-Encoding"), r.body, []byte(pendingReport), true)
+		err = r.check([]byte(pendingReport), true)
 	}
 	if err != nil {
 		return err
@@ -181,7 +181,7 @@ func (h *harness) recordWaiting(ctx context.Context, c *contender) error {
 	if r, err = h.get(ctx, url+"&wait=60", true); err != nil {
 		return err
 	}
-	if err := checkBody(r.header.Get("Content-Encoding"), r.body, h.sizes[0].document, true); err != nil {
+	if err := r.check(h.sizes[0].document, true); err != nil {
 		return err
 	}
 	return h.save(waitingRecorded, recorded{Header: r.header, Body: r.body})

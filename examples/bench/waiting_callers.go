@@ -37,7 +37,7 @@ func (w *waitingCallers) answers() (n int, first, last time.Time) {
 
 // path returns the path that a caller requests.
 func (w *waitingCallers) path(i int) string {
-	return fmt.Sprintf("/task?appServerID=node-1&taskID=%s&wait=%d", w.task(i), waitSeconds)
+	return fmt.Sprintf("/task?%s&wait=%d", nodeQuery("node-1", w.task(i)), waitSeconds)
 }
 
 // answer records the answer to a caller, which must be the finished report.

@@ -55,6 +55,7 @@ func (m *Metrics) Collectors() []prometheus.Collector {
 	return []prometheus.Collector{m.pending, m.oldest, m.finished, m.failed, m.givenUp, m.refused}
 }
 
+// each calls do for what each follower has pending.
 func (m *Metrics) each(do func(pending)) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
