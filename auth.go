@@ -180,11 +180,11 @@ func (cs clients) find(presented string) *client {
 // bearerToken returns the token of RFC 6750, section 2.1. Another scheme is ignored: a site may use basic_auth as well.
 func bearerToken(header http.Header) string {
 	const scheme = "Bearer "
-	value := header.Get("Authorization")
-	if len(value) < len(scheme) || !strings.EqualFold(value[:len(scheme)], scheme) {
+	values := header["Authorization"]
+	if len(values) == 0 || len(values[0]) < len(scheme) || !strings.EqualFold(values[0][:len(scheme)], scheme) {
 		return ""
 	}
-	return strings.TrimLeft(value[len(scheme):], " ")
+	return strings.TrimLeft(values[0][len(scheme):], " ")
 }
 
 // warnOfQuery warns once that the client sends its secret in the query.

@@ -248,27 +248,25 @@ func BenchmarkMiss(b *testing.B) {
 // BenchmarkRequestInfo measures what placeholders and the fields of the access log cost a request, on top of the replacer
 // and the fields that Caddy makes for every request.
 func BenchmarkRequestInfo(b *testing.B) {
-	request := func(logs *caddyhttp.ServerLogConfig) *http.Request {
-		r := httptest.NewRequest(http.MethodGet, "/task", nil)
-		return r.WithContext(context.WithValue(r.Context(), caddyhttp.ServerCtxKey, &caddyhttp.Server{Logs: logs}))
-	}
+	r := httptest.NewRequest(http.MethodGet, "/task", nil)
 	for _, test := range []struct {
 		name   string
-		r      *http.Request
-		attach func(*http.Request) *requestInfo
+		logs   *caddyhttp.ServerLogConfig
+		attach func(*http.Request, *caddyhttp.Server) *requestInfo
 	}{
-		{"none", request(nil), func(*http.Request) *requestInfo { return nil }},
-		{"placeholders", request(nil), newRequestInfo},
-		{"access-log", request(new(caddyhttp.ServerLogConfig)), newRequestInfo},
+		{"none", nil, func(*http.Request, *caddyhttp.Server) *requestInfo { return nil }},
+		{"placeholders", nil, newRequestInfo},
+		{"access-log", new(caddyhttp.ServerLogConfig), newRequestInfo},
 	} {
+		server := &caddyhttp.Server{Logs: test.logs}
 		b.Run(test.name, func(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
 				repl := caddy.NewReplacer()
 				repl.Map(func(string) (any, bool) { return nil, false }) // as Caddy's own, which leaves room for more
-				ctx := context.WithValue(test.r.Context(), caddy.ReplacerCtxKey, repl)
+				ctx := context.WithValue(r.Context(), caddy.ReplacerCtxKey, repl)
 				ctx = context.WithValue(ctx, caddyhttp.ExtraLogFieldsCtxKey, new(caddyhttp.ExtraLogFields))
-				test.attach(test.r.WithContext(ctx))
+				test.attach(r.WithContext(ctx), server)
 			}
 		})
 	}

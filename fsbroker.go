@@ -99,6 +99,7 @@ type Handler struct {
 	Cache *Cache `json:"cache,omitempty"`
 
 	logger    *zap.Logger
+	server    *caddyhttp.Server // in whose routes the handler is; nil in a test without one
 	clients   clients
 	namespace *namespace
 	responder responder
@@ -147,10 +148,11 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 		}
 	}
 	h.responder = responder{memory: h.namespace.member.memory, retryAfter: time.Duration(h.PollInterval), logger: h.logger}
-	if server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
+	var ok bool
+	if h.server, ok = ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
 		// Cleanup comes only after the grace period, which waiting callers would use up.
-		server.RegisterOnShutdown(h.namespace.shutDown)
-		server.RegisterOnStop(h.namespace.drain)
+		h.server.RegisterOnShutdown(h.namespace.shutDown)
+		h.server.RegisterOnStop(h.namespace.drain)
 	}
 	return nil
 }
@@ -236,7 +238,7 @@ var errEncryptionKey = errors.New("encryption_key needs a storage: configure sto
 // ServeHTTP responds with a report. It authenticates the request, parses the query, resolves it, waits for an unfinished
 // report if the caller asks for that, and writes the response.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
-	info := newRequestInfo(r)
+	info := newRequestInfo(r, h.server)
 	e := h.namespace.proxy.match(r)
 	switch {
 	case r.Method == http.MethodOptions:
@@ -286,7 +288,7 @@ func (h *Handler) wait(w http.ResponseWriter, r *http.Request, q *query, res res
 		seconds = preferredWait(r.Header)
 	}
 	maxWait := min(time.Duration(seconds)*time.Second, time.Duration(h.MaxWait))
-	if deadline := writeDeadline(r); !deadline.IsZero() {
+	if deadline := h.writeDeadline(r); !deadline.IsZero() {
 		// Leave time to write the response. Caddy's idle timeout enforces the deadline, so it cannot be extended.
 		maxWait = min(maxWait, time.Until(deadline)*9/10)
 	}
@@ -300,22 +302,21 @@ func (h *Handler) wait(w http.ResponseWriter, r *http.Request, q *query, res res
 }
 
 // writeDeadline returns when the server's write timeout ends the response. It is zero if there is none.
-func writeDeadline(r *http.Request) time.Time {
-	server, ok := r.Context().Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server)
-	if !ok || server.WriteTimeout <= 0 {
+func (h *Handler) writeDeadline(r *http.Request) time.Time {
+	if h.server == nil || h.server.WriteTimeout <= 0 {
 		return time.Time{}
 	}
 	start, ok := caddyhttp.GetVar(r.Context(), "start_time").(time.Time)
 	if !ok {
 		return time.Time{}
 	}
-	return start.Add(time.Duration(server.WriteTimeout))
+	return start.Add(time.Duration(h.server.WriteTimeout))
 }
 
 // undelivered reports whether a response was too late for the server's write timeout. It may be buffered still, so only a
 // flush shows that.
-func undelivered(w http.ResponseWriter, r *http.Request) bool {
-	deadline := writeDeadline(r)
+func (h *Handler) undelivered(w http.ResponseWriter, r *http.Request) bool {
+	deadline := h.writeDeadline(r)
 	if deadline.IsZero() || time.Now().Before(deadline) {
 		return false
 	}
@@ -340,7 +341,7 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, info *requestI
 		status = statusClientClosedRequest
 		w.WriteHeader(status)
 	}
-	if undelivered(w, r) {
+	if h.undelivered(w, r) {
 		status = statusClientClosedRequest
 	}
 	if info.cache == outcomeHit && info.client.hits.count(status) {
@@ -359,7 +360,7 @@ func (h *Handler) pass(w http.ResponseWriter, r *http.Request, info *requestInfo
 	recorder := caddyhttp.NewResponseRecorder(w, nil, nil)
 	call := &proxiedCall{client: info.clientName()}
 	defer func() {
-		countRequest(call.status(recorder.Status(), undelivered(w, r)), outcomeNone, info.clientName(), e)
+		countRequest(call.status(recorder.Status(), h.undelivered(w, r)), outcomeNone, info.clientName(), e)
 	}()
 	if p == nil {
 		info.upstream = roleBroker

@@ -23,15 +23,16 @@ type requestInfo struct {
 	upstream role // of the upstream that answered; none if the report was kept
 }
 
-// newRequestInfo attaches a requestInfo to r. Placeholders and the access log read it only when they are used: setting
-// every value in advance would cost a hit as much as all the rest of it (BenchmarkRequestInfo).
-func newRequestInfo(r *http.Request) *requestInfo {
+// newRequestInfo attaches a requestInfo to r, which is a request to server. Placeholders and the access log read it only
+// when they are used: setting every value in advance would cost a hit as much as all the rest of it
+// (BenchmarkRequestInfo).
+func newRequestInfo(r *http.Request, server *caddyhttp.Server) *requestInfo {
 	info := new(requestInfo)
 	ctx := r.Context()
 	if repl, ok := ctx.Value(caddy.ReplacerCtxKey).(*caddy.Replacer); ok {
 		repl.Map(info.placeholder)
 	}
-	if server, ok := ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok && server.Logs != nil {
+	if server != nil && server.Logs != nil {
 		if extra, ok := ctx.Value(caddyhttp.ExtraLogFieldsCtxKey).(*caddyhttp.ExtraLogFields); ok {
 			extra.Add(zap.Inline(info))
 		}

@@ -63,6 +63,9 @@ func prefersGzip(header http.Header) bool {
 
 // weight parses a weight such as "q=0.5". A missing weight is 1, and a malformed one is 0.
 func weight(parameter string) float64 {
+	if parameter == "" {
+		return 1
+	}
 	value, ok := strings.CutPrefix(strings.ToLower(strings.TrimSpace(parameter)), "q=")
 	if !ok {
 		return 1

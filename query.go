@@ -99,6 +99,9 @@ func cutSecrets(rawQuery string) (q query, rest string) {
 // split splits a name=value pair. A malformed one is rejected.
 func (q *query) split(pair string) (name, value string, ok bool) {
 	rawName, rawValue, _ := strings.Cut(pair, "=")
+	if strings.IndexByte(pair, '%') < 0 && strings.IndexByte(pair, '+') < 0 && strings.IndexByte(pair, ';') < 0 {
+		return rawName, rawValue, true // most are like this, and QueryUnescape looks at each byte
+	}
 	name, nameErr := url.QueryUnescape(rawName)
 	value, valueErr := url.QueryUnescape(rawValue)
 	if nameErr != nil || valueErr != nil || strings.Contains(pair, ";") {

@@ -172,14 +172,15 @@ func (f *fields) set(name, value string) {
 
 // addVary adds to the values of Vary that other handlers have set.
 func (f *fields) addVary(name string) {
-	for _, v := range f.header["Vary"] {
+	others := f.header["Vary"]
+	if len(others) == 0 {
+		f.set("Vary", name)
+		return
+	}
+	for _, v := range others {
 		if strings.EqualFold(v, name) {
 			return
 		}
-	}
-	if len(f.header["Vary"]) == 0 {
-		f.set("Vary", name)
-		return
 	}
 	f.header.Add("Vary", name)
 }
