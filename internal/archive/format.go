@@ -177,10 +177,10 @@ func additionalData(header []byte, name string) []byte { return append(slices.Cl
 // decode reads the value that is stored under a name and must be that of a key. The checksum or the seal shows that it is
 // what was stored, so a document is not inflated here. The error says why the value cannot be used and shows nothing of it:
 // errUnknownVersion, errLostKey, or else it is damaged.
-func decode(stored []byte, name string, key task.Key, ring *Keyring) (value, error) {
+func decode(stored []byte, name string, key task.Key, ring *Keyring) (*value, error) {
 	h, body, err := unwrap(stored, name, key, ring)
 	if err != nil {
-		return value{}, err
+		return nil, err
 	}
 	if h.Sealed == 0 {
 		body = bytes.Clone(body) // the storage may use stored again
@@ -267,8 +267,8 @@ func checkSum(header, rest []byte) (body []byte, err error) {
 }
 
 // parseBody reads a body, which the value keeps.
-func parseBody(h header, body []byte) (value, error) {
-	v := value{kind: h.Kind, at: time.Unix(0, h.At), key: h.Key}
+func parseBody(h header, body []byte) (*value, error) {
+	v := &value{kind: h.Kind, at: time.Unix(0, h.At), key: h.Key}
 	var err error
 	switch h.Kind {
 	case kindDocument:
@@ -279,7 +279,7 @@ func parseBody(h header, body []byte) (value, error) {
 		v.raw = body
 	}
 	if err != nil {
-		return value{}, err
+		return nil, err
 	}
 	return v, nil
 }
@@ -340,7 +340,10 @@ func CheckValue(name string, stored []byte, ring *Keyring) (time.Time, error) {
 		return time.Time{}, errors.New("it is not stored where a value can be")
 	}
 	v, err := decode(stored, name, p.key, ring)
-	return v.at, err
+	if err != nil {
+		return time.Time{}, err
+	}
+	return v.at, nil
 }
 
 // layout is the folder of a namespace in a storage. Namespaces share no folder, so none is swept or purged with another.

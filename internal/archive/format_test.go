@@ -64,7 +64,7 @@ func sampleValues(t testing.TB) map[string]value {
 }
 
 // sameValue reports whether two values are the same. Reports are the same if what is stored of them is.
-func sameValue(a, b value) bool {
+func sameValue(a, b *value) bool {
 	if (a.report == nil) != (b.report == nil) || !a.at.Equal(b.at) {
 		return false
 	}
@@ -102,7 +102,7 @@ func TestValueRoundTrip(t *testing.T) {
 					t.Error("the value is not encrypted")
 				}
 				got, err := decode(stored, name, v.key, ring)
-				if err != nil || !sameValue(v, got) {
+				if err != nil || !sameValue(&v, got) {
 					t.Fatalf("%+v, error %v, want %+v", got, err, v)
 				}
 				if at, err := timeOf(stored, name, v.key, ring); err != nil || !at.Equal(v.at) {
@@ -113,7 +113,7 @@ func TestValueRoundTrip(t *testing.T) {
 				}
 				// The storage may use its memory again.
 				clear(stored)
-				if !sameValue(v, got) {
+				if !sameValue(&v, got) {
 					t.Error("the value changes with the memory that it was read from")
 				}
 			})
@@ -420,7 +420,7 @@ func FuzzDecode(f *testing.F) {
 		if err != nil {
 			return err
 		}
-		again, err := decode(mustEncode(t, v, name, ring), name, k, ring)
+		again, err := decode(mustEncode(t, *v, name, ring), name, k, ring)
 		if err != nil || !sameValue(v, again) || !at.Equal(v.at) {
 			t.Errorf("%x is %+v, which becomes %+v, error %v, time %s", stored, v, again, err, at)
 		}

@@ -53,13 +53,13 @@ func (a *Archive) loadFrom(ctx context.Context, b *Backend, p place, grow func(h
 	v, err := a.read(ctx, b, p, func(stored int) error { return grow(int64(stored)) })
 	var target *task.Key
 	// A reference to a report that has grown since refers to the reference to the large document.
-	for hops := 0; err == nil && v.kind == kindReference && hops < 2; hops++ {
+	for hops := 0; v != nil && v.kind == kindReference && hops < 2; hops++ {
 		if k := v.target.key; k != p.key {
 			target = &k
 		}
 		v, err = a.follow(ctx, b, v, grow)
 	}
-	if err != nil || v.report == nil {
+	if v == nil || v.report == nil {
 		return Found{}, err
 	}
 	retention := a.retention(b)
@@ -70,13 +70,13 @@ func (a *Archive) loadFrom(ctx context.Context, b *Backend, p place, grow func(h
 	return Found{Report: v.report, Target: target, TTL: min(ttl, retention)}, nil
 }
 
-// follow returns the value that a reference refers to.
-func (a *Archive) follow(ctx context.Context, b *Backend, ref value, grow func(held int64) error) (value, error) {
+// follow returns the value that a reference refers to. See read.
+func (a *Archive) follow(ctx context.Context, b *Backend, ref *value, grow func(held int64) error) (*value, error) {
 	if i := a.queued(ref.target.key); i != nil {
-		return value{kind: kindDocument, report: i.Report}, nil
+		return &value{kind: kindDocument, report: i.Report}, nil
 	}
 	if err := grow(ref.size); err != nil {
-		return value{}, err
+		return nil, err
 	}
 	return a.read(ctx, b, ref.target, func(stored int) error { return grow(max(ref.size, int64(stored))) })
 }
@@ -126,31 +126,36 @@ func (a *Archive) newestStored(ctx context.Context, b *Backend, sum [32]byte, al
 	return Found{}, nil
 }
 
-// read returns the value at a place. It returns the zero value if there is none that can be used.
-func (a *Archive) read(ctx context.Context, b *Backend, p place, grow func(stored int) error) (value, error) {
+// read returns the value at a place. It returns nil if there is none that can be used.
+func (a *Archive) read(ctx context.Context, b *Backend, p place, grow func(stored int) error) (*value, error) {
 	name := a.layout.name(p)
 	stored, err := a.load(ctx, b, p.key, name)
 	if stored == nil || err != nil {
-		return value{}, err
+		return nil, err
 	}
 	if err := grow(len(stored)); err != nil {
-		return value{}, err
+		return nil, err
 	}
 	v, err := decode(stored, name, p.key, b.Keyring)
-	switch {
-	case err == nil:
-		return v, nil
-	case errors.Is(err, errUnknownVersion), errors.Is(err, errLostKey):
+	if err != nil {
+		a.reject(b, p, stored, err)
+	}
+	return v, nil
+}
+
+// reject handles a stored value that cannot be used.
+func (a *Archive) reject(b *Backend, p place, stored []byte, err error) {
+	key := zap.String("key", a.layout.name(p))
+	if errors.Is(err, errUnknownVersion) || errors.Is(err, errLostKey) {
 		if a.leaveAlone(p.key) {
-			b.Logger.Warn("a stored value cannot be read and is left alone", zap.String("key", name), errorField(err))
+			b.Logger.Warn("a stored value cannot be read and is left alone", key, errorField(err))
 		}
-		return value{}, nil
+		return
 	}
-	b.Logger.Warn("a stored value is damaged and is set aside", zap.String("key", name), errorField(err))
+	b.Logger.Warn("a stored value is damaged and is set aside", key, errorField(err))
 	if err := a.setAside(b, p, stored); err != nil {
-		b.Logger.Warn("a damaged value could not be set aside", zap.String("key", name), errorField(err))
+		b.Logger.Warn("a damaged value could not be set aside", key, errorField(err))
 	}
-	return value{}, nil
 }
 
 // load loads a stored value. It returns nil if there is none.

@@ -132,7 +132,7 @@ func TestKeysAreRotated(t *testing.T) {
 		} {
 			stored := mustEncode(t, v, name, test.sealed)
 			got, err := decode(stored, name, k, test.opened)
-			if !errors.Is(err, test.want) || err == nil && !sameValue(v, got) {
+			if !errors.Is(err, test.want) || err == nil && !sameValue(&v, got) {
 				t.Errorf("%s: %+v, error %v, want %v", form, got, err, test.want)
 			}
 			if at, err := timeOf(stored, name, k, test.opened); err != nil || !at.Equal(v.at) {

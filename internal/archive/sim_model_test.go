@@ -156,7 +156,7 @@ func (m *model) read(name string, p place, stored []byte) state {
 	case err != nil:
 		return state{what: broken}
 	}
-	s := state{what: sound, val: v}
+	s := state{what: sound, val: *v}
 	if v.report != nil {
 		s.id = idOf(v.report)
 	}

@@ -90,6 +90,7 @@ func newCall[V any](fn Func[V]) *call[V] {
 
 // run runs the current call of a slot, and then the next, until there is none.
 func (g *Group[K, V]) run(key K, s *slot[V]) {
+	growStack()
 	for c := s.current; c != nil; {
 		c.value, c.err = c.fn(c.ctx, c.fresh)
 		c.cancel(nil)
@@ -104,6 +105,20 @@ func (g *Group[K, V]) run(key K, s *slot[V]) {
 		close(ended.done)
 	}
 }
+
+// growStack makes the stack of a new goroutine grow to 4 KiB, which calls need. Growing later takes longer, because the
+// frames of the call are copied then (BenchmarkStored).
+//
+//go:noinline
+func growStack() {
+	var frame [2 << 10]byte
+	use(frame[:])
+}
+
+// use keeps the compiler from leaving out what is not used otherwise.
+//
+//go:noinline
+func use([]byte) {}
 
 // leave removes a caller from a call.
 func (g *Group[K, V]) leave(key K, c *call[V]) {
