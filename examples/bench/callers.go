@@ -326,7 +326,9 @@ func (c *caller) read() (reply, error) {
 		}
 		switch string(name) {
 		case "Content-Length":
-			r.length, err = strconv.ParseInt(string(value), 10, 64)
+			if r.length, err = strconv.ParseInt(string(value), 10, 64); err != nil {
+				return reply{}, fmt.Errorf("the Content-Length is %q", value)
+			}
 		case "Content-Encoding":
 			r.encoding = string(value)
 		case "Transfer-Encoding":

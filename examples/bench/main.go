@@ -43,7 +43,7 @@ func main() {
 	flag.IntVar(&o.serverCPUs, "server-cpus", runtime.NumCPU()/2, "number of CPUs that are reserved for the servers; the clients and the node use the others. With 0, all share all CPUs")
 	peers := flag.String("peers", ".", "regular expression for the names of the servers to compare with the module")
 	loads := flag.String("loads", ".", "regular expression for the names of the loads, such as '^HTTPS, gzip'")
-	parts := flag.String("parts", ".", "regular expression for what to measure: load, unauthorized, memory, cold, miss, misses, polls, compression, collections, waiting, protocols, http3, "+
+	parts := flag.String("parts", ".", "regular expression for what to measure: load, unauthorized, memory, cold, miss, misses, polls, compression, collections, waiting, protocols, http3, instructions, "+
 		"storage hits, storage writes, storage stop, storage purge, storage sweep, storage heap, restart, "+
 		"growth nodes, growth sites, growth stored, growth harvest")
 	delays := flag.String("delays", "0s,5ms,20ms", "how long each operation of the storage takes at least")

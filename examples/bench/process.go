@@ -43,7 +43,7 @@ func onServerCPUs(serverCPUs int, name string, args []string) (string, []string)
 }
 
 // maxStart is how long a process may take until it listens.
-const maxStart = 15 * time.Second
+const maxStart = time.Minute
 
 // startProcess starts a command and waits until it listens on address.
 func startProcess(ctx context.Context, folder, address string, env []string, name string, args ...string) (*process, error) {

@@ -132,7 +132,7 @@ func protocolLoads(sizes []size) []load {
 
 // protocols compares the module with the bare handler and nginx over HTTP/1.1 and HTTP/2.
 func (h *harness) protocols(ctx context.Context, participants []*contender, results *results) error {
-	return h.measureProtocols(ctx, "h1 h2 h2c", protocolLoads(h.sizes), participants, results)
+	return h.measureProtocols(ctx, withH2C, protocolLoads(h.sizes), participants, results)
 }
 
 // http3 compares the module with the bare handler over HTTP/3. Its servers are others, because Caddy announces HTTP/3 in

@@ -14,17 +14,18 @@ import (
 
 // results are the results of a run.
 type results struct {
-	loads       []loadResult
-	floods      []floodResult
-	memory      []memoryResult
-	cold        []coldResult
-	misses      []missResult
-	missLoads   [][]missLoadResult // with the rounds of each trial
-	polls       [][]pollResult     // with the rounds of each trial
-	compression []compressionResult
-	collections []collectionsResult
-	protocols   []loadResult
-	waiting     []*waitingRounds
+	loads        []loadResult
+	floods       []floodResult
+	memory       []memoryResult
+	cold         []coldResult
+	misses       []missResult
+	missLoads    [][]missLoadResult // with the rounds of each trial
+	polls        [][]pollResult     // with the rounds of each trial
+	compression  []compressionResult
+	collections  []collectionsResult
+	protocols    []loadResult
+	instructions []instructionsResult
+	waiting      []*waitingRounds
 
 	// Of the storage, with the rounds of each trial.
 	hits    [][]hitsResult
@@ -94,6 +95,7 @@ func (r *results) print(ctx context.Context, out io.Writer, h *harness) {
 		{len(r.compression), r.printCompression}, {len(r.collections), r.printCollections}, {len(r.waiting), r.printWaiting},
 		{len(r.loads), r.printGoals},
 		{len(r.protocols), r.printProtocols}, {len(r.protocols), r.printProtocolGoals}, {len(r.protocols), r.printProtocolLoads},
+		{len(r.instructions), r.printInstructions},
 		{len(r.hits), r.printHits}, {len(r.writes), r.printWrites}, {len(r.stops), r.printStops},
 		{len(r.purges), r.printPurges}, {len(r.sweeps), r.printSweeps},
 		{len(r.through), r.printThrough}, {len(r.restarts), r.printRestarts},
@@ -308,7 +310,7 @@ func versions(ctx context.Context) string {
 			}
 		}
 	}
-	for _, command := range [][]string{{"nginx", "-v"}, {"varnishd", "-V"}, {"wrk", "-v"}, {"h2load", "--version"}} {
+	for _, command := range [][]string{{"nginx", "-v"}, {"varnishd", "-V"}, {"wrk", "-v"}, {"h2load", "--version"}, {"valgrind", "--version"}} {
 		out, _ := exec.CommandContext(ctx, command[0], command[1:]...).CombinedOutput() //nolint:gosec // it is one of these
 		line, _, _ := strings.Cut(string(out), "\n")
 		line = strings.TrimPrefix(line, "nginx version: ")

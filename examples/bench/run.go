@@ -42,6 +42,9 @@ type harness struct {
 // defaultProtocols are those of the parts that do not compare protocols.
 const defaultProtocols = "h1 h2"
 
+// withH2C are those of the parts that compare protocols over TCP.
+const withH2C = "h1 h2 h2c"
+
 func newHarness(ctx context.Context, o options) (*harness, error) {
 	h := &harness{options: o, caddyProtocols: defaultProtocols, kept: make(map[string]bool)}
 	var err error
@@ -155,7 +158,7 @@ func (h *harness) parts() []part {
 		{"load", h.load}, {"unauthorized", h.unauthorized}, {"memory", h.memory}, {"cold", h.cold}, {"miss", h.miss},
 		{"misses", h.misses}, {"polls", h.polls}, {"compression", h.compression}, {"collections", h.collections},
 		{"waiting", h.waiting},
-		{"protocols", h.protocols}, {"http3", h.http3},
+		{"protocols", h.protocols}, {"http3", h.http3}, {"instructions", h.countInstructions},
 		{"storage hits", h.storageHits}, {"storage writes", h.storageWrites}, {"storage stop", h.storageStop},
 		{"storage purge", h.storagePurge}, {"storage sweep", h.storageSweep}, {"storage heap", h.storageHeap},
 		{"restart", h.restart},
