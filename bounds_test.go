@@ -201,7 +201,7 @@ func TestSlowReaders(t *testing.T) {
 
 // Nothing is inflated to say that a report is unchanged, or how long it is.
 func TestNothingIsInflatedForAHeader(t *testing.T) {
-	document := dense(40 * mib)
+	document := dense(10 * mib)
 	node := newBackend(t, responds(http.StatusOK, document))
 	s := startSite(t, options(node, ""))
 	s.get(pair, "Accept-Encoding: gzip").wantStatus(t, http.StatusOK)

@@ -360,6 +360,7 @@ func (h *Handler) pass(w http.ResponseWriter, r *http.Request, info *requestInfo
 	recorder := caddyhttp.NewResponseRecorder(w, nil, nil)
 	call := &proxiedCall{client: info.clientName()}
 	defer func() {
+		call.body.end()
 		countRequest(call.status(recorder.Status(), h.undelivered(w, r)), outcomeNone, info.clientName(), e)
 	}()
 	if p == nil {

@@ -179,7 +179,7 @@ func (s *site) trust() {
 				DisableCompression:  true, // tests set Accept-Encoding themselves
 				MaxIdleConnsPerHost: 300,
 			},
-			Timeout: 20 * time.Second,
+			Timeout: time.Minute,
 		}
 	}
 	// Another process takes a moment to start.

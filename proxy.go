@@ -137,12 +137,16 @@ type callerBody struct {
 
 	mu      sync.Mutex // held while it is read
 	problem *problem   // why it could not be read
+	ended   bool       // it must not be read any more
 }
 
 // Read implements io.Reader.
 func (b *callerBody) Read(p []byte) (int, error) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
+	if b.ended {
+		return 0, http.ErrBodyReadAfterClose
+	}
 	n, err := b.ReadCloser.Read(p)
 	if err == nil || errors.Is(err, io.EOF) {
 		return n, err
@@ -155,6 +159,15 @@ func (b *callerBody) Read(p []byte) (int, error) {
 		b.problem = &problem{kind: problemIncompleteRequest, detail: "the request is malformed, or ended early: send it again"}
 	}
 	return n, b.problem
+}
+
+// end keeps the body from being read from now on, unless it is being read. A transport may go on reading when the handler
+// has returned, and Caddy looks at the length of what was read then.
+func (b *callerBody) end() {
+	if b != nil && b.mu.TryLock() {
+		b.ended = true
+		b.mu.Unlock()
+	}
 }
 
 // late returns the problem of a body that did not arrive in time, or nil. The server ends the context of such a request
