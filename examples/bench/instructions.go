@@ -142,11 +142,7 @@ func (l load) count(ctx context.Context, c *contender, s *server) (instructions,
 // request makes a request n times, and checks the responses.
 func (l load) request(ctx context.Context, client *http.Client, r request, got answer, n int) error {
 	for range n {
-		a, err := r.send(ctx, client)
-		if err == nil {
-			err = l.kind.check(a, got)
-		}
-		if err != nil {
+		if err := l.kind.send(ctx, client, r, got); err != nil {
 			return err
 		}
 	}

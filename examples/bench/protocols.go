@@ -105,6 +105,15 @@ func (k kind) check(r, got answer) error {
 	return nil
 }
 
+// send makes a request of this kind, and checks the answer. got is the answer to a hit.
+func (k kind) send(ctx context.Context, client *http.Client, r request, got answer) error {
+	a, err := r.send(ctx, client)
+	if err != nil {
+		return err
+	}
+	return k.check(a, got)
+}
+
 // manyStreams is the number of requests at a time on a connection that has more than one.
 const manyStreams = 32
 
@@ -203,11 +212,7 @@ func (l load) prepare(ctx context.Context, c *contender, s *server) (r request, 
 		return request{}, answer{}, err
 	}
 	r = l.kind.request(url, l.gzip, got.header.Get("ETag"))
-	a, err := r.send(ctx, client)
-	if err == nil {
-		err = l.kind.check(a, got)
-	}
-	return r, got, err
+	return r, got, l.kind.send(ctx, client, r, got)
 }
 
 // clients makes the requests of the load with Go's clients, for what h2load cannot do. They take more CPU time than
@@ -226,11 +231,7 @@ func (h *harness) clients(ctx context.Context, l load, r request, got answer) (a
 			client := l.protocol.client()
 			defer closeClient(client)
 			for sent := time.Now(); sent.Before(end) && ctx.Err() == nil; sent = time.Now() {
-				a, err := r.send(ctx, client)
-				if err == nil {
-					err = l.kind.check(a, got)
-				}
-				if err != nil {
+				if err := l.kind.send(ctx, client, r, got); err != nil {
 					cancel(err)
 				}
 				parts[i].took = append(parts[i].took, time.Since(sent))
