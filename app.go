@@ -322,6 +322,7 @@ func loadTransport(ctx caddy.Context, h *Handler) (*reverseproxy.HTTPTransport, 
 	if transport.Transport.MaxResponseHeaderBytes == 0 {
 		transport.Transport.MaxResponseHeaderBytes = maxResponseHeader
 	}
+	withPatientWrites(transport.Transport)
 	return transport, nil
 }
 

@@ -239,20 +239,41 @@ var errEncryptionKey = errors.New("encryption_key needs a storage: configure sto
 // report if the caller asks for that, and writes the response.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
 	info := newRequestInfo(r, h.server)
+	if r.ContentLength == 0 { // as most requests
+		h.serve(w, r, info)
+		return nil
+	}
+	body := newCallerBody(r.Body)
+	r.Body = body
+	if r.ProtoMajor == 1 {
+		w = &closingWriter{&caddyhttp.ResponseWriterWrapper{ResponseWriter: w}, body}
+	}
+	defer body.stop(w)
+	h.serve(w, r, info)
+	if info.client == nil {
+		body.linger(w, r, lingerForOthers)
+	} else {
+		body.linger(w, r, lingerForClients)
+	}
+	return nil
+}
+
+// serve responds to a request.
+func (h *Handler) serve(w http.ResponseWriter, r *http.Request, info *requestInfo) {
 	e := h.namespace.proxy.match(r)
 	switch {
 	case r.Method == http.MethodOptions:
 		countRequest(writeOptions(w, e), outcomeNone, "", e)
-		return nil
+		return
 	case e != taskEndpoint:
 		h.pass(w, r, info, e)
-		return nil
+		return
 	}
 	q := parseQuery(r.URL.RawQuery)
 	q.direct(r.Header)
 	if p := h.admit(r, &q, info, e); p != nil {
 		h.respond(w, r, info, result{}, p)
-		return nil
+		return
 	}
 	res, err := h.namespace.resolver.resolve(r.Context(), &q)
 	if err == nil && !res.entry.report.Finished() {
@@ -260,7 +281,6 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 		res, err = h.wait(w, r, &q, res)
 	}
 	h.respond(w, r, info, res, err)
-	return nil
 }
 
 // admit authenticates the request and returns the problem that keeps it from being served, if there is one.
@@ -360,7 +380,6 @@ func (h *Handler) pass(w http.ResponseWriter, r *http.Request, info *requestInfo
 	recorder := caddyhttp.NewResponseRecorder(w, nil, nil)
 	call := &proxiedCall{client: info.clientName()}
 	defer func() {
-		call.body.end()
 		countRequest(call.status(recorder.Status(), h.undelivered(w, r)), outcomeNone, info.clientName(), e)
 	}()
 	if p == nil {

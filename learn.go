@@ -41,19 +41,11 @@ type learner struct {
 	broker   *upstream
 
 	body        io.ReadCloser
-	chunks      chan answerChunk // of the body
-	closed      context.Context  // ends when the caller needs no more
-	close       context.CancelFunc
+	reads       *backgroundReader // of the body
 	reservation *reservation
 	held        []byte
 	err         error          // that ended what is held; io.EOF if that is the whole answer
 	rest        *io.PipeWriter // to the reader of what follows; nil if there is none
-}
-
-// answerChunk is a part of an answer.
-type answerChunk struct {
-	data []byte
-	err  error // after data
 }
 
 // isSubmit reports whether a request submits files.
@@ -69,14 +61,12 @@ func learn(ctx context.Context, f *harvest.Follower, broker *upstream, client st
 	}
 	l := &learner{
 		follower: f, client: client, broker: broker,
-		body: resp.Body, chunks: make(chan answerChunk),
+		body: resp.Body, reads: newBackgroundReader(resp.Body, chunkSize),
 	}
-	l.closed, l.close = context.WithCancel(context.Background())
 	l.reservation = broker.memory.reserve(&broker.share)
 	resp.Body = l
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), maxNoting)
 	defer cancel()
-	go l.receive()
 	l.hold(ctx)
 	if l.err == nil {
 		reader, writer := io.Pipe()
@@ -90,31 +80,14 @@ func learn(ctx context.Context, f *harvest.Follower, broker *upstream, client st
 	_ = l.follower.Add(ctx, targets) // what cannot be noted now is followed, and noted later
 }
 
-// receive reads the answer. A read cannot be given up when it takes too long, so it has a goroutine of its own.
-func (l *learner) receive() {
-	for {
-		data := make([]byte, chunkSize)
-		n, err := l.body.Read(data)
-		select {
-		case l.chunks <- answerChunk{data[:n], err}:
-		case <-l.closed.Done():
-			return
-		}
-		if err != nil {
-			return
-		}
-	}
-}
-
 // hold receives what is held of the answer.
 func (l *learner) hold(ctx context.Context) {
 	for len(l.held) < maxHeld && l.err == nil && l.reservation.grow(int64(2*(len(l.held)+chunkSize))) { // the old and the new
-		select {
-		case c := <-l.chunks:
-			l.held, l.err = append(l.held, c.data...), c.err
-		case <-ctx.Done():
+		c, ok := l.reads.next(ctx.Done())
+		if !ok {
 			return
 		}
+		l.held, l.err = append(l.held, c.data...), c.err
 	}
 }
 
@@ -159,7 +132,7 @@ func (l *learner) warn(err error) {
 // Read implements io.Reader.
 func (l *learner) Read(p []byte) (int, error) {
 	if len(l.held) == 0 && l.err == nil {
-		c := <-l.chunks
+		c, _ := l.reads.next(nil)
 		l.held, l.err = c.data, c.err
 		_, _ = l.rest.Write(c.data) // its reader reads to the end
 	}
@@ -176,7 +149,6 @@ func (l *learner) Close() error {
 	if l.rest != nil {
 		_ = l.rest.Close()
 	}
-	l.close()
 	l.reservation.release()
 	return l.body.Close()
 }

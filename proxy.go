@@ -90,10 +90,7 @@ func (p *proxy) serve(w caddyhttp.ResponseRecorder, r *http.Request, e *endpoint
 	out.URL = &url.URL{Path: e.path, RawQuery: rawQuery}
 	out.RequestURI = out.URL.RequestURI() // reverse_proxy logs it
 	out.Header = withoutSecrets(r.Header)
-	if r.Body != nil && r.Body != http.NoBody {
-		call.body = &callerBody{ReadCloser: r.Body}
-		out.Body = call.body
-	}
+	call.body, _ = r.Body.(*callerBody)
 	err := p.reverse.ServeHTTP(w, out, caddyhttp.HandlerFunc(func(http.ResponseWriter, *http.Request) error { return nil }))
 	if err == nil || w.Status() != 0 {
 		return nil
@@ -129,59 +126,6 @@ func dropFields(header http.Header, unwanted func(value string) bool) {
 			delete(header, name)
 		}
 	}
-}
-
-// callerBody is the body of a caller's request. Its errors are problems, so that they are not taken for the broker's.
-type callerBody struct {
-	io.ReadCloser
-
-	mu      sync.Mutex // held while it is read
-	problem *problem   // why it could not be read
-	ended   bool       // it must not be read any more
-}
-
-// Read implements io.Reader.
-func (b *callerBody) Read(p []byte) (int, error) {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.ended {
-		return 0, http.ErrBodyReadAfterClose
-	}
-	n, err := b.ReadCloser.Read(p)
-	if err == nil || errors.Is(err, io.EOF) {
-		return n, err
-	}
-	if limit, ok := errors.AsType[*http.MaxBytesError](err); ok {
-		b.problem = &problem{kind: problemRequestTooLarge, detail: "the request has more than " + strconv.FormatInt(limit.Limit, 10) + " bytes: send less"}
-	} else if isTimeout(err) {
-		b.problem = &problem{kind: problemRequestTimeout, detail: "the request did not arrive in time: send it again, faster"}
-	} else {
-		b.problem = &problem{kind: problemIncompleteRequest, detail: "the request is malformed, or ended early: send it again"}
-	}
-	return n, b.problem
-}
-
-// end keeps the body from being read from now on, unless it is being read. A transport may go on reading when the handler
-// has returned, and Caddy looks at the length of what was read then.
-func (b *callerBody) end() {
-	if b != nil && b.mu.TryLock() {
-		b.ended = true
-		b.mu.Unlock()
-	}
-}
-
-// late returns the problem of a body that did not arrive in time, or nil. The server ends the context of such a request
-// while the body is read, although the caller has not left.
-func (b *callerBody) late() *problem {
-	if b == nil {
-		return nil
-	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if b.problem == nil || b.problem.kind != problemRequestTimeout {
-		return nil
-	}
-	return b.problem
 }
 
 // proxiedCall is a request that is passed to the broker.
@@ -230,7 +174,13 @@ func (t *proxyTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	a := &proxiedAnswer{upstream: u, call: call, span: span}
 
 	var dial dialTrace
-	out := u.proxiedRequest(httptrace.WithClientTrace(ctx, dial.trace()), req)
+	traced := httptrace.WithClientTrace(ctx, dial.trace())
+	if call.body != nil {
+		var stop func()
+		traced, stop = giveUpWithConnection(traced, call.body)
+		defer stop()
+	}
+	out := u.proxiedRequest(traced, req)
 	learns := t.follower != nil && isSubmit(req)
 	if learns {
 		out.Header.Del("Accept-Encoding") // the answer must be read
@@ -247,6 +197,9 @@ func (t *proxyTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	a.outcome = response{start: start, cause: err, dialFailed: dial.failed()}
 	if err == nil {
 		a.outcome.status = resp.StatusCode
+		if call.body != nil && resp.StatusCode >= http.StatusBadRequest {
+			call.body.refuse()
+		}
 	}
 	u.judgeProxied(ctx, &a.outcome, &dial)
 	u.health.record(sourceOther, a.outcome)

@@ -66,6 +66,7 @@ func TestSoak(t *testing.T) {
 	repeatedly(3, s.wait)
 	repeatedly(3, s.callLiar)
 	repeatedly(4, s.callStaller)
+	repeatedly(3, s.upload)
 	for _, ns := range s.namespaces {
 		for range ns.slowReaders {
 			wg.Go(func() {
@@ -178,7 +179,7 @@ type soak struct {
 	peak      atomic.Int64 // of the heap
 	uncounted atomic.Int64 // the largest part of the heap that no namespace counts
 
-	requests, finished, repeats, excused, expired, lost, unchanged, slow, waits, lies, stalls, faults, reloads atomic.Int64
+	requests, finished, repeats, excused, expired, lost, unchanged, slow, waits, lies, stalls, faults, reloads, reloaded, uploads, refusedUploads atomic.Int64
 }
 
 // newSoak starts the upstreams, and a site for each namespace, and a second one for the first.
@@ -200,9 +201,14 @@ func newSoak(t *testing.T) *soak {
 		s.secrets = append(s.secrets, []byte(ns.secret))
 		ns.options += "\n"
 		for name, address := range map[string]string{"node node-1": node, "broker": broker, "node liar": liar, "node staller": staller} {
-			ns.options += fmt.Sprintf("%s %s {env.%s}\n", name, address, variable)
+			ns.options += fmt.Sprintf("%s %s {env.%s}", name, address, variable)
+			if name == "broker" {
+				ns.options += " {\n proxy /submit\n }"
+			}
+			ns.options += "\n"
 		}
-		s.directives += fmt.Sprintf("fsbroker_task /%s {\n secret tester {env.CALLER_SECRET}\n %s }\n", ns.name, ns.options)
+		directive := fmt.Sprintf("{\n secret tester {env.CALLER_SECRET}\n %s }\n", ns.options)
+		s.directives += fmt.Sprintf("fsbroker_task /%[1]s %[2]s handle_path /upload/%[1]s/* {\n fsbroker_task %[2]s }\n", ns.name, directive)
 	}
 	s.directives += fmt.Sprintf("fsbroker_task /again/%s {\n secret another {env.CALLER_SECRET}\n max_wait 1s\n %s }\n", s.namespaces[0].name, s.namespaces[0].options)
 	s.adminSite = newAdminSite(t, "")
@@ -371,8 +377,12 @@ func (s *soak) now() time.Duration { return time.Since(s.began) }
 // asUpstream returns a handler that knows the namespace by the secret that it was asked with.
 func (s *soak) asUpstream(respond func(http.ResponseWriter, *http.Request, *soakNamespace, reportID)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == "/system-info" {
+		switch r.URL.Path {
+		case "/system-info":
 			systemInfo(w, r)
+			return
+		case "/submit":
+			s.accept(w, r)
 			return
 		}
 		query := r.URL.Query()
@@ -924,6 +934,7 @@ func (s *soak) disturb(ctx context.Context) {
 			s.storageFault(make(chan struct{}), nil)
 		default:
 			s.load(s.directives + fmt.Sprintf("\n# %d", s.reloads.Add(1)))
+			s.reloaded.Add(1)
 		}
 	}
 }
@@ -1138,6 +1149,7 @@ func (s *soak) summarize() {
 	happened := map[string]int64{
 		"requests": s.requests.Load(), "finished": s.finished.Load(), "repeats": s.repeats.Load(), "unchanged": s.unchanged.Load(),
 		"slow readers": s.slow.Load(), "waits": s.waits.Load(), "lies": s.lies.Load(), "stalls": s.stalls.Load(),
+		"uploads": s.uploads.Load(), "refused uploads": s.refusedUploads.Load(),
 		"faults": s.faults.Load(), "restarts": s.restarts.Load(),
 	}
 	s.t.Logf("%s: %v, %d reloads, %d excused, %d expired, %d lost", *soakFor, happened, s.reloads.Load(), s.excused.Load(), s.expired.Load(), s.lost.Load())

@@ -362,7 +362,7 @@ func describeBroken(r response) string {
 	switch {
 	case r.status != 0:
 		return "did not finish its answer"
-	case errors.Is(r.cause, io.EOF), errors.Is(r.cause, io.ErrUnexpectedEOF), errors.Is(r.cause, syscall.ECONNRESET):
+	case errors.Is(r.cause, io.EOF), errors.Is(r.cause, io.ErrUnexpectedEOF), errors.Is(r.cause, syscall.ECONNRESET), errors.Is(r.cause, syscall.EPIPE):
 		return "closed the connection without an answer"
 	}
 	return "sent something that is not HTTP"

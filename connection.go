@@ -1,0 +1,78 @@
+package fsbroker
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"net"
+	"net/http"
+	"net/http/httptrace"
+	"syscall"
+)
+
+// connection is a connection to an upstream. An upstream may answer before a request has arrived, and close the connection.
+// Go's transport prefers the error of writing the rest of the request to the answer, whichever it sees first. So that error
+// is held back until there is nothing more to read.
+type connection struct {
+	net.Conn
+	ctx context.Context // ends with the reads of the connection, whose last error is the cause
+	end context.CancelCauseFunc
+}
+
+// withPatientWrites makes a transport hold back the errors of writing. Connections of a TLS server name with placeholders
+// are left as they are: the transport would not know them for TLS.
+func withPatientWrites(transport *http.Transport) {
+	dial := transport.DialContext
+	transport.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+		conn, err := dial(ctx, network, address)
+		if err != nil {
+			return nil, err
+		}
+		c := &connection{Conn: conn}
+		c.ctx, c.end = context.WithCancelCause(context.Background())
+		return c, nil
+	}
+}
+
+// Read implements net.Conn.
+func (c *connection) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if err != nil {
+		c.end(err)
+	}
+	return n, err
+}
+
+// Write implements net.Conn.
+func (c *connection) Write(p []byte) (int, error) {
+	n, err := c.Conn.Write(p)
+	if errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) {
+		<-c.ctx.Done()
+	}
+	return n, err
+}
+
+// Close implements net.Conn.
+func (c *connection) Close() error {
+	c.end(net.ErrClosed)
+	return c.Conn.Close()
+}
+
+// giveUpWithConnection returns a context for a request in which a body is given up when the request's connection ends, with
+// the cause of that: Go's transport waits for a read that is under way, although the caller may send no more. stop ends
+// that.
+func giveUpWithConnection(ctx context.Context, body *callerBody) (traced context.Context, stop func()) {
+	unwatch := func() bool { return false }
+	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
+		GotConn: func(info httptrace.GotConnInfo) { // once for every attempt
+			unwatch()
+			conn := info.Conn
+			if encrypted, ok := conn.(*tls.Conn); ok {
+				conn = encrypted.NetConn()
+			}
+			if c, ok := conn.(*connection); ok {
+				unwatch = context.AfterFunc(c.ctx, func() { body.giveUp(context.Cause(c.ctx)) })
+			}
+		},
+	}), func() { unwatch() }
+}
