@@ -136,11 +136,17 @@ func resolveSecret(repl *caddy.Replacer, secret string) (string, error) {
 // takes from version 2.2.1 on, and the one that the product's public clients send.
 var secretHeaders = [...]string{"Secret", "X-Api-Key"}
 
-// authenticate returns the client that a request comes from, or nil. Every secret that is presented must be valid: a
-// wrong secret beside a right one is a mistake that must not go unnoticed.
+// authenticate returns the client that a request comes from, or nil. Every secret that is presented must be valid, in each
+// line of a repeated field, and an empty one is not: a wrong secret beside a right one is a mistake that must not go unnoticed.
 func (cs clients) authenticate(header http.Header, q *query) *client {
 	var found *client
-	valid := cs.accept(bearerToken(header), &found) && cs.accept(q.serect, &found) && cs.accept(q.secret, &found)
+	valid := true
+	for _, line := range header["Authorization"] {
+		if token, ok := bearerToken(line); ok {
+			valid = valid && cs.accept(token, &found)
+		}
+	}
+	valid = valid && (q.given&paramSerect == 0 || cs.accept(q.serect, &found)) && (q.given&paramSecret == 0 || cs.accept(q.secret, &found))
 	for _, name := range secretHeaders {
 		for _, value := range header[name] {
 			valid = valid && cs.accept(value, &found)
@@ -152,11 +158,8 @@ func (cs clients) authenticate(header http.Header, q *query) *client {
 	return found
 }
 
-// accept reports whether a secret is valid or not presented. It sets found to the client of the first secret.
+// accept reports whether a secret is valid. It sets found to the client of the first secret.
 func (cs clients) accept(presented string, found **client) bool {
-	if presented == "" {
-		return true
-	}
 	c := cs.find(presented)
 	if *found == nil {
 		*found = c
@@ -177,14 +180,19 @@ func (cs clients) find(presented string) *client {
 	return &cs[found]
 }
 
-// bearerToken returns the token of RFC 6750, section 2.1. Another scheme is ignored: a site may use basic_auth as well.
-func bearerToken(header http.Header) string {
-	const scheme = "Bearer "
-	values := header["Authorization"]
-	if len(values) == 0 || len(values[0]) < len(scheme) || !strings.EqualFold(values[0][:len(scheme)], scheme) {
-		return ""
+// bearerToken returns the token of a line of Authorization (RFC 6750, section 2.1), and reports whether the line begins with
+// Bearer. The token is empty if no space separates it from that, so the line is wrong, and not ignored. Another scheme is
+// ignored: a site may use basic_auth as well.
+func bearerToken(line string) (token string, ok bool) {
+	const scheme = "Bearer"
+	line = strings.TrimLeft(line, " \t") // which net/http does for HTTP/1 only
+	if len(line) < len(scheme) || !strings.EqualFold(line[:len(scheme)], scheme) {
+		return "", false
 	}
-	return strings.TrimLeft(values[0][len(scheme):], " ")
+	if rest := line[len(scheme):]; strings.HasPrefix(rest, " ") {
+		token = strings.TrimLeft(rest, " ")
+	}
+	return token, true
 }
 
 // warnOfQuery warns once that the client sends its secret in the query.

@@ -44,8 +44,15 @@ func TestAuthentication(t *testing.T) {
 		"a prefix":                       {"", "Bearer " + callerSecret[:5], 401},
 		"longer":                         {"", "Bearer " + callerSecret + "x", 401},
 		"another case":                   {"", "Bearer " + strings.ToUpper(callerSecret), 401},
+		"bearer without a token":         {"", "Bearer", 401},
+		"bearer and a tab":               {"", "Bearer\t" + callerSecret, 401},
 		"repeated":                       {"&secret=" + callerSecret + "&secret=" + callerSecret, "", 400},
 		"wrong, then right":              {"&secret=wrong&secret=" + callerSecret, "", 401},
+		"right, then wrong":              {"&secret=" + callerSecret + "&secret=wrong", "", 401},
+		"right, wrong, right":            {"&secret=" + callerSecret + "&secret=wrong&secret=" + callerSecret, "", 401},
+		"right, then empty":              {"&serect=" + callerSecret + "&serect=", "", 401},
+		"empty beside right":             {"&serect=&secret=" + callerSecret, "", 401},
+		"without a value beside right":   {"&serect&secret=" + callerSecret, "", 401},
 		"right, but the rest is not":     {"&all=maybe&secret=" + callerSecret, "", 400},
 		"wrong, and the rest is not":     {"&all=maybe&secret=wrong", "", 401},
 		"right, broken escape elsewhere": {"&x=%zz&secret=" + callerSecret, "", 400},
@@ -62,7 +69,7 @@ func TestAuthentication(t *testing.T) {
 			if test.status == 401 {
 				r.wantProblem(t, 401, "unauthorized")
 				challenge := `Bearer realm="fsbroker"`
-				if strings.HasPrefix(strings.ToLower(test.header), "bearer ") && test.header != "Bearer " {
+				if strings.HasPrefix(strings.ToLower(test.header), "bearer") {
 					challenge += `, error="invalid_token"`
 				}
 				r.wantHeader(t, "WWW-Authenticate", challenge)
@@ -91,7 +98,7 @@ func TestSecretInHeader(t *testing.T) {
 		"in another case":               {[]string{"SECRET: " + callerSecret}, 200},
 		"all":                           {[]string{"secret: " + callerSecret, "X-Api-Key: " + callerSecret, "Authorization: Bearer " + callerSecret}, 200},
 		"of another client":             {[]string{"secret: " + brokerSecret}, 200},
-		"empty beside a right one":      {[]string{"secret: ", "X-Api-Key: " + callerSecret}, 200},
+		"repeated":                      {[]string{"secret: " + callerSecret, "secret: " + callerSecret}, 200},
 		"wrong":                         {[]string{"secret: wrong"}, 401},
 		"wrong X-Api-Key":               {[]string{"X-Api-Key: wrong"}, 401},
 		"empty":                         {[]string{"secret: ", "X-Api-Key: "}, 401},
@@ -99,6 +106,9 @@ func TestSecretInHeader(t *testing.T) {
 		"wrong beside bearer":           {[]string{"X-Api-Key: wrong", "Authorization: Bearer " + callerSecret}, 401},
 		"a wrong one repeated":          {[]string{"secret: " + callerSecret, "secret: wrong"}, 401},
 		"a wrong X-Api-Key repeated":    {[]string{"X-Api-Key: wrong", "X-Api-Key: " + callerSecret}, 401},
+		"empty beside a right one":      {[]string{"secret: ", "X-Api-Key: " + callerSecret}, 401},
+		"an empty one repeated":         {[]string{"X-Api-Key: " + callerSecret, "X-Api-Key: "}, 401},
+		"empty beside bearer":           {[]string{"secret: ", "Authorization: Bearer " + callerSecret}, 401},
 		"with the word Bearer":          {[]string{"secret: Bearer " + callerSecret}, 401},
 		"right, with a prefix missing":  {[]string{"secret: " + callerSecret[1:]}, 401},
 		"a node's, not a caller's, one": {[]string{"secret: " + nodeSecret}, 401},
@@ -110,6 +120,58 @@ func TestSecretInHeader(t *testing.T) {
 	}
 	if got := s.logged("ends up in logs"); len(got) > 0 {
 		t.Errorf("a secret in a header is warned of: %v", got)
+	}
+	s.wantNoSecretInLog()
+}
+
+// Each line of Authorization with the scheme Bearer must be right, whatever follows the scheme. Other schemes are ignored.
+func TestEveryAuthorizationCounts(t *testing.T) {
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	s := startSite(t, options(node, "secret other {env.BROKER_SECRET}"))
+	const right, basic = "Bearer " + callerSecret, "Basic YTpi"
+	for name, test := range map[string]struct {
+		authorization []string
+		status        int
+	}{
+		"once":                  {[]string{right}, 200},
+		"twice":                 {[]string{right, right}, 200},
+		"of two clients":        {[]string{right, "Bearer " + brokerSecret}, 200},
+		"beside basic":          {[]string{right, basic}, 200},
+		"after basic":           {[]string{basic, right}, 200},
+		"beside an empty line":  {[]string{right, ""}, 200},
+		"then wrong":            {[]string{right, "Bearer wrong"}, 401},
+		"after wrong":           {[]string{"Bearer wrong", right}, 401},
+		"then basic and wrong":  {[]string{right, basic, "bearer wrong"}, 401},
+		"then none":             {[]string{right, "Bearer"}, 401},
+		"then a tab and wrong":  {[]string{right, "Bearer\twrong"}, 401},
+		"then a tab and right":  {[]string{right, "Bearer\t" + callerSecret}, 401},
+		"then a space, a tab":   {[]string{right, "Bearer \t" + callerSecret}, 401},
+		"then without a space":  {[]string{right, "Bearer" + callerSecret}, 401},
+		"then a colon":          {[]string{right, "Bearer: " + callerSecret}, 401},
+		"then a comma":          {[]string{right, "Bearer, " + right}, 401},
+		"as a list":             {[]string{right + ", " + right}, 401},
+		"only basic":            {[]string{basic, basic}, 401},
+		"without a space":       {[]string{"Bearer" + callerSecret}, 401},
+		"then a space in front": {[]string{right, " \tBearer wrong"}, 401},
+	} {
+		t.Run(name, func(t *testing.T) {
+			s := s.in(t)
+			header := make([]string, len(test.authorization))
+			for i, value := range test.authorization {
+				header[i] = "Authorization: " + value
+			}
+			s.do(t.Context(), http.MethodGet, pair, header...).wantStatus(t, test.status)
+			if test.status == 401 {
+				return
+			}
+			// What is right alone is wrong beside another way in which a secret is presented.
+			for _, wrong := range []string{"&secret=wrong", "&serect="} {
+				s.do(t.Context(), http.MethodGet, pair+wrong, header...).wantStatus(t, 401)
+			}
+			for _, wrong := range []string{"Secret: wrong", "X-Api-Key: "} {
+				s.do(t.Context(), http.MethodGet, pair, append(header, wrong)...).wantStatus(t, 401)
+			}
+		})
 	}
 	s.wantNoSecretInLog()
 }

@@ -289,7 +289,7 @@ func (h *Handler) admit(r *http.Request, q *query, info *requestInfo, e *endpoin
 	if info.client == nil {
 		return &problem{kind: problemUnauthorized, detail: "send a valid secret in a header: Authorization: Bearer <secret> (a field of a form is not read)"}
 	}
-	if q.serect != "" || q.secret != "" {
+	if q.given&paramsSecret != 0 {
 		info.client.warnOfQuery(h.logger)
 	}
 	if !info.client.may(e) {
@@ -304,7 +304,7 @@ func (h *Handler) admit(r *http.Request, q *query, info *requestInfo, e *endpoin
 // wait waits for an unfinished report for as long as the caller asks for, up to MaxWait.
 func (h *Handler) wait(w http.ResponseWriter, r *http.Request, q *query, res result) (result, error) {
 	seconds := q.wait
-	if !q.hasWait {
+	if q.given&paramWait == 0 {
 		seconds = preferredWait(r.Header)
 	}
 	maxWait := min(time.Duration(seconds)*time.Second, time.Duration(h.MaxWait))

@@ -23,11 +23,11 @@ type query struct {
 	all         bool   // the complete report instead of the high-level one
 	nocache     bool   // ask an upstream, whatever is kept
 	onlyCached  bool   // ask no upstream
-	hasWait     bool   // whether wait is given; the header Prefer counts otherwise
-	wait        uint32 // seconds to hold the answer until the report is finished
+	wait        uint32 // seconds to hold the answer until the report is finished; if it is not given, the header Prefer counts
 
-	serect, secret string   // the caller's secret, in both spellings
-	problem        *problem // the first problem of the query; only told to a caller with a valid secret
+	given          parameter // the parameters that the query has
+	serect, secret string    // the caller's secret, in both spellings
+	problem        *problem  // the first problem of the query; only told to a caller with a valid secret
 }
 
 // target returns the query without what concerns only its caller, for use as a key.
@@ -51,13 +51,12 @@ func (q query) id() harvest.ID {
 // authenticated before anything is said about the query.
 func parseQuery(rawQuery string) query {
 	var q query
-	var seen parameter
 	for pair := range strings.SplitSeq(rawQuery, "&") {
 		if pair != "" {
-			q.parse(pair, &seen)
+			q.parse(pair)
 		}
 	}
-	q.check(seen)
+	q.check()
 	return q
 }
 
@@ -75,6 +74,8 @@ const (
 	paramNoCache
 	paramWait
 
+	paramsSecret = paramSerect | paramSecret
+
 	// paramsBesideFile are those that make no sense beside a file: they name another report, or concern the upstreams.
 	paramsBesideFile = paramSubmitID | paramAppServerID | paramTaskID | paramNoCache | paramWait
 )
@@ -82,13 +83,12 @@ const (
 // cutSecrets takes the caller's secrets out of a raw query for the broker. It returns them, and the rest of the query as it
 // was. A parameter whose name differs from that of a secret in its case presents none, but is left out as well.
 func cutSecrets(rawQuery string) (q query, rest string) {
-	var seen parameter
 	var kept []string
 	for pair := range strings.SplitSeq(rawQuery, "&") {
 		switch name, _, ok := q.split(pair); {
 		case !ok:
 		case name == "serect", name == "secret":
-			q.parse(pair, &seen)
+			q.parse(pair)
 		case !strings.EqualFold(name, "serect") && !strings.EqualFold(name, "secret"):
 			kept = append(kept, pair)
 		}
@@ -112,7 +112,7 @@ func (q *query) split(pair string) (name, value string, ok bool) {
 }
 
 // parse parses one name=value pair. Parameters that are not of the Task API are ignored.
-func (q *query) parse(pair string, seen *parameter) {
+func (q *query) parse(pair string) {
 	name, value, ok := q.split(pair)
 	if !ok {
 		return
@@ -139,16 +139,19 @@ func (q *query) parse(pair string, seen *parameter) {
 	case "nocache":
 		which, flag = paramNoCache, &q.nocache
 	case "wait":
-		which, q.hasWait = paramWait, true
+		which = paramWait
 	default:
 		return
 	}
 
-	if *seen&which != 0 {
+	if q.given&which != 0 {
 		q.reject(problemRepeatedParameter, fmt.Sprintf("the parameter %s is given more than once: give it once", name))
+		if which&paramsSecret != 0 && *text != value {
+			*text = "" // which is no secret: all of them must be right, and only one is kept
+		}
 		return
 	}
-	*seen |= which
+	q.given |= which
 	switch {
 	case text != nil:
 		*text = value
@@ -164,17 +167,17 @@ func (q *query) parse(pair string, seen *parameter) {
 }
 
 // check checks that the given parameters identify a report.
-func (q *query) check(seen parameter) {
+func (q *query) check() {
 	switch {
-	case seen&paramSHA256 != 0:
-		q.checkFile(seen)
-	case seen&paramSubmitID != 0:
+	case q.given&paramSHA256 != 0:
+		q.checkFile()
+	case q.given&paramSubmitID != 0:
 		q.checkID("submitID", q.submitID)
-	case seen&(paramAppServerID|paramTaskID) == 0:
+	case q.given&(paramAppServerID|paramTaskID) == 0:
 		q.reject(problemMissingParameter, "no report is named: give submitID, or appServerID and taskID together, or sha256")
-	case seen&paramAppServerID == 0:
+	case q.given&paramAppServerID == 0:
 		q.reject(problemMissingParameter, "taskID needs appServerID beside it (or give submitID instead of both)")
-	case seen&paramTaskID == 0:
+	case q.given&paramTaskID == 0:
 		q.reject(problemMissingParameter, "appServerID needs taskID beside it (or give submitID instead of both)")
 	default:
 		q.checkID("appServerID", q.appServerID)
@@ -188,11 +191,11 @@ func (q *query) checkID(name, id string) {
 	}
 }
 
-func (q *query) checkFile(seen parameter) {
+func (q *query) checkFile() {
 	if _, ok := parseSum(q.sha256); !ok {
 		q.reject(problemMalformedParameter, "the parameter sha256 must be 64 hexadecimal digits")
 	}
-	if seen&paramsBesideFile != 0 {
+	if q.given&paramsBesideFile != 0 {
 		q.reject(problemConflictingParameter, "sha256 cannot be used with submitID, appServerID, taskID, nocache or wait: leave them out")
 	}
 }

@@ -13,16 +13,21 @@ import (
 func TestParseQuery(t *testing.T) {
 	sum := strings.Repeat("0a", 32)
 	for raw, want := range map[string]query{
-		"submitID=s1":                              {submitID: "s1"},
-		"submitID=s1&all&nocache":                  {submitID: "s1", all: true, nocache: true},
-		"&&taskID=t%201&appServerID=a+b&":          {appServerID: "a b", taskID: "t 1"},
-		"appServerID=a&taskID=t&all=no&secret=%26": {appServerID: "a", taskID: "t", secret: "&"},
-		"serect=x=y&submitID=s%C3%A4":              {submitID: "sä", serect: "x=y"},
-		"sha256=" + sum:                            {sha256: sum},
-		"all&sha256=" + strings.ToUpper(sum):       {sha256: strings.ToUpper(sum), all: true},
-		"submitID=s1&wait=0":                       {submitID: "s1", hasWait: true},
-		"submitID=s1&wait=030":                     {submitID: "s1", hasWait: true, wait: 30},
-		"submitID=s1&wait=99999999999999999999":    {submitID: "s1", hasWait: true, wait: math.MaxUint32},
+		"submitID=s1":             {submitID: "s1", given: paramSubmitID},
+		"submitID=s1&all&nocache": {submitID: "s1", all: true, nocache: true, given: paramSubmitID | paramAll | paramNoCache},
+		"&&taskID=t%201&appServerID=a+b&": {
+			appServerID: "a b", taskID: "t 1", given: paramAppServerID | paramTaskID,
+		},
+		"appServerID=a&taskID=t&all=no&secret=%26": {
+			appServerID: "a", taskID: "t", secret: "&", given: paramAppServerID | paramTaskID | paramAll | paramSecret,
+		},
+		"serect=x=y&submitID=s%C3%A4":           {submitID: "sä", serect: "x=y", given: paramSubmitID | paramSerect},
+		"secret&submitID=s1":                    {submitID: "s1", given: paramSubmitID | paramSecret},
+		"sha256=" + sum:                         {sha256: sum, given: paramSHA256},
+		"all&sha256=" + strings.ToUpper(sum):    {sha256: strings.ToUpper(sum), all: true, given: paramSHA256 | paramAll},
+		"submitID=s1&wait=0":                    {submitID: "s1", given: paramSubmitID | paramWait},
+		"submitID=s1&wait=030":                  {submitID: "s1", wait: 30, given: paramSubmitID | paramWait},
+		"submitID=s1&wait=99999999999999999999": {submitID: "s1", wait: math.MaxUint32, given: paramSubmitID | paramWait},
 	} {
 		if got := parseQuery(raw); got != want {
 			t.Errorf("%s: %+v, want %+v", raw, got, want)
@@ -101,10 +106,12 @@ func FuzzQuery(f *testing.F) {
 				t.Errorf("%s is %q, not %q", name, got, values[name])
 			}
 		}
-		if q.hasWait != values.Has("wait") {
-			t.Errorf("has wait %t (%d), want %q", q.hasWait, q.wait, values["wait"])
+		for name, which := range map[string]parameter{"wait": paramWait, "secret": paramSecret, "serect": paramSerect} {
+			if given := q.given&which != 0; given != values.Has(name) {
+				t.Errorf("has %s %t, want %q", name, given, values[name])
+			}
 		}
-		if q.sha256 != "" && (q.submitID+q.appServerID+q.taskID != "" || q.nocache || q.hasWait) {
+		if q.sha256 != "" && (q.submitID+q.appServerID+q.taskID != "" || q.nocache || q.given&paramWait != 0) {
 			t.Errorf("accepted beside a file: %+v", q)
 		}
 		if q.submitID == "" && q.sha256 == "" && (q.appServerID == "" || q.taskID == "") {
@@ -126,7 +133,9 @@ func TestCutSecrets(t *testing.T) {
 		"Secret=x&SERECT=y&a":            {rest: "a"},
 		"all=maybe&wait=x&submitID=&all": {rest: "all=maybe&wait=x&submitID=&all"},
 		"secrets=x&my_secret=y":          {rest: "secrets=x&my_secret=y"},
-		"secret=x&secret=y":              {secret: "x", problem: true},
+		"secret=x&secret=x":              {secret: "x", problem: true},
+		"secret=x&secret=y":              {problem: true},
+		"secret=x&secret=y&secret=x":     {problem: true},
 		"a=1;secret=x":                   {problem: true},
 		"a=%zz&secret=x":                 {secret: "x", problem: true},
 	} {

@@ -139,12 +139,14 @@ func writeOptions(w http.ResponseWriter, e *endpoint) int {
 	return http.StatusNoContent
 }
 
-// challenge returns the value of WWW-Authenticate (RFC 6750, section 3). There is an error only if a token was sent.
+// challenge returns the value of WWW-Authenticate (RFC 6750, section 3). There is an error only if Bearer was used.
 func challenge(header http.Header) string {
-	if bearerToken(header) == "" {
-		return `Bearer realm="fsbroker"`
+	for _, line := range header["Authorization"] {
+		if _, ok := bearerToken(line); ok {
+			return `Bearer realm="fsbroker", error="invalid_token"`
+		}
 	}
-	return `Bearer realm="fsbroker", error="invalid_token"`
+	return `Bearer realm="fsbroker"`
 }
 
 // errPreconditionFailed means that If-Match names another report.
