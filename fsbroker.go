@@ -239,6 +239,7 @@ var errEncryptionKey = errors.New("encryption_key needs a storage: configure sto
 // report if the caller asks for that, and writes the response.
 func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.Handler) error {
 	info := newRequestInfo(r, h.server)
+	info.addVary(w.Header())
 	if r.ContentLength == 0 { // as most requests
 		h.serve(w, r, info)
 		return nil

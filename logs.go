@@ -21,6 +21,8 @@ type requestInfo struct {
 	node     *origin // whose report it is; nil if that is not known
 	cache    outcome
 	upstream role // of the upstream that answered; none if the report was kept
+
+	vary [1]string // of the response; here it takes no allocation of its own
 }
 
 // newRequestInfo attaches a requestInfo to r, which is a request to server. Placeholders and the access log read it only

@@ -15,6 +15,21 @@ import (
 // statusClientClosedRequest is what nginx and Caddy log if the client has left before the response.
 const statusClientClosedRequest = 499
 
+// vary has the request header fields that a response depends on. A shared cache that merges requests for one URL looks at
+// nothing else, so it has all that may hold a secret.
+const vary = "Accept-Encoding, Authorization, Secret, X-Api-Key, Prefer"
+
+// addVary adds vary to the values of Vary that other handlers have set. Each response has a slice of its own: handlers such as
+// Caddy's header may replace the values in place.
+func (i *requestInfo) addVary(header http.Header) {
+	if len(header["Vary"]) > 0 {
+		header.Add("Vary", vary)
+		return
+	}
+	i.vary[0] = vary
+	header["Vary"] = i.vary[:]
+}
+
 // responder writes the responses of a handler.
 type responder struct {
 	memory     *memory
@@ -50,7 +65,6 @@ func (rp *responder) prepare(w http.ResponseWriter, r *http.Request, res result)
 	f := fields{header: w.Header()}
 	f.set("Cache-Status", cacheStatus(res, nil))
 	f.set("X-Content-Type-Options", "nosniff") // reports hold strings that attackers wrote
-	f.addVary("Accept-Encoding")
 	if res.hit {
 		f.set("Age", strconv.Itoa(int(max(0, time.Since(report.At()))/time.Second)))
 	}
@@ -162,7 +176,7 @@ var errDamaged = &problem{kind: problemInternal, detail: "the kept report cannot
 // (BenchmarkHit). Names must be in the canonical form of http.Header.
 type fields struct {
 	header http.Header
-	values [9]string
+	values [8]string
 	n      int
 }
 
@@ -170,21 +184,6 @@ func (f *fields) set(name, value string) {
 	f.values[f.n] = value
 	f.header[name] = f.values[f.n : f.n+1 : f.n+1]
 	f.n++
-}
-
-// addVary adds to the values of Vary that other handlers have set.
-func (f *fields) addVary(name string) {
-	others := f.header["Vary"]
-	if len(others) == 0 {
-		f.set("Vary", name)
-		return
-	}
-	for _, v := range others {
-		if strings.EqualFold(v, name) {
-			return
-		}
-	}
-	f.header.Add("Vary", name)
 }
 
 // cacheStatus returns the field of RFC 9211 for a result, or for the problem that took its place.
