@@ -229,19 +229,20 @@ func newSettings(h *Handler) (settings, error) {
 	}
 	with.setDefaults()
 	values := map[string]any{
-		"transport":       with.TransportRaw,
-		"timeout":         with.Timeout,
-		"poll_interval":   with.PollInterval,
-		"max_report":      with.MaxReport,
-		"fail_duration":   with.FailDuration,
-		"health_interval": with.HealthInterval,
-		"health_timeout":  with.HealthTimeout,
-		"harvest":         with.Harvest,
-		"ttl":             with.Cache.TTL,
-		"max_size":        with.Cache.MaxSize,
-		"storage":         with.Cache.StorageRaw,
-		"retention":       with.Cache.Retention,
-		"encryption_key":  with.Cache.EncryptionKeys,
+		"transport":          with.TransportRaw,
+		"timeout":            with.Timeout,
+		"poll_interval":      with.PollInterval,
+		"max_report":         with.MaxReport,
+		"fail_duration":      with.FailDuration,
+		"health_interval":    with.HealthInterval,
+		"health_timeout":     with.HealthTimeout,
+		"harvest":            with.Harvest,
+		"ttl":                with.Cache.TTL,
+		"max_size":           with.Cache.MaxSize,
+		"storage":            with.Cache.StorageRaw,
+		"retention":          with.Cache.Retention,
+		"encryption_key":     with.Cache.EncryptionKeys,
+		"accept_unencrypted": with.Cache.AcceptUnencrypted,
 	}
 	if b := with.Broker; b != nil {
 		values["broker"], values["proxy"] = b.Endpoint, b.Proxy
@@ -400,6 +401,9 @@ func (c *Cache) keyring() (*archive.Keyring, error) {
 	ring, err := archive.NewKeyring(keys...)
 	if err != nil {
 		return nil, fmt.Errorf("cache.encryption_keys: %w", err)
+	}
+	if ring != nil {
+		ring.AcceptUnsealed = c.AcceptUnencrypted
 	}
 	return ring, nil
 }

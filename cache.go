@@ -50,9 +50,14 @@ type Cache struct {
 	// The keys with which reports are encrypted in the storage (AES-256-GCM). Each has 32 random bytes, written as 64
 	// hexadecimal digits or as base64. The first encrypts, and any of them decrypts: to rotate the key, put a new one in
 	// front, and remove the old one when the retention is over. A report whose key is gone is left alone in the storage, and
-	// is fetched from an upstream again. Reports that are stored unencrypted can be read in either case. A key should be a
-	// placeholder, such as `{file./run/secrets/key}`. Needs a storage. Default: none, so reports are not encrypted
+	// is fetched from an upstream again. So is one that is stored unencrypted, unless `accept_unencrypted` is set. A key should
+	// be a placeholder, such as `{file./run/secrets/key}`. Needs a storage. Default: none, so reports are not encrypted
 	EncryptionKeys []string `json:"encryption_keys,omitempty"`
+
+	// Whether what is stored unencrypted is read although there are `encryption_keys`. It is for the time after encryption was
+	// turned on: remove it when the retention has passed since then. As long as it is set, whoever can write to the storage can
+	// forge reports without a key. Needs `encryption_keys`. Default: false
+	AcceptUnencrypted bool `json:"accept_unencrypted,omitempty"`
 }
 
 const (

@@ -119,6 +119,7 @@ func compareWithOthers(helper httpcaddyfile.Helper, h *Handler, place string) er
 //	        storage   [<module> { ... }]
 //	        retention <duration>
 //	        encryption_key <key> [<older key>...]
+//	        accept_unencrypted
 //	    }
 //	}
 //
@@ -420,18 +421,17 @@ func (h *Handler) unmarshalCache(d *caddyfile.Dispenser) error {
 			err = unmarshalDuration(d, &h.Cache.Retention)
 		case "encryption_key":
 			err = h.Cache.unmarshalKeys(d)
+		case "accept_unencrypted":
+			err = h.Cache.unmarshalAcceptUnencrypted(d)
 		default:
-			err = d.Errf("unknown option %s: the options of cache are namespace, ttl, max_size, storage, retention and encryption_key", option)
+			err = d.Errf("unknown option %s: the options of cache are namespace, ttl, max_size, storage, retention, encryption_key and accept_unencrypted", option)
 		}
 		if err != nil {
 			return err
 		}
 	}
-	if h.Cache.Retention > 0 && h.Cache.StorageRaw == nil {
-		return d.WrapErr(errRetention)
-	}
-	if len(h.Cache.EncryptionKeys) > 0 && h.Cache.StorageRaw == nil {
-		return d.WrapErr(errEncryptionKey)
+	if err := h.Cache.check(); err != nil {
+		return d.WrapErr(err)
 	}
 	return nil
 }
@@ -487,6 +487,17 @@ func (c *Cache) unmarshalKeys(d *caddyfile.Dispenser) error {
 	}
 	c.EncryptionKeys = args
 	return noBlock(d, "encryption_key")
+}
+
+func (c *Cache) unmarshalAcceptUnencrypted(d *caddyfile.Dispenser) error {
+	if c.AcceptUnencrypted {
+		return d.Err("accept_unencrypted is given more than once")
+	}
+	if _, err := arguments(d, 0, 0, "accept_unencrypted"); err != nil {
+		return err
+	}
+	c.AcceptUnencrypted = true
+	return noBlock(d, "accept_unencrypted")
 }
 
 func unmarshalDuration(d *caddyfile.Dispenser, option *caddy.Duration) error {

@@ -18,6 +18,11 @@ func TestCaddyfileToJSON(t *testing.T) {
 			"secret {env.S}\nnode n1 a:1\ncache {\nstorage\n}",
 			`{"secrets":[{"secret":"{env.S}"}],"nodes":[{"app_server_id":"n1","address":"a:1"}],"cache":{"storage":{}}}`,
 		},
+		"encryption": {
+			"secret {env.S}\nnode n1 a:1\ncache {\nstorage\nencryption_key {env.K} {env.J}\naccept_unencrypted\n}",
+			`{"secrets":[{"secret":"{env.S}"}],"nodes":[{"app_server_id":"n1","address":"a:1"}],
+			"cache":{"storage":{},"encryption_keys":["{env.K}","{env.J}"],"accept_unencrypted":true}}`,
+		},
 		"the least": {
 			`secret {env.S}
 			node n1 10.0.0.1:22001`,
@@ -175,7 +180,7 @@ func TestCaddyfileErrors(t *testing.T) {
 		"cache {\nttl 1h\n}\ncache {\nttl 1h\n}":              "cache is given more than once",
 		"cache {\nttl x\n}":                                   "ttl must be a duration of at least 1ms, such as 30s or 24h, not x",
 		"cache {\nmax_size x\n}":                              "max_size must be a size with its unit, such as 64MiB, not x",
-		"cache {\nsize 1\n}":                                  "unknown option size: the options of cache are namespace, ttl, max_size, storage, retention and encryption_key",
+		"cache {\nsize 1\n}":                                  "unknown option size: the options of cache are namespace, ttl, max_size, storage, retention, encryption_key and accept_unencrypted",
 		"cache {\nnamespace\n}":                               "wrong number of arguments: expected namespace <name>",
 		"cache {\nnamespace a/b\n}":                           "namespace must be 1 to 64 letters, digits, dots, dashes or underscores, the first a letter or a digit",
 		"cache {\nnamespace ..\n}":                            "namespace must be 1 to 64 letters, digits, dots, dashes or underscores, the first a letter or a digit",
@@ -188,7 +193,11 @@ func TestCaddyfileErrors(t *testing.T) {
 		"cache {\nstorage\nencryption_key hush \"\"\n}":       "an encryption key is empty",
 		"cache {\nstorage\nencryption_key hush {\nx\n}\n}":    "encryption_key takes no block",
 		"cache {\nencryption_key hush\n}":                     "encryption_key needs a storage: configure storage as well",
-		"cache {\nstorage\nencryption_key hush\nencryption_key hush\n}": "encryption_key is given more than once: give all keys at once, the newest first",
+		"cache {\nstorage\nencryption_key hush\nencryption_key hush\n}":                    "encryption_key is given more than once: give all keys at once, the newest first",
+		"cache {\nstorage\nencryption_key hush\naccept_unencrypted yes\n}":                 "wrong number of arguments: expected accept_unencrypted",
+		"cache {\nstorage\nencryption_key hush\naccept_unencrypted {\nx\n}\n}":             "accept_unencrypted takes no block",
+		"cache {\nstorage\nencryption_key hush\naccept_unencrypted\naccept_unencrypted\n}": "accept_unencrypted is given more than once",
+		"cache {\nstorage\naccept_unencrypted\n}":                                          "accept_unencrypted needs an encryption_key: without one, everything is read",
 		"nodes a b": "unknown option nodes: the options of fsbroker_task are secret, node, broker, transport, timeout, poll_interval, max_wait, max_report, fail_duration, health_interval, health_timeout, harvest and cache",
 	} {
 		t.Run(options, func(t *testing.T) {
@@ -274,16 +283,17 @@ func TestDoubts(t *testing.T) {
 		options string
 		want    []string
 	}{
-		"none":            {"timeout 1s\npoll_interval 100ms\nmax_wait 1s\nhealth_interval 1s\nhealth_timeout 100ms\nmax_report 1MiB\ncache {\nmax_size 1MiB\n}", nil},
-		"the defaults":    {"", nil},
-		"without a unit":  {"cache {\nmax_size 1000000000\n}", nil},
-		"timeout":         {"timeout 30ms", []string{"timeout is only 30ms: an upstream hardly answers in that time; perhaps 30s is meant"}},
-		"poll_interval":   {"poll_interval 1ms", []string{"poll_interval is only 1ms: an upstream is asked that often for each unfinished report; perhaps 1s is meant"}},
-		"max_wait":        {"max_wait 60ms", []string{"max_wait is only 60ms: callers wait for whole seconds; perhaps 60s is meant"}},
-		"health_interval": {"health_interval 10ms", []string{"health_interval is only 10ms: each upstream is checked that often; perhaps 10s is meant"}},
-		"health_timeout":  {"health_timeout 5s", []string{"health_timeout is set, but nothing is checked without health_interval: set that as well; only the request of the admin API's /fsbroker/nodes has that timeout"}},
-		"max_size":        {"cache {\nmax_size 256B\n}", []string{"max_size is only 256 B: hardly a report is kept in memory; perhaps 256 MiB is meant: 256MiB in a Caddyfile, 268435456 in JSON"}},
-		"max_report":      {"max_report 64B", []string{"max_report is only 64 B: hardly a report is that small; perhaps 64 MiB is meant: 64MiB in a Caddyfile, 67108864 in JSON"}},
+		"none":               {"timeout 1s\npoll_interval 100ms\nmax_wait 1s\nhealth_interval 1s\nhealth_timeout 100ms\nmax_report 1MiB\ncache {\nmax_size 1MiB\n}", nil},
+		"the defaults":       {"", nil},
+		"without a unit":     {"cache {\nmax_size 1000000000\n}", nil},
+		"timeout":            {"timeout 30ms", []string{"timeout is only 30ms: an upstream hardly answers in that time; perhaps 30s is meant"}},
+		"poll_interval":      {"poll_interval 1ms", []string{"poll_interval is only 1ms: an upstream is asked that often for each unfinished report; perhaps 1s is meant"}},
+		"max_wait":           {"max_wait 60ms", []string{"max_wait is only 60ms: callers wait for whole seconds; perhaps 60s is meant"}},
+		"health_interval":    {"health_interval 10ms", []string{"health_interval is only 10ms: each upstream is checked that often; perhaps 10s is meant"}},
+		"health_timeout":     {"health_timeout 5s", []string{"health_timeout is set, but nothing is checked without health_interval: set that as well; only the request of the admin API's /fsbroker/nodes has that timeout"}},
+		"max_size":           {"cache {\nmax_size 256B\n}", []string{"max_size is only 256 B: hardly a report is kept in memory; perhaps 256 MiB is meant: 256MiB in a Caddyfile, 268435456 in JSON"}},
+		"accept_unencrypted": {"cache {\nstorage\nencryption_key {env.K}\naccept_unencrypted\n}", []string{"accept_unencrypted is set: whoever can write to the storage can forge reports without a key; remove it when the retention has passed since encryption_key was set"}},
+		"max_report":         {"max_report 64B", []string{"max_report is only 64 B: hardly a report is that small; perhaps 64 MiB is meant: 64MiB in a Caddyfile, 67108864 in JSON"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			h := new(Handler)
@@ -300,6 +310,7 @@ func TestDoubts(t *testing.T) {
 func FuzzCaddyfile(f *testing.F) {
 	f.Add("secret {env.A}\nnode n1 10.0.0.1:22001 s {\nsecret_in serect\n}\nbroker http://b\ncache {\nttl 1h\nmax_size 1MiB\n}")
 	f.Add("secret a {env.B}\nnode n1 https://[::1]:1/x {\nsecret {file./a}\n}\ntransport http {\ntls\n}\ntimeout 3d")
+	f.Add("secret a {env.B}\nnode n1 a:1\ncache {\nstorage\nretention 1d\nencryption_key {env.K}\naccept_unencrypted\n}")
 	f.Add("secret a {env.B} {\nallow /task /Submit\n}\nbroker b:1 {\nproxy /submit /file\n}")
 	f.Fuzz(func(t *testing.T, options string) {
 		h := new(Handler)

@@ -29,6 +29,9 @@ func encrypted(keys ...string) string {
 	return fmt.Sprintf("cache {\n storage\n encryption_key %s\n }", strings.Join(keys, " "))
 }
 
+// accepting is like encrypted, but values that are not encrypted are read as well.
+func accepting(keys ...string) string { return encrypted(append(keys, "\n accept_unencrypted")...) }
+
 func TestEncryption(t *testing.T) {
 	one, oneKey := encryptionKey(t, "FSBROKER_KEY_ONE", hex.EncodeToString)
 	two, twoKey := encryptionKey(t, "FSBROKER_KEY_TWO", base64.StdEncoding.EncodeToString)
@@ -62,8 +65,12 @@ func TestEncryption(t *testing.T) {
 	plain := store(0)
 	body := plain[len(plain)-300:] // of the compressed document
 	s.restart(options(node, encrypted(one)))
+	if has(0) {
+		t.Error("what was stored unencrypted is read with a key")
+	}
+	s.restart(options(node, accepting(one)))
 	if !has(0) {
-		t.Error("what was stored unencrypted cannot be read with a key")
+		t.Error("what was stored unencrypted is not read, although it is accepted")
 	}
 	sealed := store(1)
 	if checkStored(s.values()[0], sealed) == nil || bytes.Contains(sealed, body[:100]) {
@@ -71,20 +78,25 @@ func TestEncryption(t *testing.T) {
 	}
 
 	// Rotation: the new key is put first, and the old one is removed later.
-	s.restart(options(node, encrypted(two, one)))
+	s.restart(options(node, accepting(two, one)))
 	if !has(0) || !has(1) {
 		t.Error("what was stored before the rotation cannot be read")
 	}
 	store(2)
 	s.restart(options(node, encrypted(two)))
 	for range 2 {
-		if has(1) || !has(0) || !has(2) {
+		if has(1) || has(0) || !has(2) {
 			t.Error("without the old key, the wrong reports can be read")
 		}
 	}
-	const lost = "a stored value cannot be read and is left alone"
-	if lines := s.logged(lost); len(lines) != 1 || !strings.Contains(fmt.Sprint(lines[0]["error"]), "key that is not configured") {
-		t.Errorf("the log says about a lost key: %v", lines)
+	const leftAlone, lost, unsealed = "a stored value cannot be read and is left alone", "key that is not configured", "it is not encrypted"
+	var causes []string
+	for _, line := range s.logged(leftAlone) {
+		causes = append(causes, fmt.Sprint(line["error"]))
+	}
+	slices.Sort(causes)
+	if len(causes) != 3 || !strings.Contains(causes[0], lost) || !strings.Contains(causes[1], unsealed) || !strings.Contains(causes[2], unsealed) {
+		t.Errorf("the log says about values that are left alone: %q", causes)
 	}
 
 	// A report whose key is lost is fetched again, and the value is left alone.
@@ -167,6 +179,94 @@ func TestNothingIsStoredUnencrypted(t *testing.T) {
 	s.restart(options(node, brokerOption(broker)+"\n"+encrypted(key)))
 	if r := s.get("/task?submitID=s1"); string(r.body) != document || r.header.Get("Cache-Status") != "fsbroker; hit; detail=storage" {
 		t.Errorf("status %d, %v", r.status, r.header)
+	}
+}
+
+// The log warns once for a namespace that values are accepted which are not encrypted.
+func TestAcceptingIsWarnedOf(t *testing.T) {
+	key, _ := encryptionKey(t, "FSBROKER_KEY", hex.EncodeToString)
+	node := newBackend(t, anyTask)
+	both := func(option string) string {
+		return at("/one", options(node, option)) + "\n" + at("/other", options(node, option))
+	}
+	s := startSite(t, both(encrypted(key)))
+	if lines := s.logged("accept_unencrypted"); len(lines) > 0 {
+		t.Errorf("they are not accepted, and the log has %v", lines)
+	}
+	s.load(both(accepting(key)))
+	if lines := s.logged("accept_unencrypted"); len(lines) != 1 || lines[0]["level"] != "warn" || lines[0]["namespace"] != "default" {
+		t.Errorf("two handlers accept them, and the log has %v", lines)
+	}
+}
+
+// Whoever can write to the storage, but has no key, can make up a document or a reference, or put one value in the place of
+// another. None of that becomes a response.
+func TestForgedValues(t *testing.T) {
+	key, _ := encryptionKey(t, "FSBROKER_KEY", hex.EncodeToString)
+	paths := []string{taskPath(1), taskPath(2), "/task?submitID=s1"}
+	store := func(node, broker *backend, option string) (s *site, names []string, values [][]byte) {
+		s = startSite(t, options(node, brokerOption(broker)+"\n"+option))
+		for i, path := range paths {
+			s.get(path).wantStatus(t, http.StatusOK)
+			for _, name := range s.wantValues(i + 1) {
+				if inStorage := strings.TrimPrefix(name, s.dir); !slices.Contains(names, inStorage) {
+					names, values = append(names, inStorage), append(values, readFile(t, name))
+				}
+			}
+		}
+		if err := caddy.Stop(); err != nil {
+			t.Fatal(err)
+		}
+		return s, names, values
+	}
+	refersTo := func(task string) *backend {
+		return newBackend(t, explains(`{"state":"SUCCESS","appServerID":"node-1","taskID":"`+task+`"}`))
+	}
+	_, forgedNames, forged := store(newBackend(t, responds(http.StatusOK, reportOf("forged", "SUCCESS"))), refersTo("t2"), stored)
+	node, broker := newBackend(t, anyTask), refersTo("t1")
+	s, names, sealed := store(node, broker, encrypted(key))
+	if !slices.Equal(names, forgedNames) {
+		t.Fatalf("the reports have the names %q with a key, and %q without", names, forgedNames)
+	}
+	node.setHandler(responds(http.StatusNotFound, ""))
+	broker.setHandler(responds(http.StatusNotFound, ""))
+	for what, test := range map[string]struct {
+		at       int // which value is replaced
+		by       []byte
+		unsealed bool
+	}{
+		"nothing":                         {-1, nil, false},
+		"a forged document":               {0, forged[0], true},
+		"a forged reference":              {2, forged[2], true},
+		"a forged reference, not another": {0, forged[2], false},
+		"another document":                {0, sealed[1], false},
+		"a document for a reference":      {2, sealed[1], false},
+		"a reference for a document":      {1, sealed[2], false},
+	} {
+		t.Run(what, func(t *testing.T) {
+			s := s.in(t)
+			for i, name := range names {
+				overwrite(t, s.dir+name, sealed[i])
+			}
+			if test.at >= 0 {
+				overwrite(t, s.dir+names[test.at], test.by)
+			}
+			s.restart(options(node, brokerOption(broker)+"\n"+encrypted(key)))
+			for range 2 {
+				for i, path := range paths {
+					want := http.StatusOK
+					if i == test.at || i == 2 && test.at == 0 { // it refers to the first
+						want = http.StatusNotFound
+					}
+					if r := s.get(path); r.status != want {
+						t.Errorf("%s: status %d, want %d: %s", path, r.status, want, r.body)
+					}
+				}
+			}
+			if test.unsealed && !bytes.Equal(readFile(t, s.dir+names[test.at]), test.by) {
+				t.Error("the value is not left alone")
+			}
+		})
 	}
 }
 

@@ -220,11 +220,18 @@ func (h *Handler) validate() error {
 	if err := cmp.Or(checkSign("max_report", h.MaxReport), checkSign("cache.max_size", h.Cache.MaxSize)); err != nil {
 		return err
 	}
-	if h.Cache.Retention > 0 && h.Cache.StorageRaw == nil {
+	return h.Cache.check()
+}
+
+// check checks that what an option needs is configured as well.
+func (c *Cache) check() error {
+	switch {
+	case c.Retention > 0 && c.StorageRaw == nil:
 		return errRetention
-	}
-	if len(h.Cache.EncryptionKeys) > 0 && h.Cache.StorageRaw == nil {
+	case len(c.EncryptionKeys) > 0 && c.StorageRaw == nil:
 		return errEncryptionKey
+	case c.AcceptUnencrypted && len(c.EncryptionKeys) == 0:
+		return errAcceptUnencrypted
 	}
 	return nil
 }
@@ -234,6 +241,8 @@ var errNoUpstream = errors.New("no upstream is configured: at least one node or 
 var errRetention = errors.New("retention needs a storage: configure storage as well")
 
 var errEncryptionKey = errors.New("encryption_key needs a storage: configure storage as well")
+
+var errAcceptUnencrypted = errors.New("accept_unencrypted needs an encryption_key: without one, everything is read")
 
 // ServeHTTP responds with a report. It authenticates the request, parses the query, resolves it, waits for an unfinished
 // report if the caller asks for that, and writes the response.

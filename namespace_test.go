@@ -103,20 +103,21 @@ func TestHandlersThatDiffer(t *testing.T) {
 	const one = "secret a {env.CALLER_SECRET}\n node node-1 10.0.0.1:22001 {env.NODE_SECRET}\n broker 10.0.0.2:23001 unspeakable"
 	site := func(path, options string) string { return "fsbroker_task " + path + " {\n" + options + "\n}\n" }
 	for option, other := range map[string]string{
-		`node "node-1"`:   strings.Replace(one, "10.0.0.1", "10.0.0.3", 1),
-		`node "node-2"`:   one + "\n node node-2 10.0.0.4:22001",
-		"broker":          strings.Replace(one, "unspeakable", "unutterable", 1),
-		"transport":       one + "\n transport http {\n dial_timeout 1s\n }",
-		"timeout":         one + "\n timeout 1s",
-		"poll_interval":   one + "\n poll_interval 1s",
-		"max_report":      one + "\n max_report 1MiB",
-		"fail_duration":   one + "\n fail_duration 1s",
-		"health_interval": one + "\n health_interval 1s",
-		"health_timeout":  one + "\n health_timeout 1s",
-		"ttl":             one + "\n cache {\n ttl 1h\n }",
-		"max_size":        one + "\n cache {\n max_size 1MiB\n }",
-		"retention":       one + "\n cache {\n storage\n }", // the default of which differs
-		"encryption_key":  one + "\n cache {\n storage\n encryption_key " + strings.Repeat("0f", 32) + "\n }",
+		`node "node-1"`:      strings.Replace(one, "10.0.0.1", "10.0.0.3", 1),
+		`node "node-2"`:      one + "\n node node-2 10.0.0.4:22001",
+		"broker":             strings.Replace(one, "unspeakable", "unutterable", 1),
+		"transport":          one + "\n transport http {\n dial_timeout 1s\n }",
+		"timeout":            one + "\n timeout 1s",
+		"poll_interval":      one + "\n poll_interval 1s",
+		"max_report":         one + "\n max_report 1MiB",
+		"fail_duration":      one + "\n fail_duration 1s",
+		"health_interval":    one + "\n health_interval 1s",
+		"health_timeout":     one + "\n health_timeout 1s",
+		"ttl":                one + "\n cache {\n ttl 1h\n }",
+		"max_size":           one + "\n cache {\n max_size 1MiB\n }",
+		"retention":          one + "\n cache {\n storage\n }", // the default of which differs
+		"encryption_key":     one + "\n cache {\n storage\n encryption_key " + strings.Repeat("0f", 32) + "\n }",
+		"accept_unencrypted": one + "\n cache {\n storage\n accept_unencrypted\n encryption_key " + strings.Repeat("0f", 32) + "\n }",
 	} {
 		t.Run(option, func(t *testing.T) {
 			err := s.tryLoad(site("/one", one) + site("/other", other))

@@ -62,6 +62,9 @@ func (h *Handler) doubts() (doubts []string) {
 	doubts = append(doubts, doubtSize("max_report", h.MaxReport, smallestReport, "hardly a report is that small")...)
 	if h.Cache != nil {
 		doubts = append(doubts, doubtSize("max_size", h.Cache.MaxSize, smallestCache, "hardly a report is kept in memory")...)
+		if h.Cache.AcceptUnencrypted {
+			doubts = append(doubts, "accept_unencrypted is set: whoever can write to the storage can forge reports without a key; remove it when the retention has passed since encryption_key was set")
+		}
 	}
 	if h.HealthTimeout > 0 && h.HealthInterval == 0 {
 		doubts = append(doubts, "health_timeout is set, but nothing is checked without health_interval: set that as well; only the request of the admin API's /fsbroker/nodes has that timeout")

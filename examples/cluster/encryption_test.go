@@ -48,7 +48,8 @@ func holds(value []byte, text string) bool {
 	return false
 }
 
-// Reports are sealed with the first key, and opened with any. A report whose key is lost is left alone.
+// Reports are sealed with the first key, and opened with any. A report whose key is lost is left alone, and so is one that is
+// not sealed, unless that is accepted.
 func TestEncryption(t *testing.T) {
 	c := newCluster(t)
 	for _, name := range []string{"KEY_1", "KEY_2"} {
@@ -58,6 +59,7 @@ func TestEncryption(t *testing.T) {
 		c.env = append(c.env, name+"="+c.secrets[name])
 	}
 	const first, second, both = "encryption_key {env.KEY_1}", "encryption_key {env.KEY_2}", "encryption_key {env.KEY_2} {env.KEY_1}"
+	const migrating = both + "\naccept_unencrypted"
 	one := c.start("max_size 1B")
 	restart := func(keys string) {
 		t.Helper()
@@ -89,17 +91,19 @@ func TestEncryption(t *testing.T) {
 	all := maps.Clone(unsealed)
 	maps.Copy(all, sealed)
 	maps.Copy(all, rotated)
+	restart(migrating)
 	one.wantAll(all)
 
 	restart(second)
-	one.wantAll(unsealed)
 	one.wantAll(rotated)
-	for path := range sealed {
-		one.want(path, http.StatusNotFound, fromNowhere)
+	for _, locked := range []map[string]string{sealed, unsealed} {
+		for path := range locked {
+			one.want(path, http.StatusNotFound, fromNowhere)
+		}
 	}
 	if !one.logged("left alone") {
 		t.Error("nothing is logged about a key that is lost")
 	}
-	restart(both)
+	restart(migrating)
 	one.wantAll(all)
 }

@@ -91,9 +91,18 @@ var (
 	// errLostKey means that the value is sealed with a key that is not in the keyring.
 	errLostKey = errors.New("it is encrypted with a key that is not configured")
 
+	// errUnsealed means that the value is not sealed, although there is a keyring. Without a key, anyone can make such a value.
+	errUnsealed = errors.New("it is not encrypted, and accept_unencrypted is not configured")
+
 	errCutShort  = errors.New("it is cut short")
 	errMalformed = errors.New("its content is malformed")
 )
+
+// isLocked reports whether an error means that another keyring may read the value.
+func isLocked(err error) bool { return errors.Is(err, errLostKey) || errors.Is(err, errUnsealed) }
+
+// isForeign reports whether an error means that another version or another keyring may read the value, so it is left alone.
+func isForeign(err error) bool { return errors.Is(err, errUnknownVersion) || isLocked(err) }
 
 // encode returns the stored form of a value under a name. It is sealed if there is a keyring.
 func encode(v value, name string, ring *Keyring) ([]byte, error) {
@@ -176,7 +185,7 @@ func additionalData(header []byte, name string) []byte { return append(slices.Cl
 
 // decode reads the value that is stored under a name and must be that of a key. The checksum or the seal shows that it is
 // what was stored, so a document is not inflated here. The error says why the value cannot be used and shows nothing of it:
-// errUnknownVersion, errLostKey, or else it is damaged.
+// isForeign is true for it, or else the value is damaged.
 func decode(stored []byte, name string, key task.Key, ring *Keyring) (*value, error) {
 	h, body, err := unwrap(stored, name, key, ring)
 	if err != nil {
@@ -188,21 +197,20 @@ func decode(stored []byte, name string, key task.Key, ring *Keyring) (*value, er
 	return parseBody(h, body)
 }
 
-// timeOf returns the value's own time. It also knows that of a value whose key is lost, as far as it can be trusted. Its
-// other errors are those of decode.
+// timeOf returns the value's own time. It also knows that of a value that is locked, as far as it can be trusted. Its other
+// errors are those of decode.
 func timeOf(stored []byte, name string, key task.Key, ring *Keyring) (time.Time, error) {
 	h, body, err := unwrap(stored, name, key, ring)
 	if err == nil {
 		_, err = parseBody(h, body)
 	}
-	if err != nil && !errors.Is(err, errLostKey) {
+	if err != nil && !isLocked(err) {
 		return time.Time{}, err
 	}
 	return time.Unix(0, h.At), nil
 }
 
-// unwrap returns the header and the body of a stored value. If the key of its seal is lost, it returns the header with
-// the error.
+// unwrap returns the header and the body of a stored value. If the value is locked, it returns the header with the error.
 func unwrap(stored []byte, name string, key task.Key, ring *Keyring) (h header, body []byte, err error) {
 	if err := readHeader(stored, &h); err != nil {
 		return header{}, nil, err
@@ -212,13 +220,15 @@ func unwrap(stored []byte, name string, key task.Key, ring *Keyring) (h header, 
 	case h.Key != key:
 		return header{}, nil, errors.New("it belongs to another key")
 	case h.Sealed == 0:
-		body, err = checkSum(stored[:headerSize], rest)
+		if body, err = checkSum(stored[:headerSize], rest); err == nil && ring != nil && !ring.AcceptUnsealed {
+			err = errUnsealed
+		}
 	case h.Sealed == 1:
 		body, err = ring.open(rest, additionalData(stored[:headerSize], name))
 	default:
 		err = errMalformed
 	}
-	if err != nil && !errors.Is(err, errLostKey) {
+	if err != nil && !isLocked(err) {
 		return header{}, nil, err
 	}
 	return h, body, err

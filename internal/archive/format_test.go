@@ -228,7 +228,7 @@ func TestDecodeRefuses(t *testing.T) {
 
 // isDamage reports whether an error of decode means that the value is damaged.
 func isDamage(err error) bool {
-	return err != nil && !errors.Is(err, errUnknownVersion) && !errors.Is(err, errLostKey)
+	return err != nil && !isForeign(err)
 }
 
 // Any change is noticed, wherever it is, and no error shows what the value is.
@@ -414,7 +414,7 @@ func FuzzDecode(f *testing.F) {
 	check := func(t *testing.T, stored []byte, ring *Keyring) error {
 		v, err := decode(stored, name, k, ring)
 		at, timeErr := timeOf(stored, name, k, ring)
-		if lost := errors.Is(err, errLostKey); !lost && (err == nil) != (timeErr == nil) || lost && timeErr != nil {
+		if locked := isLocked(err); !locked && (err == nil) != (timeErr == nil) || locked && timeErr != nil {
 			t.Errorf("%x: error %v, and %v of the time", stored, err, timeErr)
 		}
 		if err != nil {
@@ -430,7 +430,7 @@ func FuzzDecode(f *testing.F) {
 		for _, ring := range rings {
 			_ = check(t, text, ring)
 			h := header{Version: version, Kind: kind(kindByte), At: at, Key: k}
-			if err := check(t, forge(t, h, name, ring, text), ring); errors.Is(err, errLostKey) {
+			if err := check(t, forge(t, h, name, ring, text), ring); isLocked(err) {
 				t.Errorf("%x: %v", text, err)
 			}
 		}

@@ -24,7 +24,7 @@ const (
 var ErrDamagedNote = errors.New("the note is damaged")
 
 // ErrLockedNote means that a note cannot be read here: another version of this package has stored it, or it is sealed with
-// another key.
+// another key, or it is not sealed although it should be.
 var ErrLockedNote = errors.New("the note cannot be read here")
 
 var errNoteName = errors.New("the name must have letters, digits, dashes, underscores and dots, and not begin with a dot")
@@ -54,7 +54,7 @@ func (a *Archive) LoadNote(ctx context.Context, folder, name string) ([]byte, er
 		switch {
 		case err == nil:
 			return v.raw, nil
-		case errors.Is(err, errUnknownVersion), errors.Is(err, errLostKey):
+		case isForeign(err):
 			return nil, fmt.Errorf("%w: %w", ErrLockedNote, err)
 		}
 		return nil, fmt.Errorf("%w: %w", ErrDamagedNote, err)

@@ -146,7 +146,7 @@ func (a *Archive) read(ctx context.Context, b *Backend, p place, grow func(store
 // reject handles a stored value that cannot be used.
 func (a *Archive) reject(b *Backend, p place, stored []byte, err error) {
 	key := zap.String("key", a.layout.name(p))
-	if errors.Is(err, errUnknownVersion) || errors.Is(err, errLostKey) {
+	if isForeign(err) {
 		if a.leaveAlone(p.key) {
 			b.Logger.Warn("a stored value cannot be read and is left alone", key, errorField(err))
 		}

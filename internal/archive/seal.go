@@ -12,11 +12,16 @@ import (
 	"strings"
 )
 
-// Keyring has the keys that values are sealed with. The first seals, and any of them opens. A nil Keyring seals nothing.
-// Values that are not sealed can be read in either case.
+// Keyring has the keys that values are sealed with. The first seals, and any of them opens. A nil Keyring seals nothing, and
+// only values that are not sealed can be read with it.
 //
 // A value is sealed with AES-256-GCM and a random nonce, which is safe for 2³² values with one key.
-type Keyring struct{ keys []ringKey }
+type Keyring struct {
+	// AcceptUnsealed is whether values that are not sealed can be read as well. It must be set before the first use.
+	AcceptUnsealed bool
+
+	keys []ringKey
+}
 
 // ringKey is a key of a ring.
 type ringKey struct {

@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
@@ -26,6 +28,12 @@ func newTestRing(t testing.TB, numbers ...byte) *Keyring {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return ring
+}
+
+// accepting returns a ring that also reads what is not sealed.
+func accepting(ring *Keyring) *Keyring {
+	ring.AcceptUnsealed = true
 	return ring
 }
 
@@ -125,7 +133,10 @@ func TestKeysAreRotated(t *testing.T) {
 			{newTestRing(t, 1, 2), newTestRing(t, 1), nil},
 			{newTestRing(t, 1), newTestRing(t, 2, 1), nil},
 			{newTestRing(t, 1), newTestRing(t, 3, 2, 1), nil},
-			{nil, newTestRing(t, 1), nil},
+			{nil, newTestRing(t, 1), errUnsealed},
+			{nil, accepting(newTestRing(t, 1)), nil},
+			{newTestRing(t, 1), accepting(newTestRing(t, 1)), nil},
+			{newTestRing(t, 2), accepting(newTestRing(t, 1)), errLostKey},
 			{newTestRing(t, 2, 1), newTestRing(t, 1), errLostKey},
 			{newTestRing(t, 1), newTestRing(t, 2), errLostKey},
 			{newTestRing(t, 1), nil, errLostKey},
@@ -150,6 +161,80 @@ func TestKeysAreRotated(t *testing.T) {
 			}
 		}
 	}
+}
+
+// What is not sealed is left alone with a keyring, whatever it is, until its retention is over.
+func TestUnsealedIsLeftAlone(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		file := [32]byte{7}
+		large, target := Item{Key: numbered(1), Report: reportOf(inlineLimit+1, file)}, numbered(1)
+		first := newFixture()
+		for _, i := range []Item{item(0, 100), large, {Key: numbered(2), Report: large.Report, Target: &target}} {
+			first.Save(i)
+		}
+		if err := first.StoreNote(t.Context(), "folder", "note", []byte("text")); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(2 * indexDelay)
+		first.Close()
+		before := make(map[string][]byte)
+		for _, p := range first.storage.stored() {
+			before[tested.name(p)] = first.storage.Get(tested.name(p))
+		}
+		open := func(ring *Keyring) *fixture {
+			return newFixtureWith(func(f *fixture, c *Config) {
+				f.storage, f.backend.Keyring, c.Seed = first.storage, ring, c.Seed+1
+			})
+		}
+		found := func(f *fixture) (n int) {
+			for i := range 3 {
+				got, err := f.find(t, numbered(i))
+				if err != nil {
+					t.Error(err)
+				}
+				if got.Report != nil {
+					n++
+				}
+			}
+			newest, err := f.Newest(t.Context(), file, false, time.Time{}, func(int64) error { return nil })
+			if err != nil {
+				t.Error(err)
+			}
+			if newest.Report != nil {
+				n++
+			}
+			return n
+		}
+
+		migrating := open(accepting(newTestRing(t, 1)))
+		if note, err := migrating.LoadNote(t.Context(), "folder", "note"); found(migrating) != 4 || string(note) != "text" || err != nil {
+			t.Errorf("what is accepted is not read: the note is %q, error %v", note, err)
+		}
+		migrating.Close()
+
+		f := open(newTestRing(t, 1))
+		defer f.Close()
+		if n := found(f) + found(f); n != 0 {
+			t.Errorf("%d reports are read", n)
+		}
+		if note, err := f.LoadNote(t.Context(), "folder", "note"); note != nil || !errors.Is(err, ErrLockedNote) {
+			t.Errorf("the note is %q, error %v", note, err)
+		}
+		f.Save(item(0, 100))
+		time.Sleep(time.Minute)
+		for name, content := range before {
+			if !bytes.Equal(f.storage.Get(name), content) {
+				t.Errorf("%s is not left alone", name)
+			}
+		}
+		if n := f.logged("left alone"); n != 4 { // the file has a reference of its own
+			t.Errorf("logged %d times", n)
+		}
+		time.Sleep(3 * 24 * time.Hour)
+		if left := f.storage.stored(); len(left) != 0 {
+			t.Errorf("after their retention, %v are left", left)
+		}
+	})
 }
 
 func TestSealsDiffer(t *testing.T) {

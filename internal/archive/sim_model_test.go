@@ -150,7 +150,7 @@ func (m *model) read(name string, p place, stored []byte) state {
 	switch {
 	case errors.Is(err, errUnknownVersion):
 		return state{what: foreign}
-	case errors.Is(err, errLostKey):
+	case isLocked(err):
 		at, _ := timeOf(stored, name, p.key, m.ring)
 		return state{what: lost, val: value{at: at}}
 	case err != nil:
