@@ -230,6 +230,7 @@ func (f *Follower) end(s *Source, it *item, e ending) {
 	for _, n := range it.notes {
 		f.notebook.release(n)
 	}
+	it.notes = nil
 	fields := []zap.Field{
 		zap.Stringer("id", it.ID), zap.String("client", it.Client), zap.String("sha256", it.SHA256),
 		zap.Duration("age", it.age()), zap.Int("questions", it.asked), zap.String("why", e.why),

@@ -35,8 +35,8 @@ type item struct {
 	asking  bool
 	urgent  bool // it is asked for again at once
 	asked   int
-	problem string // the last one, until an upstream answers
-	notes   []*note
+	problem string  // the last one, until an upstream answers
+	notes   []*note // in Follower.notebook; none without a storage, or when the following has ended
 }
 
 // kindState is what is known of one kind of report.

@@ -92,6 +92,34 @@ func TestHandlerThatHangsAndAnotherSource(t *testing.T) {
 	})
 }
 
+// An event handler may return when its target was given up, and a configuration without a storage is used.
+func TestHandlerReturnsAfterTheEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u, m := newUpstream(), storagetest.New(storagetest.Redis)
+		hang := make(chan struct{})
+		var hangs *Source
+		p := u.start(m, Config{Instance: "one"}, func(s *Source) {
+			hangs = s
+			s.Finished = func(Target) { <-hang }
+		})
+		defer p.stop()
+		p.mustAdd(t, u.submit(1, time.Second), u.submit(2, time.Hour)) // in one note
+		time.Sleep(time.Minute)
+		if !p.GiveUp(u.id(1)) {
+			t.Fatal("it is not pending")
+		}
+		time.Sleep(time.Minute)
+		p.Attach(u.source(nil, zap.NewNop()))
+		p.Pause(hangs)
+		p.Detach(hangs)
+		close(hang)
+		synctest.Wait()
+		if list := p.List(); len(list) != 1 || list[0].ID != u.id(2) {
+			t.Errorf("pending is %+v", list)
+		}
+	})
+}
+
 // What the storage has in the end is noted without another question, even when the source is paused.
 func TestSavedMeanwhile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
