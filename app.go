@@ -23,6 +23,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/guard"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
@@ -124,16 +125,21 @@ func (a *App) setRunning(running bool) {
 	a.running = running
 }
 
-// emit emits an event about an upstream. The reason is the code of the failure that began or ended.
+// emit emits an event about an upstream. The reason is the code of the failure that began or ended. A handler that panics
+// costs the response nothing, which made the event.
 func (a *App) emit(ns *namespace, u *upstream, event, reason string) {
 	a.mu.Lock()
 	running := a.running
 	a.mu.Unlock()
-	if running {
+	if !running {
+		return
+	}
+	_ = guard.Do(ns.logger, func() error {
 		a.events.Emit(ns.ctx, event, map[string]any{
 			"namespace": ns.name, "role": u.role.String(), "node": u.name, "address": u.base.Host, "reason": reason,
 		})
-	}
+		return nil
+	})
 }
 
 // emitFinished emits the event that a report is finished and kept. The end of the configuration does not interrupt it: the
@@ -355,8 +361,9 @@ func (ns *namespace) setUp(transport *reverseproxy.HTTPTransport, logger *zap.Lo
 		healthTimeout:        time.Duration(o.HealthTimeout),
 		questionTimeout:      3*time.Duration(o.Timeout) + time.Minute, // the upstreams, one after the other, and the storage
 		closeIdleConnections: transport.Transport.CloseIdleConnections,
+		logger:               logger,
 	})
-	ns.pollers = newPollers(ns.resolver.resolve, time.Duration(o.PollInterval))
+	ns.pollers = newPollers(ns.resolver.resolve, time.Duration(o.PollInterval), logger)
 	return nil
 }
 

@@ -10,7 +10,7 @@ import (
 // When the clock is stepped back, a report comes from the future. It is polled for all the same.
 func TestPollingWhenTheClockStepsBack(t *testing.T) {
 	const interval = 2 * time.Second
-	ps := newPollers(nil, interval)
+	ps := newPollers(nil, interval, nil)
 	defer ps.stop()
 	for ago, least := range map[time.Duration]time.Duration{
 		-time.Hour: interval, 0: interval - interval/10, interval / 2: interval/2 - interval/10, time.Hour: 0,

@@ -173,7 +173,8 @@ func (h *health) update(source healthSource, r response, now time.Time) *failure
 		h.succeed(source)
 		return nil
 	}
-	if r.problem.kind == problemBusy || source == sourceOther && !r.problem.isPassing() {
+	switch kind := r.problem.kind; {
+	case kind == problemBusy, kind == problemInternal, source == sourceOther && !r.problem.isPassing():
 		return nil
 	}
 	f := &failure{Code: r.problem.code(), Cause: r.causeText(), At: now}

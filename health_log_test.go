@@ -168,6 +168,7 @@ func TestFailuresThatDoNotCount(t *testing.T) {
 		"a report that is too large": {sourceRequest, problemAnswerTooLarge, statusDegraded},
 		"a busy moment":              {sourceRequest, problemOverloaded, statusDegraded},
 		"no memory":                  {sourceRequest, problemBusy, statusHealthy},
+		"a panic":                    {sourceCheck, problemInternal, statusHealthy},
 		"no explanation":             {sourceOther, problemBadAnswer, statusHealthy},
 		"refuses to explain":         {sourceOther, problemRefusedSecret, statusHealthy},
 		"explains too late":          {sourceOther, problemTimeout, statusDegraded},

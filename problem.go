@@ -7,6 +7,8 @@ import (
 	"net/http"
 	"strconv"
 	"time"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/guard"
 )
 
 // role is what an upstream is.
@@ -132,6 +134,21 @@ func (p *problem) reason() string { return problemKinds[p.kind].code }
 
 // requested reports whether an upstream was asked, or was tried.
 func (p *problem) requested() bool { return problemKinds[p.kind].requested }
+
+// errPanicked is what the callers of a call get that has panicked.
+var errPanicked = &problem{
+	kind:   problemInternal,
+	detail: "the request has met a fault of the server, which is in its log: try again, and tell its operator if that does not help",
+}
+
+// asProblem returns the problem that an error means if a call has panicked, or else the error. What a storage has wrapped is a
+// failure of the storage like any other.
+func asProblem(err error) error {
+	if err == guard.ErrPanic { //nolint:errorlint // on purpose
+		return errPanicked
+	}
+	return err
+}
 
 // isPassing reports whether an upstream could not be asked, for reasons that may pass.
 func (p *problem) isPassing() bool {

@@ -13,7 +13,10 @@ import (
 	"sync/atomic"
 	"time"
 
+	"go.uber.org/zap"
+
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/coalesce"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
@@ -40,6 +43,7 @@ type resolverOptions struct {
 	healthTimeout                   time.Duration
 	questionTimeout                 time.Duration // of all that a question of the follower does
 	closeIdleConnections            func()
+	logger                          *zap.Logger
 }
 
 // newResolver returns the resolver of a namespace, with nodes by their application server IDs, and a broker, if there is
@@ -171,8 +175,8 @@ func (rs *resolver) resolveFile(ctx context.Context, fileSum string, all bool) (
 	var stored fetchResult
 	var err error
 	if rs.archive != nil {
-		k := callKey{task.NewKey("file", string(sum[:]), strconv.FormatBool(all)), rs.identity}
-		stored, _, err = rs.shared.calls.Do(ctx, k, false, func(call context.Context, _ bool) (fetchResult, error) {
+		k := task.NewKey("file", string(sum[:]), strconv.FormatBool(all))
+		stored, _, err = rs.do(ctx, k, false, func(call context.Context, _ bool) (fetchResult, error) {
 			e, err := rs.loadNewest(call, sum, all)
 			return fetchResult{entry: e, stored: true}, err
 		})
@@ -235,20 +239,25 @@ var (
 // call fetches the report under k, together with all other callers that ask for it.
 func (rs *resolver) call(ctx context.Context, k task.Key, q query) (result, error) {
 	nocache := q.nocache
-	got, joined, err := rs.shared.calls.Do(ctx, callKey{k, rs.identity}, nocache,
-		func(call context.Context, fresh bool) (fetchResult, error) {
-			defer rs.closeIfRetired()
-			q.nocache = fresh // a caller that joined may want no kept report
-			// It may have been kept while this call waited for its turn.
-			if e, ok := rs.shared.get(k); ok && !fresh {
-				return fetchResult{entry: e}, nil
-			}
-			return rs.fetch(withSpanOf(call, ctx), k, q, fresh)
-		})
+	got, joined, err := rs.do(ctx, k, nocache, func(call context.Context, fresh bool) (fetchResult, error) {
+		defer rs.closeIfRetired()
+		q.nocache = fresh // a caller that joined may want no kept report
+		// It may have been kept while this call waited for its turn.
+		if e, ok := rs.shared.get(k); ok && !fresh {
+			return fetchResult{entry: e}, nil
+		}
+		return rs.fetch(withSpanOf(call, ctx), k, q, fresh)
+	})
 	if joined {
 		linkSpan(ctx, got.span)
 	}
 	return result{fetchResult: got, hit: got.stored, joined: joined, nocache: nocache}, err
+}
+
+// do runs a call under k for all callers that ask for it, unless there is one to join.
+func (rs *resolver) do(ctx context.Context, k task.Key, fresh bool, call coalesce.Func[fetchResult]) (got fetchResult, joined bool, err error) {
+	got, joined, err = rs.shared.calls.Do(ctx, rs.logger, callKey{k, rs.identity}, fresh, call)
+	return got, joined, asProblem(err)
 }
 
 // closeIfRetired closes idle connections if Caddy has cleaned up the transport before.

@@ -23,6 +23,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/guard"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -142,7 +143,10 @@ func (u *upstream) exchange(ctx context.Context, timeout time.Duration, path str
 	var dial dialTrace
 	body := &answerBody{upstream: u, reservation: u.memory.reserve(&u.share)}
 	defer body.reservation.release()
-	status, err := u.roundTrip(u.request(httptrace.WithClientTrace(timed, dial.trace()), path, params), body, read)
+	status, err := guard.Call(u.logger, func() (int, error) {
+		return u.roundTrip(u.request(httptrace.WithClientTrace(timed, dial.trace()), path, params), body, read)
+	})
+	err = asProblem(err)
 	if err != nil && ctx.Err() != nil {
 		return response{}, context.Cause(ctx)
 	}

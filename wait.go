@@ -5,12 +5,17 @@ import (
 	"math/rand/v2"
 	"sync"
 	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/guard"
 )
 
 // pollers polls for the reports that callers of a handler wait for. All callers of a report share one poller.
 type pollers struct {
 	resolve  func(context.Context, *query) (result, error)
 	interval time.Duration
+	logger   *zap.Logger
 	ctx      context.Context // ends all pollers
 	stop     context.CancelFunc
 
@@ -29,8 +34,8 @@ type poller struct {
 	done    chan struct{} // closed when the wait is over
 }
 
-func newPollers(resolve func(context.Context, *query) (result, error), interval time.Duration) *pollers {
-	ps := &pollers{resolve: resolve, interval: interval, byQuery: make(map[query]*poller)}
+func newPollers(resolve func(context.Context, *query) (result, error), interval time.Duration, logger *zap.Logger) *pollers {
+	ps := &pollers{resolve: resolve, interval: interval, logger: logger, byQuery: make(map[query]*poller)}
 	ps.ctx, ps.stop = context.WithCancel(context.Background())
 	return ps
 }
@@ -98,13 +103,13 @@ func (ps *pollers) forget(q query, p *poller) {
 // poll resolves q. It sets the timer for the next poll, unless the report is finished, there is a problem, or no caller waits
 // any more.
 func (ps *pollers) poll(ctx context.Context, q query, p *poller) {
-	res, err := ps.resolve(ctx, &q)
+	res, err := guard.Call(ps.logger, func() (result, error) { return ps.resolve(ctx, &q) })
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
 	if ctx.Err() != nil {
 		return
 	}
-	p.result, p.err = res, err
+	p.result, p.err = res, asProblem(err)
 	if err != nil || res.entry.report.Finished() {
 		ps.forget(q, p)
 		close(p.done)

@@ -47,8 +47,9 @@ func (a *Archive) Close() {
 	a.batch.stop()
 }
 
-// Attach makes b the backend that is used.
+// Attach makes b the backend that is used. A panic of its storage is an error of the operation from now on.
 func (a *Archive) Attach(b *Backend) {
+	b.Storage = guardStorage(b.Storage, b.Logger)
 	a.mu.Lock()
 	a.backends = append(a.backends, b)
 	a.mu.Unlock()

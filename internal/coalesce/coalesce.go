@@ -1,14 +1,18 @@
 // Package coalesce runs one call at a time for each key and gives its result to every caller that asked for it.
 //
-// It differs from golang.org/x/sync/singleflight in three ways: a caller may leave before the call ends, a call is
-// canceled when its last caller leaves, and a caller that wants a fresh result never joins a call that began before it
-// came. The package does not know what the calls do.
+// It differs from golang.org/x/sync/singleflight in four ways: a caller may leave before the call ends, a call is
+// canceled when its last caller leaves, a caller that wants a fresh result never joins a call that began before it came, and
+// a call that panics is an error for its callers. The package does not know what the calls do.
 package coalesce
 
 import (
 	"context"
 	"errors"
 	"sync"
+
+	"go.uber.org/zap"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/guard"
 )
 
 // ErrAbandoned is the cause with which the context of a call is canceled after all its callers have left.
@@ -31,6 +35,7 @@ type slot[V any] struct {
 // call is a call and its callers.
 type call[V any] struct {
 	fn      Func[V]
+	logger  *zap.Logger
 	ctx     context.Context
 	cancel  context.CancelCauseFunc
 	fresh   bool // a caller wants no kept result
@@ -41,9 +46,10 @@ type call[V any] struct {
 }
 
 // Do returns the result of fn, or of the call of another caller with the same key. A fresh caller joins only a call that
-// has not begun. If ctx ends first, Do returns its cause. joined reports whether the call is another caller's.
-func (g *Group[K, V]) Do(ctx context.Context, key K, fresh bool, fn Func[V]) (value V, joined bool, err error) {
-	c, joined := g.join(key, fresh, fn)
+// has not begun. If ctx ends first, Do returns its cause. joined reports whether the call is another caller's. If fn panics,
+// logger says where, and the error is guard.ErrPanic.
+func (g *Group[K, V]) Do(ctx context.Context, logger *zap.Logger, key K, fresh bool, fn Func[V]) (value V, joined bool, err error) {
+	c, joined := g.join(logger, key, fresh, fn)
 	select {
 	case <-c.done:
 		return c.value, joined, c.err
@@ -54,7 +60,7 @@ func (g *Group[K, V]) Do(ctx context.Context, key K, fresh bool, fn Func[V]) (va
 }
 
 // join returns a call to wait for, which it starts if there is none to join.
-func (g *Group[K, V]) join(key K, fresh bool, fn Func[V]) (c *call[V], joined bool) {
+func (g *Group[K, V]) join(logger *zap.Logger, key K, fresh bool, fn Func[V]) (c *call[V], joined bool) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	s := g.slots[key]
@@ -63,7 +69,7 @@ func (g *Group[K, V]) join(key K, fresh bool, fn Func[V]) (c *call[V], joined bo
 		if g.slots == nil {
 			g.slots = make(map[K]*slot[V])
 		}
-		c = newCall(fn)
+		c = newCall(logger, fn)
 		c.fresh = fresh
 		s = &slot[V]{current: c}
 		g.slots[key] = s
@@ -73,7 +79,7 @@ func (g *Group[K, V]) join(key K, fresh bool, fn Func[V]) (c *call[V], joined bo
 	default:
 		joined = s.next != nil
 		if !joined {
-			s.next = newCall(fn)
+			s.next = newCall(logger, fn)
 		}
 		c = s.next
 		c.fresh = c.fresh || fresh
@@ -82,8 +88,8 @@ func (g *Group[K, V]) join(key K, fresh bool, fn Func[V]) (c *call[V], joined bo
 	return c, joined
 }
 
-func newCall[V any](fn Func[V]) *call[V] {
-	c := &call[V]{fn: fn, done: make(chan struct{})}
+func newCall[V any](logger *zap.Logger, fn Func[V]) *call[V] {
+	c := &call[V]{fn: fn, logger: logger, done: make(chan struct{})}
 	c.ctx, c.cancel = context.WithCancelCause(context.Background())
 	return c
 }
@@ -92,7 +98,7 @@ func newCall[V any](fn Func[V]) *call[V] {
 func (g *Group[K, V]) run(key K, s *slot[V]) {
 	growStack()
 	for c := s.current; c != nil; {
-		c.value, c.err = c.fn(c.ctx, c.fresh)
+		c.value, c.err = guard.Call(c.logger, func() (V, error) { return c.fn(c.ctx, c.fresh) })
 		c.cancel(nil)
 
 		ended := c

@@ -1,10 +1,18 @@
 package coalesce
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"net/http"
 	"testing"
 	"testing/synctest"
+
+	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap/zaptest/observer"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/guard"
 )
 
 // step is a call that a test controls.
@@ -12,6 +20,7 @@ type step struct {
 	ctx   context.Context
 	fresh bool
 	end   chan string // its value
+	panic chan any
 }
 
 // group is a Group whose calls wait for the test.
@@ -19,6 +28,7 @@ type group struct {
 	Group[string, string]
 	t     *testing.T
 	began []*step
+	log   *zap.Logger // that of nothing by default
 }
 
 // outcome is what Do returned.
@@ -39,12 +49,14 @@ func (g *group) call(key string, fresh bool) *caller {
 	c := &caller{leave: func() { cancel(errLeft) }, done: make(chan outcome, 1)}
 	go func() {
 		var o outcome
-		o.value, o.joined, o.err = g.Do(ctx, key, fresh, func(ctx context.Context, fresh bool) (string, error) {
-			s := &step{ctx: ctx, fresh: fresh, end: make(chan string)}
+		o.value, o.joined, o.err = g.Do(ctx, cmp.Or(g.log, zap.NewNop()), key, fresh, func(ctx context.Context, fresh bool) (string, error) {
+			s := &step{ctx: ctx, fresh: fresh, end: make(chan string), panic: make(chan any)}
 			g.began = append(g.began, s)
 			select {
 			case value := <-s.end:
 				return value, nil
+			case value := <-s.panic:
+				panic(value)
 			case <-ctx.Done():
 				return "", context.Cause(ctx)
 			}
@@ -145,7 +157,7 @@ func TestAbandonedCallIsNotJoined(t *testing.T) {
 		winding := make(chan struct{})
 		ctx, leave := context.WithCancel(t.Context())
 		go func() {
-			_, _, _ = g.Do(ctx, "a", false, func(ctx context.Context, _ bool) (string, error) {
+			_, _, _ = g.Do(ctx, zap.NewNop(), "a", false, func(ctx context.Context, _ bool) (string, error) {
 				<-ctx.Done()
 				<-winding
 				return "late", nil
@@ -157,7 +169,7 @@ func TestAbandonedCallIsNotJoined(t *testing.T) {
 		done := make(chan outcome, 1)
 		go func() {
 			var o outcome
-			o.value, o.joined, o.err = g.Do(t.Context(), "a", false, func(context.Context, bool) (string, error) { return "new", nil })
+			o.value, o.joined, o.err = g.Do(t.Context(), zap.NewNop(), "a", false, func(context.Context, bool) (string, error) { return "new", nil })
 			done <- o
 		}()
 		synctest.Wait()
@@ -212,8 +224,30 @@ func TestError(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var g Group[string, string]
 		want := errors.New("failed")
-		if _, _, err := g.Do(t.Context(), "a", false, func(context.Context, bool) (string, error) { return "", want }); !errors.Is(err, want) {
+		if _, _, err := g.Do(t.Context(), zap.NewNop(), "a", false, func(context.Context, bool) (string, error) { return "", want }); !errors.Is(err, want) {
 			t.Errorf("got %v", err)
+		}
+	})
+}
+
+// A call that panics is an error for all its callers, and the next call begins.
+func TestPanic(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		core, log := observer.New(zapcore.ErrorLevel)
+		g := &group{t: t, log: zap.New(core)}
+		first, second, fresh := g.call("a", false), g.call("a", false), g.call("a", true)
+		g.began[0].panic <- http.ErrAbortHandler // which is no special case: it is not the callers' goroutine
+		first.wantError(t, guard.ErrPanic)
+		second.wantError(t, guard.ErrPanic)
+		g.wantBegan(2)
+		if err := g.began[0].ctx.Err(); err == nil {
+			t.Error("the context of the call has not ended")
+		}
+		g.began[1].end <- "one"
+		fresh.want(t, "one", false)
+		g.wantEmpty()
+		if log.Len() != 1 {
+			t.Errorf("the log has %v", log.All())
 		}
 	})
 }

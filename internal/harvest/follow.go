@@ -11,6 +11,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/guard"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -169,7 +170,7 @@ func (f *Follower) ask(s *Source, it *item, l *lane) {
 	var out Outcome
 	var err error
 	if !q.none { // another source may want less
-		out, err = s.Fetch(s.ctx, target, q.all())
+		out, err = guard.Call(s.Logger, func() (Outcome, error) { return s.Fetch(s.ctx, target, q.all()) })
 	}
 	f.settle(s, it, l, q, out, err)
 }

@@ -1,5 +1,7 @@
 package harvest
 
+import "github.com/caddy-fsbroker/caddy-fsbroker/internal/guard"
+
 // maxTelling is the number of calls of Source.Finished at once.
 const maxTelling = 16
 
@@ -23,7 +25,7 @@ func (f *Follower) tellAll(s *Source) {
 		if s.Finished != nil {
 			target := it.Target
 			f.mu.Unlock()
-			s.Finished(target)
+			_ = guard.Do(s.Logger, func() error { s.Finished(target); return nil }) // it has returned in either case
 			f.mu.Lock()
 		}
 		it.telling, it.Told = false, true

@@ -10,6 +10,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/guard"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -116,6 +117,41 @@ func TestHandlerReturnsAfterTheEnd(t *testing.T) {
 		synctest.Wait()
 		if list := p.List(); len(list) != 1 || list[0].ID != u.id(2) {
 			t.Errorf("pending is %+v", list)
+		}
+	})
+}
+
+// A question that panics is asked again. An event handler that panics holds up nothing, and is not called again.
+func TestPanics(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u := newUpstream()
+		panicked := 0
+		p := u.start(nil, Config{}, func(s *Source) {
+			fetch, tell := s.Fetch, s.Finished
+			s.Fetch = func(ctx context.Context, target Target, all bool) (Outcome, error) {
+				if panicked++; panicked == 1 {
+					panic("a question")
+				}
+				return fetch(ctx, target, all)
+			}
+			s.Finished = func(target Target) {
+				tell(target)
+				panic("an event")
+			}
+		})
+		defer p.stop()
+		target := u.submit(1, time.Second)
+		p.mustAdd(t, target)
+		time.Sleep(3 * time.Second)
+		if list := p.List(); len(list) != 1 || list[0].Problem != guard.ErrPanic.Error() {
+			t.Errorf("after a question that has panicked: %+v", list)
+		}
+		time.Sleep(time.Minute)
+		if told := u.task(target.ID, func(*fakeTask) {}).told; told != 1 || p.pending() != 0 || p.counts() != [3]int{1} {
+			t.Errorf("it was told %d times; pending is %+v", told, p.List())
+		}
+		if n := p.logged("panicked"); n != 2 {
+			t.Errorf("the log has %d panics", n)
 		}
 	})
 }
