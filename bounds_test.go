@@ -2,6 +2,7 @@ package fsbroker_test
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -14,6 +15,7 @@ import (
 	"time"
 
 	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
@@ -476,6 +478,76 @@ func TestSlowReadersOfManyReports(t *testing.T) {
 			}
 		})
 	}
+}
+
+// What inflates a large report for callers that read slowly counts. Those for whom there is no memory get 503, until others
+// have left.
+func TestSlowReadersWithoutGzip(t *testing.T) {
+	const callers, limit = 40, 2 * mib
+	document := `{"result":{"taskReference":{"state":"SUCCESS"},"text":"` + strings.Repeat("x", 16*mib) + `"}}`
+	node := newBackend(t, responds(http.StatusOK, document))
+	s := startWithAdmin(t, options(node, "cache {\n max_size 2MiB\n }"), "")
+	s.get(pair, "Accept-Encoding: gzip").wantStatus(t, http.StatusOK)
+	transport := s.client.Transport.(*http.Transport)
+	transport.DialContext = dialSlow
+	s.client.CloseIdleConnections()
+	var slow []*http.Response
+	leave := func() {
+		for _, resp := range slow {
+			_ = resp.Body.Close() // without reading it
+		}
+	}
+	defer leave()
+	for range callers {
+		req, err := http.NewRequest(http.MethodGet, s.base+pair, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Authorization", "Bearer "+callerSecret)
+		resp, err := s.client.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if resp.StatusCode == http.StatusOK {
+			slow = append(slow, resp)
+			continue
+		}
+		body, err := io.ReadAll(resp.Body)
+		_ = resp.Body.Close()
+		if err != nil {
+			t.Fatal(err)
+		}
+		refused := reply{resp.StatusCode, resp.Header, body}
+		refused.wantProblem(t, http.StatusServiceUnavailable, "busy")
+		refused.wantHeader(t, "Retry-After", "1")
+		refused.wantHeader(t, "Age", "")
+		refused.wantHeader(t, "ETag", "")
+	}
+	stats := s.memory()
+	t.Logf("%d of %d callers get the report: %+v", len(slow), callers, stats)
+	// They leave as much as they take.
+	if len(slow) == 0 || stats.Reading < len(slow)*task.DecoderMemory || stats.Reading > limit/2 || stats.Bytes > limit {
+		t.Errorf("%d of %d callers get the report: %+v", len(slow), callers, stats)
+	}
+	transport.DialContext = nil
+	s.client.CloseIdleConnections()
+	// What needs no decoder is sent to others.
+	s.get(pair, "Accept-Encoding: gzip").wantStatus(t, http.StatusOK)
+	s.do(t.Context(), http.MethodHead, pair, bearer).wantStatus(t, http.StatusOK)
+	leave()
+	s.getUntil(pair, "memory for another caller", func(r reply) bool { return r.status == http.StatusOK && string(r.body) == document })
+	eventually(t, "nothing to be held", func() bool { return s.memory().Reading == 0 })
+}
+
+// memory returns the memory of the default namespace.
+func (s *adminSite) memory() struct{ Bytes, Reading int } {
+	s.t.Helper()
+	_, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache")
+	var all map[string]struct{ Bytes, Reading int }
+	if err := json.Unmarshal([]byte(body), &all); err != nil {
+		s.t.Fatal(err)
+	}
+	return all["default"]
 }
 
 // A node that sends large headers takes no more memory than its share.

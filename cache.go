@@ -83,13 +83,14 @@ type memory struct {
 	limit   int64
 	used    int64 // kept
 	sending int64 // not kept any more, or never, but being sent
-	reading int64 // of the answers that are being read
+	reading int64 // of the answers that are being read, and of decoders
 	evicted uint64
 	entries int
 	order   sieve
 	files   fileIndex // of the finished reports that are kept
 
 	inflatedOne *sync.Cond // a caller has inflated a report
+	decoders    share      // of what inflates reports piece by piece, while they are sent
 
 	expiries ranking     // by when their TTLs are over, in nanoseconds after start
 	timer    *time.Timer // of the first of them; nil if there has been none
@@ -349,17 +350,38 @@ func (e *entry) describe(inflated bool) task.Representation {
 	return e.report.Inflated()
 }
 
-// acquireForm returns a form of an entry, acquired, and its body. See inflatedForm for an inflated one.
-func (m *memory) acquireForm(e *entry, inflated bool) (*form, []byte, error) {
+// content is what is sent of a report: a form as it is, or a form that is inflated piece by piece.
+type content struct {
+	form    *form
+	body    []byte
+	decoder *reservation // of what inflates the form; nil if the body is sent as it is
+}
+
+// acquireContent returns the content of a response with an entry, in the inflated form or as it is kept. It must be released.
+func (m *memory) acquireContent(e *entry, inflated bool) (content, error) {
 	if !inflated {
 		m.acquire(&e.whole)
-		return &e.whole, e.report.Representation().Body, nil
+		return content{form: &e.whole, body: e.report.Representation().Body}, nil
 	}
-	f, err := m.inflatedForm(e)
-	if f == nil {
-		return nil, nil, err
+	if f, err := m.inflatedForm(e); err != nil {
+		return content{}, err
+	} else if f != nil {
+		return content{form: &f.form, body: f.rep.Body}, nil
 	}
-	return &f.form, f.rep.Body, nil
+	decoder := m.reserve(&m.decoders) // before the form, which may be larger than the limit
+	if err := decoder.take(task.DecoderMemory); err != nil {
+		return content{}, err
+	}
+	m.acquire(&e.whole)
+	return content{form: &e.whole, decoder: decoder}, nil
+}
+
+// releaseContent undoes acquireContent.
+func (m *memory) releaseContent(c content) {
+	m.release(c.form)
+	if c.decoder != nil {
+		c.decoder.release()
+	}
 }
 
 // inflatedForm returns an inflated copy of a compressed report, acquired. It returns nil if there is none and a copy does
@@ -420,11 +442,16 @@ func (m *memory) endInflating(e *entry) {
 	m.inflatedOne.Broadcast()
 }
 
-// begin reserves room for a copy, of an eighth of the memory at the most, and reports whether there is any.
+// begin reserves room for a copy, of an eighth of the memory at the most, and reports whether there is any. For a small one,
+// only what callers hold counts.
 func (m *memory) begin(size int64) bool {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	if size > max(m.limit/8, task.SmallDocument) || !m.makeRoom(size) {
+	if size > max(m.limit/8, task.SmallDocument) {
+		return false
+	}
+	fits := m.makeRoom(size) || size <= task.SmallDocument && m.used+m.sending+m.decoders.reading+size <= m.limit
+	if !fits {
 		return false
 	}
 	m.reading += size
@@ -644,10 +671,11 @@ func (m *memory) close() {
 	}
 }
 
-// share is what is being read from one upstream, or from the storage, in bytes. It is guarded by memory.mu.
+// share is what is being read from one upstream, or from the storage, or what all decoders take, in bytes. It is guarded by
+// memory.mu.
 type share struct{ reading int64 }
 
-// reservation is the memory of one answer that is being read, or of one report from the storage.
+// reservation is the memory of one answer that is being read, of one report from the storage, or of a decoder.
 type reservation struct {
 	memory *memory
 	share  *share
@@ -657,8 +685,9 @@ type reservation struct {
 func (m *memory) reserve(s *share) *reservation { return &reservation{memory: m, share: s} }
 
 // grow extends the reservation to size bytes and reports whether there is room. An answer up to task.SmallDocument always
-// has room, and so has one beside which memory holds nothing. The others of an upstream may take as much as they leave free
-// (dynamic thresholds, Choudhury and Hahne, 1998): an upstream that floods, or stalls, never takes everything.
+// has room, and so has one beside which memory holds nothing. The others of a share may take as much as they leave free
+// (dynamic thresholds, Choudhury and Hahne, 1998): an upstream that floods, or stalls, never takes everything, and neither do
+// callers that read slowly.
 func (r *reservation) grow(size int64) bool {
 	more := size - r.size
 	if more <= 0 {
@@ -688,7 +717,7 @@ func (r *reservation) take(size int64) error {
 	}
 	return &problem{
 		kind: problemBusy, retryAfter: time.Second,
-		detail: "the reports that are being read use up the memory for them" + tryAgain,
+		detail: "the reports that are being read and sent use up the memory for them" + tryAgain,
 	}
 }
 

@@ -377,6 +377,64 @@ func TestReservations(t *testing.T) {
 	}
 }
 
+// A report that is larger than the memory is inflated for one caller at a time.
+func TestOneDecoderAlwaysHasRoom(t *testing.T) {
+	m := newMemory(64 << 10)
+	defer m.close()
+	digits := make([]byte, 1<<20)
+	_, _ = rand.NewChaCha8([32]byte{}).Read(digits)
+	report, err := task.ReadReport(strings.NewReader(fmt.Sprintf(`{"result":{"text":"%x"}}`, digits)), func(int64) error { return nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := m.put(numbered(1), report, time.Hour)
+	for range 2 {
+		c, err := m.acquireContent(e, true)
+		if err != nil || c.decoder == nil {
+			t.Fatalf("the only caller gets %+v, error %v", c, err)
+		}
+		if stats := m.stats(); stats.Reading != task.DecoderMemory || stats.Sending != e.whole.size() {
+			t.Errorf("%+v", stats)
+		}
+		if _, err := m.acquireContent(e, true); err == nil {
+			t.Error("there is room for another")
+		}
+		m.releaseContent(c)
+		if stats := m.stats(); stats.Bytes != 0 {
+			t.Errorf("after that: %+v", stats)
+		}
+	}
+}
+
+// A small report is inflated for a caller although large answers that are being read take all memory, until what callers hold
+// takes it.
+func TestSmallCopiesDoNotWaitForReading(t *testing.T) {
+	m := newMemory(1 << 20)
+	defer m.close()
+	reading := m.reserve(new(share))
+	if !reading.grow(2 << 20) {
+		t.Fatal("the only answer has no room")
+	}
+	defer reading.release()
+	if _, err := m.acquireContent(unkept(gzippedReport(t, 100<<10)), true); err == nil {
+		t.Error("there is room for a large report")
+	}
+	held := 0
+	for {
+		c, err := m.acquireContent(unkept(gzippedReport(t, 50<<10)), true)
+		if err != nil {
+			break
+		}
+		defer m.releaseContent(c)
+		if held++; m.stats().Sending > m.limit {
+			t.Fatalf("%d callers hold %+v", held, m.stats())
+		}
+	}
+	if held < 20 {
+		t.Errorf("only %d callers get a report", held)
+	}
+}
+
 func TestCacheConcurrently(t *testing.T) {
 	m := newMemory(200 << 10)
 	var wg sync.WaitGroup

@@ -40,27 +40,25 @@ type responder struct {
 // write writes the report that was found and returns the status of the response. It takes little stack, as a hit must (see
 // docs/ARCHITECTURE.md).
 func (rp *responder) write(w http.ResponseWriter, r *http.Request, res result) int {
-	status, form, body := rp.prepare(w, r, res)
+	status, c := rp.prepare(w, r, res)
 	if status != http.StatusOK {
 		return status
 	}
-	if form != nil {
-		defer rp.memory.release(form)
-	}
+	defer rp.memory.releaseContent(c)
 	w.WriteHeader(status)
 	switch {
 	case r.Method == http.MethodHead:
-	case form == nil:
-		rp.stream(w, res.entry)
+	case c.decoder != nil:
+		rp.stream(w, res.entry.report)
 	default:
-		_, _ = w.Write(body) // an error means that the client has left
+		_, _ = w.Write(c.body) // an error means that the client has left
 	}
 	return status
 }
 
-// prepare sets the header fields of the response for a report. If the status is 200, it returns the form to send, which must
-// be released, and its body; there is no form if the document must be sent piece by piece. Any other response it has written.
-func (rp *responder) prepare(w http.ResponseWriter, r *http.Request, res result) (status int, form *form, body []byte) {
+// prepare sets the header fields of the response for a report. If the status is 200, it returns the content, which must be
+// released. Any other response it has written.
+func (rp *responder) prepare(w http.ResponseWriter, r *http.Request, res result) (status int, c content) {
 	report := res.entry.report
 	f := fields{header: w.Header()}
 	f.set("Cache-Status", cacheStatus(res, nil))
@@ -76,7 +74,7 @@ func (rp *responder) prepare(w http.ResponseWriter, r *http.Request, res result)
 	}
 	if report.IsEmpty() {
 		w.WriteHeader(http.StatusNoContent)
-		return http.StatusNoContent, nil, nil
+		return http.StatusNoContent, c
 	}
 
 	e := res.entry
@@ -84,17 +82,16 @@ func (rp *responder) prepare(w http.ResponseWriter, r *http.Request, res result)
 	inflated := report.Gzipped() && !gzipped
 	rep := e.describe(inflated)
 	if ifMatch := r.Header["If-Match"]; len(ifMatch) > 0 && !matchesETag(ifMatch, rep.ETag, false) {
-		return writeProblem(w, r, errPreconditionFailed, cacheStatus(res, nil)), nil, nil
+		return writeProblem(w, r, errPreconditionFailed, cacheStatus(res, nil)), c
 	}
 	if matchesETag(r.Header["If-None-Match"], rep.ETag, true) {
 		f.set("Etag", rep.ETag)
 		w.WriteHeader(http.StatusNotModified)
-		return http.StatusNotModified, nil, nil
+		return http.StatusNotModified, c
 	}
-	form, body, err := rp.memory.acquireForm(e, inflated && r.Method != http.MethodHead)
+	c, err := rp.memory.acquireContent(e, inflated && r.Method != http.MethodHead)
 	if err != nil {
-		rp.logger.Error("a kept report is damaged", zap.Error(err))
-		return writeProblem(w, r, errDamaged, cacheStatus(res, errDamaged)), nil, nil
+		return rp.refuse(w, r, res, err), c
 	}
 	f.set("Etag", rep.ETag)
 	f.set("Content-Type", "application/json")
@@ -102,18 +99,24 @@ func (rp *responder) prepare(w http.ResponseWriter, r *http.Request, res result)
 	if gzipped {
 		f.set("Content-Encoding", "gzip")
 	}
-	return http.StatusOK, form, body
+	return http.StatusOK, c
+}
+
+// refuse writes the problem that keeps a report from being sent: there is no memory for that, or the report is damaged.
+func (rp *responder) refuse(w http.ResponseWriter, r *http.Request, res result, err error) int {
+	p, ok := errors.AsType[*problem](err)
+	if !ok {
+		rp.logger.Error("a kept report is damaged", zap.Error(err))
+		p = errDamaged
+	}
+	w.Header().Del("Age") // of the report
+	return writeProblem(w, r, p, cacheStatus(res, p))
 }
 
 // stream writes an inflated document piece by piece. The response cannot say any more that the report is damaged, so it is
 // aborted then.
-func (rp *responder) stream(w http.ResponseWriter, e *entry) {
-	rp.memory.acquire(&e.whole)
-	defer rp.memory.release(&e.whole)
-	decoder := rp.memory.reserve(new(share))
-	defer decoder.release()
-	decoder.grow(task.DecoderMemory)
-	if err := e.report.WriteInflated(w); errors.Is(err, task.ErrDamaged) {
+func (rp *responder) stream(w http.ResponseWriter, report *task.Report) {
+	if err := report.WriteInflated(w); errors.Is(err, task.ErrDamaged) {
 		rp.logger.Error("a kept report is damaged", zap.Error(err))
 		panic(http.ErrAbortHandler)
 	}
