@@ -68,8 +68,8 @@ type Handler struct {
 	// The maximum duration of a request to a node or the broker, including the body of its answer. Default: `30s`
 	Timeout caddy.Duration `json:"timeout,omitempty"`
 
-	// How long an unfinished report is kept, and the answer that a submission is queued. While callers wait for a report,
-	// it is fetched at this interval. Default: `2s`
+	// How long an unfinished report is kept, and the answer that a submission is queued, or was accepted and is not known yet.
+	// While callers wait for a report, it is fetched at this interval. Default: `2s`
 	PollInterval caddy.Duration `json:"poll_interval,omitempty"`
 
 	// The maximum time for which a caller can have the response held until the report is finished. Default: `60s`
@@ -287,7 +287,7 @@ func (h *Handler) serve(w http.ResponseWriter, r *http.Request, info *requestInf
 	}
 	res, err := h.namespace.resolver.resolve(r.Context(), &q)
 	if err == nil && !res.entry.report.Finished() {
-		h.namespace.resolver.follow(q, info.clientName())
+		h.namespace.resolver.follow(q, res.entry.report, info.clientName())
 		res, err = h.wait(w, r, &q, res)
 	}
 	h.respond(w, r, info, res, err)

@@ -213,6 +213,81 @@ func TestAcceptedSubmission(t *testing.T) {
 	s.get("/task?nocache&submitID="+id).wantProblem(t, http.StatusNotFound, "unknown_submission")
 }
 
+// That no upstream knows a submission yet that was accepted is kept for a poll interval, like an unfinished report.
+func TestPollsOfAnAcceptedSubmission(t *testing.T) {
+	broker := newForgetful(t, time.Second, time.Hour)
+	broker.silent = time.Hour
+	s := startWithAdmin(t, proxied(broker.URL, "", "poll_interval 20s\n harvest"), "")
+	id := s.submit()
+	path := "/task?submitID=" + id
+	begin := time.Now()
+	for range 50 {
+		got := s.get(path)
+		got.wantStatus(t, http.StatusNoContent)
+		got.wantHeader(t, "Retry-After", "20")
+	}
+	asked, most := broker.asked(id), 1+int(time.Since(begin)/(20*time.Second))
+	if asked == 0 || asked > most {
+		t.Errorf("the report was asked for %d times, want up to %d", asked, most)
+	}
+	// With nocache, the broker is asked, and the complete report is another one. Errors are not kept.
+	for _, other := range []string{path + "&nocache", path + "&nocache", path + "&all"} {
+		s.get(other).wantStatus(t, http.StatusNoContent)
+		if now := broker.asked(id); now <= asked {
+			t.Errorf("%s: the report was not asked for", other)
+		}
+		asked = broker.asked(id)
+	}
+	for n := range 2 {
+		s.get("/task?submitID=another").wantProblem(t, http.StatusNotFound, "unknown_submission")
+		if now := broker.asked("another"); now != n+1 {
+			t.Errorf("an unknown report was asked for %d times, want %d", now, n+1)
+		}
+	}
+	// What is kept does not make it followed again.
+	s.wantAdmin(http.MethodDelete, "/fsbroker/harvest?submitID="+id, http.StatusOK, `{"given_up":1}`)
+	s.get(path)
+	if got := s.pending(); len(got) > 0 {
+		t.Errorf("pending is %q", got)
+	}
+	s.get(path+"&nocache").wantProblem(t, http.StatusNotFound, "unknown_submission")
+}
+
+// Polls do not make the follower take a submission for known, and hide for a poll interval at the most what becomes of it.
+func TestEndOfAcceptance(t *testing.T) {
+	for name, end := range map[string]func(s *adminSite, b *forgetful, path string){
+		"known": func(s *adminSite, b *forgetful, path string) {
+			b.setHandler(responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+			s.getUntil(path, "the report", func(r reply) bool { return r.status == http.StatusOK })
+		},
+		"failed": func(s *adminSite, b *forgetful, path string) {
+			b.setHandler(explains(`{"state":"FAILED"}`))
+			s.getUntil(path, "the failure", func(r reply) bool { return strings.Contains(string(r.body), "submission_failed") })
+		},
+		"given up": func(s *adminSite, _ *forgetful, path string) {
+			s.requestAdmin(http.MethodDelete, "/fsbroker/harvest?"+strings.TrimPrefix(path, "/task?"))
+			s.getUntil(path, "the end", func(r reply) bool { return strings.Contains(string(r.body), "unknown_submission") })
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			broker := newForgetful(t, time.Second, time.Hour)
+			broker.silent = time.Hour
+			s := startWithAdmin(t, proxied(broker.URL, "", harvesting), "")
+			id := s.submit()
+			path := "/task?submitID=" + id
+			s.getUntil(path, "some questions", func(r reply) bool {
+				r.wantStatus(t, http.StatusNoContent)
+				return broker.asked(id) > 10
+			})
+			if got := s.pending(); !slices.Equal(got, []string{id + "/ accepted"}) {
+				t.Errorf("pending is %q", got)
+			}
+			end(s, broker, path)
+			s.wantNothingPending()
+		})
+	}
+}
+
 // A report that is asked for before it is finished is followed from then on, by whatever name.
 func TestUnfinishedReportIsFollowed(t *testing.T) {
 	broker := newForgetful(t, 2*time.Second, time.Hour)

@@ -66,11 +66,10 @@ func newResolver(namespace string, nodes map[string]*upstream, broker *upstream,
 // result is a report and where it came from.
 type result struct {
 	fetchResult
-	hit      bool // it was kept
-	joined   bool // it came with the fetch of another caller
-	nocache  bool
-	accepted bool    // no upstream knows the submission, but it was accepted through here
-	node     *origin // the node whose report it is; nil if that is not known
+	hit     bool // it was kept
+	joined  bool // it came with the fetch of another caller
+	nocache bool
+	node    *origin // the node whose report it is; nil if that is not known
 }
 
 // outcome returns what the cache did for a request, given its result or the problem that took its place.
@@ -122,8 +121,7 @@ func (rs *resolver) resolve(ctx context.Context, q *query) (result, error) {
 	return rs.find(ctx, k, node, q)
 }
 
-// find returns the report under k, which memory does not have, or which is wanted from an upstream. A submission that was
-// accepted through here has nothing to report yet until an upstream has known it.
+// find returns the report under k, which memory does not have, or which is wanted from an upstream.
 func (rs *resolver) find(ctx context.Context, k task.Key, node *origin, asked *query) (result, error) {
 	q := asked.target()
 	if q.onlyCached {
@@ -144,9 +142,6 @@ func (rs *resolver) find(ctx context.Context, k task.Key, node *origin, asked *q
 	res.node = node
 	if res.from != nil && res.from.role == roleNode {
 		res.node = res.from
-	}
-	if rs.isAccepted(q, err) {
-		res.entry, res.accepted, err = unkept(task.NothingYet(time.Now())), true, nil
 	}
 	return res, err
 }
@@ -268,18 +263,19 @@ func (rs *resolver) closeIfRetired() {
 }
 
 // fetch returns the report under k from the storage, or from the first upstream that knows it, and keeps it. A fresh fetch
-// always asks the upstreams.
+// always asks the upstreams. A submission that was accepted through here has nothing to report yet until an upstream has
+// known it.
 func (rs *resolver) fetch(ctx context.Context, k task.Key, q query, fresh bool) (fetchResult, error) {
-	_, kept := rs.shared.get(k)
-	if !kept && !rs.absent.has(k) {
-		e, err := rs.loadStored(ctx, k, q.all) // an upstream may know the report if the storage cannot be read
+	kept, _ := rs.shared.get(k)
+	if kept == nil && !rs.absent.has(k) {
+		var err error
+		kept, err = rs.loadStored(ctx, k, q.all) // an upstream may know the report if the storage cannot be read
 		if p, ok := errors.AsType[*problem](err); ok && !fresh {
 			return fetchResult{}, p
 		}
-		if e != nil && !fresh {
-			return fetchResult{entry: e, stored: true}, nil
+		if kept != nil && !fresh {
+			return fetchResult{entry: kept, stored: true}, nil
 		}
-		kept = e != nil
 	}
 	a, err := rs.fetchFromUpstreams(ctx, q, fresh)
 	if err == nil {
@@ -290,12 +286,16 @@ func (rs *resolver) fetch(ctx context.Context, k task.Key, q query, fresh bool) 
 		return fetchResult{entry: e, from: a.from, span: lastSpan(ctx)}, nil
 	}
 	p, ok := errors.AsType[*problem](err)
-	if ok && !kept && p.kind != problemSubmissionFailed {
+	if ok && kept == nil && p.kind != problemSubmissionFailed {
 		e, unreadable := rs.loadStored(ctx, k, q.all)
 		if e != nil && !fresh { // another instance has stored it meanwhile
 			return fetchResult{entry: e, stored: true}, nil
 		}
 		err = rs.withStorageError(p, unreadable)
+	}
+	if rs.isAccepted(q, err) && (kept == nil || !kept.report.Known()) {
+		e := rs.keep(k, q.all, answer{report: task.NotKnownYet(time.Now())})
+		return fetchResult{entry: e, span: lastSpan(ctx)}, nil
 	}
 	return fetchResult{span: lastSpan(ctx)}, err
 }
@@ -524,9 +524,10 @@ func (rs *resolver) selection(q query, common archive.Selection) (s archive.Sele
 	return common, true
 }
 
-// follow follows the report that a client has asked for, and that is not finished.
-func (rs *resolver) follow(q query, client string) {
-	if rs.follower != nil && q.sha256 == "" {
+// follow follows the report that a client has asked for, and that is not finished. One that no upstream knows yet was
+// followed when it was accepted.
+func (rs *resolver) follow(q query, report *task.Report, client string) {
+	if rs.follower != nil && q.sha256 == "" && report.Known() {
 		rs.follower.Follow(harvest.Target{ID: q.id(), Client: client, Known: true, Accepted: time.Now()})
 	}
 }
@@ -564,7 +565,7 @@ func (rs *resolver) fetchFollowed(ctx context.Context, t harvest.Target, all boo
 	res, err := rs.resolve(ctx, &query{submitID: t.SubmitID, appServerID: t.AppServerID, taskID: t.TaskID, all: all})
 	p, isProblem := errors.AsType[*problem](err)
 	switch {
-	case res.accepted:
+	case err == nil && !res.entry.report.Known():
 		return harvest.Outcome{State: harvest.Unknown}, nil
 	case err == nil && !res.entry.report.Finished():
 		return harvest.Outcome{State: harvest.Unfinished}, nil

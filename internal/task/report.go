@@ -23,7 +23,8 @@ type Report struct {
 	at       atomic.Int64 // Unix nanoseconds
 	finished bool
 	gzipped  bool
-	length   int // of the document, in bytes
+	unknown  bool // see Known
+	length   int  // of the document, in bytes
 	body     []byte
 	// The entity tag of the representation, which has the hash of the document, followed by its Content-Length. Two strings,
 	// or three, would take more memory. It is empty if there is nothing to report yet.
@@ -42,6 +43,13 @@ type Representation struct {
 func NothingYet(at time.Time) *Report {
 	r := new(Report)
 	r.at.Store(at.UnixNano())
+	return r
+}
+
+// NotKnownYet returns the report of a submission that was accepted and that no upstream knows yet.
+func NotKnownYet(at time.Time) *Report {
+	r := NothingYet(at)
+	r.unknown = true
 	return r
 }
 
@@ -91,6 +99,9 @@ func (r *Report) Renew(again *Report) bool {
 
 // Finished reports whether the report is final.
 func (r *Report) Finished() bool { return r.finished }
+
+// Known reports whether an upstream knows the task.
+func (r *Report) Known() bool { return !r.unknown }
 
 // File returns the SHA-256 sum of the analysed file. It is zero if the document does not say it.
 func (r *Report) File() [sha256.Size]byte { return r.file }
