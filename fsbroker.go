@@ -69,7 +69,7 @@ type Handler struct {
 	Timeout caddy.Duration `json:"timeout,omitempty"`
 
 	// How long an unfinished report is kept, and the answer that a submission is queued, or was accepted and is not known yet.
-	// While callers wait for a report, it is fetched at this interval. Default: `2s`
+	// With `harvest`, that is 24 seconds at the most. While callers wait for a report, it is fetched at this interval. Default: `2s`
 	PollInterval caddy.Duration `json:"poll_interval,omitempty"`
 
 	// The maximum time for which a caller can have the response held until the report is finished. Default: `60s`

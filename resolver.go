@@ -395,10 +395,15 @@ func (rs *resolver) fetchTaskOf(ctx context.Context, sub task.Submission, q quer
 	return answer{res.entry.report, cmp.Or(res.from, node), &k}, nil
 }
 
-// keep keeps an answer under k. A finished report is stored as well.
+// keep keeps an answer under k. A finished report is stored as well. One that is not is kept until the follower asks again, or
+// for the poll interval if that is shorter.
 func (rs *resolver) keep(k task.Key, all bool, a answer) *entry {
 	if !a.report.Finished() {
-		return rs.shared.put(k, a.report, rs.pollInterval)
+		ttl := rs.pollInterval
+		if rs.follower != nil {
+			ttl = min(ttl, harvest.MaxAge)
+		}
+		return rs.shared.put(k, a.report, ttl)
 	}
 	e := rs.shared.put(k, a.report, rs.ttl)
 	rs.shared.save(e, archive.Item{All: all, Target: a.target}, nil)

@@ -12,6 +12,10 @@ const (
 	// maxDelay is the longest delay between two questions for a target. The rest of 30 seconds is for its turn.
 	maxDelay = 27 * time.Second
 
+	// MaxAge is how old the answer to a question may be, at the most. It is less than the longest delay with its jitter, so an
+	// upstream is asked about each target that often, although others keep its answers.
+	MaxAge = 24 * time.Second
+
 	// The delay before a finished report is asked for again to see whether it is in the storage.
 	firstSaveDelay = 250 * time.Millisecond
 	lastSaveDelay  = 5 * time.Second

@@ -36,8 +36,8 @@ type Config struct {
 // Source is what a configuration lets a Follower use. It must not change after it has been attached.
 type Source struct {
 	// Fetch asks for the report of a target, the complete one or the high-level one. It is called by several goroutines, must
-	// limit its own time, and return when ctx ends. It must not take the target for known because it is pending. An error is a
-	// problem that may pass; it is shown to operators.
+	// limit its own time, and return when ctx ends. An answer that it keeps must not be older than MaxAge. It must not take the
+	// target for known because it is pending. An error is a problem that may pass; it is shown to operators.
 	Fetch func(ctx context.Context, t Target, all bool) (Outcome, error)
 
 	// Upstream returns the name of the upstream that Fetch asks first. The bounds are those of one upstream.
