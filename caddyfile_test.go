@@ -197,7 +197,7 @@ func TestCaddyfileErrors(t *testing.T) {
 		"cache {\nstorage\nencryption_key hush\naccept_unencrypted yes\n}":                 "wrong number of arguments: expected accept_unencrypted",
 		"cache {\nstorage\nencryption_key hush\naccept_unencrypted {\nx\n}\n}":             "accept_unencrypted takes no block",
 		"cache {\nstorage\nencryption_key hush\naccept_unencrypted\naccept_unencrypted\n}": "accept_unencrypted is given more than once",
-		"cache {\nstorage\naccept_unencrypted\n}":                                          "accept_unencrypted needs an encryption_key: without one, everything is read",
+		"cache {\nstorage\naccept_unencrypted\n}":                                          "accept_unencrypted needs a key: configure encryption_key as well",
 		"nodes a b": "unknown option nodes: the options of fsbroker_task are secret, node, broker, transport, timeout, poll_interval, max_wait, max_report, fail_duration, health_interval, health_timeout, harvest and cache",
 	} {
 		t.Run(options, func(t *testing.T) {

@@ -117,7 +117,7 @@ func TestJSON(t *testing.T) {
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "cache": {"encryption_keys": ["unspeakable"]}}`:                "encryption_key needs a storage",
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "cache": {"storage": {}, "encryption_keys": ["unspeakable"]}}`: "encryption key 1 must be 32 bytes",
 		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "cache": {"storage": {}, "encryption_keys": [""]}}`:            "the secret is empty",
-		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "cache": {"storage": {}, "accept_unencrypted": true}}`:         "accept_unencrypted needs an encryption_key",
+		`{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1"}], "cache": {"storage": {}, "accept_unencrypted": true}}`:         "accept_unencrypted needs a key",
 		`{"handler": "fsbroker_task", "no_such": 1}`: "unknown field",
 	} {
 		err := load(handler)

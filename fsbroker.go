@@ -242,7 +242,7 @@ var errRetention = errors.New("retention needs a storage: configure storage as w
 
 var errEncryptionKey = errors.New("encryption_key needs a storage: configure storage as well")
 
-var errAcceptUnencrypted = errors.New("accept_unencrypted needs an encryption_key: without one, everything is read")
+var errAcceptUnencrypted = errors.New("accept_unencrypted needs a key: configure encryption_key as well")
 
 // ServeHTTP responds with a report. It authenticates the request, parses the query, resolves it, waits for an unfinished
 // report if the caller asks for that, and writes the response.

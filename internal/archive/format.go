@@ -185,7 +185,7 @@ func additionalData(header []byte, name string) []byte { return append(slices.Cl
 
 // decode reads the value that is stored under a name and must be that of a key. The checksum or the seal shows that it is
 // what was stored, so a document is not inflated here. The error says why the value cannot be used and shows nothing of it:
-// isForeign is true for it, or else the value is damaged.
+// it is foreign (isForeign), or else damaged.
 func decode(stored []byte, name string, key task.Key, ring *Keyring) (*value, error) {
 	h, body, err := unwrap(stored, name, key, ring)
 	if err != nil {
