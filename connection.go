@@ -4,20 +4,26 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"net"
 	"net/http"
 	"net/http/httptrace"
 	"syscall"
+	"time"
 )
 
 // connection is a connection to an upstream. An upstream may answer before a request has arrived, and close the connection.
 // Go's transport prefers the error of writing the rest of the request to the answer, whichever it sees first. So that error
-// is held back until there is nothing more to read.
+// is held back until there is nothing more to read, which is at once, unless the reader waits for the writer: over HTTP/2, it
+// may.
 type connection struct {
 	net.Conn
-	ctx context.Context // ends with the reads of the connection, whose last error is the cause
+	ctx context.Context // ends with the reads of the connection, whose error is the cause
 	end context.CancelCauseFunc
 }
+
+// maxHoldBack bounds how long the error of a write is held back. What has arrived before can be read much faster.
+const maxHoldBack = 2 * time.Second
 
 // withPatientWrites makes a transport hold back the errors of writing. Connections of a TLS server name with placeholders
 // are left as they are: the transport would not know them for TLS.
@@ -38,7 +44,7 @@ func withPatientWrites(transport *http.Transport) {
 func (c *connection) Read(p []byte) (int, error) {
 	n, err := c.Conn.Read(p)
 	if err != nil {
-		c.end(err)
+		c.end(fmt.Errorf("the connection has ended: %w", err)) // io.EOF itself would be taken for the end of a body
 	}
 	return n, err
 }
@@ -46,15 +52,19 @@ func (c *connection) Read(p []byte) (int, error) {
 // Write implements net.Conn.
 func (c *connection) Write(p []byte) (int, error) {
 	n, err := c.Conn.Write(p)
-	if errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) {
-		<-c.ctx.Done()
+	if errors.Is(err, syscall.EPIPE) || errors.Is(err, syscall.ECONNRESET) || errors.Is(err, net.ErrClosed) {
+		select {
+		case <-c.ctx.Done():
+			err = context.Cause(c.ctx)
+		case <-time.After(maxHoldBack):
+		}
 	}
 	return n, err
 }
 
 // Close implements net.Conn.
 func (c *connection) Close() error {
-	c.end(net.ErrClosed)
+	c.end(net.ErrClosed) // unless a read has ended it
 	return c.Conn.Close()
 }
 

@@ -174,13 +174,13 @@ func (t *proxyTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	a := &proxiedAnswer{upstream: u, call: call, span: span}
 
 	var dial dialTrace
-	traced := httptrace.WithClientTrace(ctx, dial.trace())
+	out := u.proxiedRequest(httptrace.WithClientTrace(ctx, dial.trace()), req)
 	if call.body != nil {
-		var stop func()
-		traced, stop = giveUpWithConnection(traced, call.body)
+		traced, stop := giveUpWithConnection(out.Context(), call.body)
 		defer stop()
+		out = out.WithContext(traced)
+		out.Body = call.body // without the wrapper of reverse_proxy, which HTTP/2 reads and closes at the same time
 	}
-	out := u.proxiedRequest(traced, req)
 	learns := t.follower != nil && isSubmit(req)
 	if learns {
 		out.Header.Del("Accept-Encoding") // the answer must be read
@@ -204,6 +204,7 @@ func (t *proxyTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	u.judgeProxied(ctx, &a.outcome, &dial)
 	u.health.record(sourceOther, a.outcome)
 	if p := a.outcome.problem; p != nil {
+		_ = call.body.Close()
 		if resp != nil {
 			drain(resp)
 			_ = resp.Body.Close()
@@ -342,8 +343,9 @@ func (a *proxiedAnswer) Read(p []byte) (int, error) {
 	return n, err
 }
 
-// Close implements io.Closer.
+// Close implements io.Closer. The rest of the request is not needed any more. Over HTTP/2, Go's transport waits for it.
 func (a *proxiedAnswer) Close() error {
+	_ = a.call.body.Close()
 	err := a.ReadCloser.Close()
 	a.end(nil)
 	return err

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"os/exec"
 	"strings"
@@ -322,25 +323,41 @@ func TestUploadWithoutAnswer(t *testing.T) {
 	}
 }
 
-// Over HTTP/2, an upload that is refused early ends its stream alone.
+// Over HTTP/2, an upload that is refused early ends its stream alone, on the way to the broker as well.
 func TestUploadRefusedEarlyOverHTTP2(t *testing.T) {
-	reports := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	broker := httptest.NewUnstartedServer(responds(http.StatusRequestEntityTooLarge, "too large"))
+	broker.EnableHTTP2 = true
+	broker.StartTLS()
+	t.Cleanup(broker.Close)
+	for name, address := range map[string]string{"HTTP/1.1": earlyBroker(t, refusals["lingers"]), "HTTP/2": broker.URL} {
+		t.Run("to the broker over "+name, func(t *testing.T) { testUploadRefusedEarlyOverHTTP2(t, address) })
+	}
+}
+
+func testUploadRefusedEarlyOverHTTP2(t *testing.T, broker string) {
+	reports := httptest.NewTLSServer(responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	t.Cleanup(reports.Close)
+	transport := "transport http {\n tls_insecure_skip_verify\n"
+	if strings.HasPrefix(broker, "http:") {
+		transport += "tls_except_ports " + broker[strings.LastIndexByte(broker, ':')+1:] + "\n"
+	}
 	s := startSite(t, fmt.Sprintf(`fsbroker_task {
 		secret tester {env.CALLER_SECRET}
 		node node-1 %s {env.NODE_SECRET}
 		broker %s {env.BROKER_SECRET} {
 			proxy
 		}
-	}`, reports.URL, earlyBroker(t, refusals["lingers"])))
-	transport := s.client.Transport.(*http.Transport).Clone()
-	transport.ForceAttemptHTTP2 = true
+		%s }
+	}`, reports.URL, broker, transport))
+	client := s.client.Transport.(*http.Transport).Clone()
+	client.ForceAttemptHTTP2 = true
 	conns := 0
-	transport.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
+	client.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
 		conns++
 		return new(net.Dialer).DialContext(ctx, network, address)
 	}
-	defer transport.CloseIdleConnections()
-	s.client = &http.Client{Transport: transport}
+	defer client.CloseIdleConnections()
+	s.client = &http.Client{Transport: client}
 	for range 5 {
 		resp, err := s.client.Do(s.request("POST", "/submit", zeros(uploadSize), bearer))
 		if err != nil {
