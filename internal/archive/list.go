@@ -42,8 +42,9 @@ func listBelow(ctx context.Context, storage certmagic.Storage, folder string, is
 // sortOut adds the values among the names that a storage has listed, and returns the folders that it has not looked into.
 func sortOut(found []string, folder string, isValue func(name string) bool, values map[string]struct{}) (folders []string) {
 	filled := make(map[string]bool) // the folders of the values
+	below := folder + "/"
 	for _, name := range found {
-		i := strings.Index(name, folder+"/")
+		i := strings.Index(name, below)
 		if i < 0 || i > 0 && name[i-1] != '/' {
 			continue
 		}

@@ -50,7 +50,7 @@ func (k Kind) String() string {
 const (
 	maxConsul   = 512 << 10
 	s3LockTTL   = 15 * time.Second
-	ownPrefix   = "/bucket/"
+	ownPrefix   = "/bucket"
 	defaultPoll = time.Second
 )
 
@@ -86,22 +86,22 @@ func (m *Memory) list(prefix string, recursive bool) ([]string, error) {
 		if n == nil {
 			return nil, notExist("list", prefix)
 		}
-		return n.names(prefix, recursive, true), nil
+		return withoutSlash(n.paths(recursive, true)), nil
 	case Redis:
-		return m.root.find(prefix).names(prefix, recursive, false), nil
+		return withoutSlash(m.root.find(prefix).paths(recursive, false)), nil
 	case S3:
-		return m.root.withPrefix(prefix), nil
+		return withoutSlash(m.root.withPrefix(prefix)), nil
 	case S3Delimiter:
-		return m.root.upToSlash(prefix, recursive), nil
-	case Prefixed:
-		names := m.root.withPrefix("")
-		for i, name := range names {
-			names[i] = ownPrefix + name
+		if recursive {
+			return m.root.withPrefix(prefix), nil
 		}
-		slices.Reverse(names)
-		return names, nil
+		return m.root.upToSlash(prefix), nil
+	case Prefixed:
+		paths := m.root.withPrefix("")
+		slices.Reverse(paths)
+		return paths, nil
 	case Consul:
-		names := m.root.withPrefix(prefix)
+		names := withoutSlash(m.root.withPrefix(prefix))
 		if len(names) == 0 {
 			return nil, notExist("list", prefix)
 		}
@@ -115,6 +115,14 @@ func (m *Memory) list(prefix string, recursive bool) ([]string, error) {
 		return slices.Compact(names), nil
 	}
 	panic("unknown kind")
+}
+
+// withoutSlash removes the slash before each path.
+func withoutSlash(paths []string) []string {
+	for i, path := range paths {
+		paths[i] = path[1:]
+	}
+	return paths
 }
 
 // store stores as the kind does. The caller holds the mutex.

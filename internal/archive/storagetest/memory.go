@@ -30,7 +30,11 @@ type lock struct {
 
 // New returns an empty storage.
 func New(kind Kind) *Memory {
-	return &Memory{kind: kind, locks: make(map[string]lock)}
+	m := &Memory{kind: kind, locks: make(map[string]lock)}
+	if kind == Prefixed {
+		m.root.path = ownPrefix
+	}
+	return m
 }
 
 // Kind returns the kind.
@@ -69,9 +73,9 @@ func (m *Memory) Names(prefix string) []string {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var names []string
-	m.root.walk("", prefix, func(name string, n *node) {
+	m.root.walk(prefix, func(n *node) {
 		if n.value != nil {
-			names = append(names, name)
+			names = append(names, n.path[len(m.root.path)+1:])
 		}
 	})
 	return names
@@ -151,9 +155,10 @@ func (m *Memory) release(owner any) {
 
 // node is a folder, a value, or both.
 type node struct {
+	path     string // the name, with a slash before it, and before that the prefix of the kind
 	children map[string]*node
-	order    []string // the names of the children, in order; nil if it is not known
-	value    []byte   // nil if there is none
+	order    []*node // the children, in order; nil if it is not known
+	value    []byte  // nil if there is none
 	modified time.Time
 	hidden   bool // there is a value, but no list shows it
 	ghost    bool // lists show it, but there is no value
@@ -181,6 +186,7 @@ func (n *node) make(name string) *node {
 				n.children = make(map[string]*node)
 			}
 			next = new(node)
+			next.path = n.path + "/" + part
 			n.children[part], n.order = next, nil
 		}
 		n = next
@@ -221,9 +227,9 @@ func folder(name string) string {
 	return name[:max(0, strings.LastIndexByte(name, '/'))]
 }
 
-func (n *node) sorted() []string {
-	if n.order == nil {
-		n.order = slices.Sorted(maps.Keys(n.children))
+func (n *node) sorted() []*node {
+	if n.order == nil && len(n.children) > 0 {
+		n.order = slices.SortedFunc(maps.Values(n.children), func(p, q *node) int { return strings.Compare(p.path, q.path) })
 	}
 	return n.order
 }
@@ -231,73 +237,65 @@ func (n *node) sorted() []string {
 // listed reports whether lists show the value of the node.
 func (n *node) listed() bool { return n.value != nil && !n.hidden || n.ghost }
 
-// names returns the names in a folder, as a storage with folders does. n may be nil.
-func (n *node) names(prefix string, recursive, folders bool) []string {
+// paths returns the paths in a folder, as a storage with folders lists them. n may be nil.
+func (n *node) paths(recursive, folders bool) []string {
 	if n == nil {
 		return nil
 	}
-	var names []string
-	for _, base := range n.sorted() {
-		child, name := n.children[base], strings.Trim(prefix, "/")+"/"+base
+	var paths []string
+	for _, child := range n.sorted() {
 		folder := child.children != nil || !child.listed() && !child.hidden
 		if child.listed() || folder && (!recursive || folders) {
-			names = append(names, name)
+			paths = append(paths, child.path)
 		}
 		if recursive {
-			names = append(names, child.names(name, true, folders)...)
+			paths = append(paths, child.paths(true, folders)...)
 		}
 	}
-	return names
+	return paths
 }
 
 // walk calls f for each node whose name begins with a prefix, in order.
-func (n *node) walk(name, prefix string, f func(name string, n *node)) {
-	if strings.HasPrefix(name, prefix) && name != "" {
-		f(name, n)
-	} else if !strings.HasPrefix(prefix, name) {
+func (n *node) walk(prefix string, f func(*node)) {
+	dir := n.find(folder(prefix))
+	if dir == nil {
 		return
 	}
-	if name != "" {
-		name += "/"
-	}
-	if rest, ok := strings.CutPrefix(prefix, name); ok {
-		if base, _, more := strings.Cut(rest, "/"); more { // there is one way only
-			if child := n.children[base]; child != nil {
-				child.walk(name+base, prefix, f)
-			}
-			return
-		}
-	}
-	rest := strings.TrimPrefix(prefix, name)
-	if !strings.HasPrefix(prefix, name) {
-		rest = ""
-	}
-	for _, base := range n.sorted() {
-		if strings.HasPrefix(base, rest) {
-			n.children[base].walk(name+base, prefix, f)
+	begin := dir.path + "/" + prefix[strings.LastIndexByte(prefix, '/')+1:]
+	for _, child := range dir.sorted() {
+		if strings.HasPrefix(child.path, begin) {
+			child.each(f)
 		}
 	}
 }
 
-// withPrefix returns the names of all values that begin with a prefix.
+// each calls f for the node and all below it, in order.
+func (n *node) each(f func(*node)) {
+	f(n)
+	for _, child := range n.sorted() {
+		child.each(f)
+	}
+}
+
+// withPrefix returns the paths of all values whose names begin with a prefix.
 func (n *node) withPrefix(prefix string) []string {
-	var names []string
-	n.walk("", prefix, func(name string, n *node) {
+	var paths []string
+	n.walk(prefix, func(n *node) {
 		if n.listed() {
-			names = append(names, name)
+			paths = append(paths, n.path)
 		}
 	})
-	return names
+	return paths
 }
 
-// upToSlash returns the names that begin with a prefix, each up to the next slash unless recursive, with a slash before them.
-func (n *node) upToSlash(prefix string, recursive bool) []string {
-	names := n.withPrefix(prefix)
-	for i, name := range names {
-		if end := strings.IndexByte(name[len(prefix):], '/'); end >= 0 && !recursive {
-			name = name[:len(prefix)+end+1]
+// upToSlash returns the paths of all values whose names begin with a prefix, each up to the next slash.
+func (n *node) upToSlash(prefix string) []string {
+	paths := n.withPrefix(prefix)
+	begin := len(n.path + "/" + prefix)
+	for i, path := range paths {
+		if end := strings.IndexByte(path[begin:], '/'); end >= 0 {
+			paths[i] = path[:begin+end+1]
 		}
-		names[i] = "/" + name
 	}
-	return slices.Compact(names)
+	return slices.Compact(paths)
 }
