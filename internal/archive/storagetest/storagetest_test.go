@@ -190,3 +190,64 @@ func TestLocks(t *testing.T) {
 		}
 	})
 }
+
+// A gate closes when the operations under way have ended, and lets none begin afterwards.
+func TestGate(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := NewFaulty(New(FileSystem))
+		g := NewGate()
+		s := g.Guard(tryStorage{storage{f}})
+		if err := s.Lock(t.Context(), "lock"); err != nil {
+			t.Fatal(err)
+		}
+		locked, stored, closed := make(chan error, 1), make(chan error, 1), make(chan error, 1)
+		go func() { locked <- s.Lock(t.Context(), "lock") }() // waits for Unlock
+		f.Set(On(Hanging(true), Store))
+		go func() { stored <- s.Store(t.Context(), "a", []byte("1")) }()
+		synctest.Wait()
+		go func() {
+			g.Close()
+			close(closed)
+		}()
+		synctest.Wait()
+		if _, err := s.Load(t.Context(), "a"); !errors.Is(err, ErrClosed) {
+			t.Errorf("an operation begins while the gate closes: error %v", err)
+		}
+		if err := s.Unlock(t.Context(), "lock"); err != nil {
+			t.Errorf("what was locked cannot be unlocked: %v", err)
+		}
+		if err := <-locked; err != nil {
+			t.Errorf("what has waited for the lock: %v", err)
+		}
+		synctest.Wait()
+		select {
+		case <-closed:
+			t.Error("the gate is closed although a write is under way")
+		default:
+		}
+		f.Release()
+		<-closed
+		if err := <-stored; err != nil || f.memory.Get("a") == nil {
+			t.Errorf("the write under way: error %v", err)
+		}
+		_, list := s.List(t.Context(), "", true)
+		_, stat := s.Stat(t.Context(), "a")
+		_, try := s.(certmagic.TryLocker).TryLock(t.Context(), "another")
+		for name, err := range map[string]error{
+			"store":  s.Store(t.Context(), "b", nil),
+			"delete": s.Delete(t.Context(), "a"),
+			"list":   list,
+			"stat":   stat,
+			"lock":   s.Lock(t.Context(), "another"),
+			"try":    try,
+			"unlock": s.Unlock(t.Context(), "lock"),
+		} {
+			if !errors.Is(err, ErrClosed) {
+				t.Errorf("%s after the end: error %v", name, err)
+			}
+		}
+		if s.Exists(t.Context(), "a") {
+			t.Error("exists after the end")
+		}
+	})
+}
