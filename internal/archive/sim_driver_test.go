@@ -128,8 +128,7 @@ func newSimulation(seed uint64, span time.Duration, tr *trace) *simulation {
 		seed: seed, random: rand.New(rand.NewPCG(seed, 2)), trace: tr,
 		begin: time.Now(), end: time.Now().Add(span),
 	}
-	kinds := []storagetest.Kind{storagetest.FileSystem, storagetest.Redis, storagetest.S3, storagetest.Consul, storagetest.S3Delimiter}
-	s.memory = storagetest.New(kinds[seed%uint64(len(kinds))])
+	s.memory = storagetest.New(storagetest.KindOf(seed))
 	s.plan = newPlan(seed, s.begin, span)
 	s.rings = newRings(seed)
 	s.model = newModel(newLayout(simNamespace), s.memory.Kind(), s.rings[0], tr)
@@ -823,6 +822,9 @@ func (s *simulation) overflow() {
 			n, size := maxQueue+500, 0
 			if s.seed%2 == 1 {
 				n, size = 80, 1<<20
+				if limit := s.memory.Kind().MaxSize(); limit > 0 { // what it refuses would only be tried again and again
+					n, size = n*size/(limit/2), limit/2
+				}
 			}
 			for range n {
 				key := task.ReportKey(task.NodeSource(simNamespace, "node3"), fmt.Sprint("overflow", s.reports), true)

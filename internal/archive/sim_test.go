@@ -10,12 +10,14 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
 )
 
 var (
-	simSeeds = flag.Int("sim.seeds", 0, "number of seeds that TestSimulation runs, from 1 on")
+	simSeeds = flag.Int("sim.seeds", len(storagetest.Kinds), "number of seeds that TestSimulation runs, from 1 on")
 	simSeed  = flag.Uint64("sim.seed", 0, "the seed that TestSimulation runs")
-	simHours = flag.Float64("sim.hours", 0, "hours that TestSimulation simulates for each seed")
+	simHours = flag.Float64("sim.hours", 4, "hours that TestSimulation simulates for each seed")
 	simTrace = flag.String("sim.trace", "", "file that TestSimulation writes what happens to")
 )
 
@@ -24,18 +26,15 @@ var (
 //
 // A run depends on nothing but its seed. CONTRIBUTING.md has the commands.
 func TestSimulation(t *testing.T) {
-	seeds, hours := []uint64{1, 2, 3}, 4.0
-	if *simSeeds > 0 {
-		seeds = nil
-		for i := range *simSeeds {
-			seeds = append(seeds, uint64(i)+1)
-		}
+	if testing.Short() {
+		t.Skip("it takes some seconds")
+	}
+	seeds := make([]uint64, *simSeeds)
+	for i := range seeds {
+		seeds[i] = uint64(i) + 1
 	}
 	if *simSeed > 0 {
 		seeds = []uint64{*simSeed}
-	}
-	if *simHours > 0 {
-		hours = *simHours
 	}
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
 	defer debug.SetGCPercent(debug.SetGCPercent(400))
@@ -50,13 +49,13 @@ func TestSimulation(t *testing.T) {
 			tr.out = func(line string) { fmt.Fprintln(file, line) }
 		}
 		began := time.Now()
-		violations := simulate(t, seed, time.Duration(hours*float64(time.Hour)), tr)
-		t.Logf("seed %d, %g hours in %s, %s", seed, hours, time.Since(began).Round(time.Millisecond), tr.summary)
+		violations := simulate(t, seed, time.Duration(*simHours*float64(time.Hour)), tr)
+		t.Logf("seed %d, %g hours in %s, %s", seed, *simHours, time.Since(began).Round(time.Millisecond), tr.summary)
 		for _, v := range violations {
 			t.Errorf("seed %d: %s", seed, v)
 		}
 		if len(violations) > 0 {
-			t.Fatalf("run it again: go test ./internal/archive -run '^TestSimulation$' -sim.seed %d -sim.hours %g", seed, hours)
+			t.Fatalf("run it again: go test ./internal/archive -run '^TestSimulation$' -sim.seed %d -sim.hours %g", seed, *simHours)
 		}
 	}
 }
@@ -67,16 +66,10 @@ func TestSimulationCanBeReplayed(t *testing.T) {
 		t.Skip("it takes a few seconds")
 	}
 	defer runtime.GOMAXPROCS(runtime.GOMAXPROCS(1))
-	seed, hours := uint64(6), 3.0
-	if *simSeed > 0 {
-		seed = *simSeed
-	}
-	if *simHours > 0 {
-		hours = *simHours
-	}
+	seed := max(*simSeed, 1)
 	run := func() []string {
 		tr := &trace{keep: true}
-		simulate(t, seed, time.Duration(hours*float64(time.Hour)), tr)
+		simulate(t, seed, time.Duration(*simHours*float64(time.Hour)), tr)
 		slices.Sort(tr.lines) // those of one instant may come in any order
 		return tr.lines
 	}

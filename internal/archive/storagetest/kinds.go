@@ -42,6 +42,13 @@ const (
 // Kinds are all kinds.
 var Kinds = []Kind{FileSystem, Redis, S3, S3Delimiter, Prefixed, Consul}
 
+// KindOf returns the kind for the seed of a simulation. Seeds in a row have all kinds. In each row, a seed with the same
+// remainder has another kind: what else depends on the seed meets all kinds.
+func KindOf(seed uint64) Kind {
+	kinds := uint64(len(Kinds))
+	return Kinds[(seed+(seed-1)/kinds)%kinds]
+}
+
 // String returns the name of the kind.
 func (k Kind) String() string {
 	return [...]string{"file system", "Redis", "S3", "S3 with a delimiter", "prefixed", "Consul"}[k]

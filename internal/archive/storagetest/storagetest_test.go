@@ -58,6 +58,30 @@ func TestLists(t *testing.T) {
 	}
 }
 
+// Seeds in a row have all kinds, and in the next row each has another kind.
+func TestKindOf(t *testing.T) {
+	kinds := uint64(len(Kinds))
+	of := make(map[uint64]map[Kind]bool) // by the remainder of the seed
+	for row := range kinds {
+		in := make(map[Kind]bool)
+		for i := range kinds {
+			kind := KindOf(row*kinds + i + 1)
+			if in[kind] = true; of[i] == nil {
+				of[i] = make(map[Kind]bool)
+			}
+			of[i][kind] = true
+		}
+		if len(in) != len(Kinds) {
+			t.Errorf("row %d has only %d kinds", row, len(in))
+		}
+	}
+	for i, kinds := range of {
+		if len(kinds) != len(Kinds) {
+			t.Errorf("seeds with the remainder %d have only %d kinds", i, len(kinds))
+		}
+	}
+}
+
 func TestValues(t *testing.T) {
 	for _, kind := range Kinds {
 		m := New(kind)
