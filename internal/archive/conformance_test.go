@@ -64,7 +64,7 @@ func fill(t *testing.T, f *fixture) *stock {
 		}
 		size := 1000
 		if i%4 >= 2 {
-			size = 300_000
+			size = inlineLimit + 1000
 		}
 		k := task.ReportKey(source, fmt.Sprint(i), false)
 		body := bytes.Repeat([]byte{byte(i + 1)}, size)

@@ -90,7 +90,7 @@ func TestSweepKeepsUp(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture()
 		defer f.Close()
-		const reports = 50_000
+		const reports = 20_000
 		for i := range reports {
 			for !f.Save(item(i, 10)) {
 				time.Sleep(time.Second)

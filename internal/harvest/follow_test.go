@@ -271,18 +271,14 @@ func TestBusy(t *testing.T) {
 		u.latency = 50 * time.Millisecond
 		p := u.start(nil, Config{}, nil)
 		defer p.stop()
-		const life, perSecond = 100 * time.Second, 100
-		seconds := 200
-		if testing.Short() {
-			seconds = 160
-		}
+		const life, perSecond, seconds = 100 * time.Second, 100, 160
 		most := 0
 		for second := range seconds {
 			for i := range perSecond {
 				p.mustAdd(t, u.submit(second*perSecond+i, life))
 				time.Sleep(time.Second / perSecond)
 			}
-			most = max(most, p.pending())
+			most = max(most, p.count())
 		}
 		finished := p.counts()[0]
 		widest := time.Duration(0)
