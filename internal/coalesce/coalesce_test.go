@@ -107,6 +107,9 @@ func TestJoin(t *testing.T) {
 		g.began[0].end <- "one"
 		first.want(t, "one", false)
 		second.want(t, "one", true)
+		if g.began[0].ctx.Err() == nil {
+			t.Error("the context of a call does not end with the call")
+		}
 		g.began[1].end <- "other"
 		other.want(t, "other", false)
 		g.wantEmpty()
@@ -150,22 +153,28 @@ func TestAbandon(t *testing.T) {
 	})
 }
 
+// abandon makes a call whose only caller has left. It goes on until end is called.
+func abandon(t *testing.T, g *Group[string, string], key string) (end func()) {
+	winding := make(chan struct{})
+	ctx, leave := context.WithCancel(t.Context())
+	go func() {
+		_, _, _ = g.Do(ctx, zap.NewNop(), key, false, func(ctx context.Context, _ bool) (string, error) {
+			<-ctx.Done()
+			<-winding
+			return "late", nil
+		})
+	}()
+	synctest.Wait()
+	leave()
+	synctest.Wait()
+	return func() { close(winding) }
+}
+
 // A caller that comes while an abandoned call winds down gets a call of its own, after it.
 func TestAbandonedCallIsNotJoined(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		var g Group[string, string]
-		winding := make(chan struct{})
-		ctx, leave := context.WithCancel(t.Context())
-		go func() {
-			_, _, _ = g.Do(ctx, zap.NewNop(), "a", false, func(ctx context.Context, _ bool) (string, error) {
-				<-ctx.Done()
-				<-winding
-				return "late", nil
-			})
-		}()
-		synctest.Wait()
-		leave()
-		synctest.Wait()
+		end := abandon(t, &g, "a")
 		done := make(chan outcome, 1)
 		go func() {
 			var o outcome
@@ -178,10 +187,31 @@ func TestAbandonedCallIsNotJoined(t *testing.T) {
 			t.Fatalf("two calls of one key ran at once: %+v", o)
 		default:
 		}
-		close(winding)
+		end()
 		if o := <-done; o.value != "new" || o.joined || o.err != nil {
 			t.Errorf("got %+v", o)
 		}
+	})
+}
+
+// What is fresh for one caller is fresh for all that join it, whoever comes first.
+func TestFreshForAll(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := &group{t: t}
+		only := g.call("a", true)
+		g.wantBegan(1)
+		end := abandon(t, &g.Group, "b")
+		fresh, joins := g.call("b", true), g.call("b", false)
+		end()
+		g.wantBegan(2)
+		if !g.began[0].fresh || !g.began[1].fresh {
+			t.Errorf("the calls are fresh: %v and %v", g.began[0].fresh, g.began[1].fresh)
+		}
+		g.began[0].end <- "one"
+		only.want(t, "one", false)
+		g.began[1].end <- "two"
+		fresh.want(t, "two", false)
+		joins.want(t, "two", true)
 	})
 }
 
@@ -216,6 +246,38 @@ func TestLeaveBeforeItBegins(t *testing.T) {
 		g.began[0].end <- "one"
 		first.want(t, "one", false)
 		g.wantBegan(1)
+		g.wantEmpty()
+	})
+}
+
+// Those who wait for the next call get it, although all callers of the one before have left.
+func TestLeaveBeforeTheNext(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := &group{t: t}
+		first, waiting := g.call("a", false), g.call("a", true)
+		first.leave()
+		first.wantError(t, errLeft)
+		g.wantBegan(2)
+		g.began[1].end <- "two"
+		waiting.want(t, "two", false)
+		g.wantEmpty()
+	})
+}
+
+// A caller may leave at the moment at which its call ends.
+func TestLeaveAtTheEnd(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := &group{t: t}
+		for range 1000 {
+			ctx, leave := context.WithCancelCause(t.Context())
+			value, _, err := g.Do(ctx, zap.NewNop(), "a", false, func(context.Context, bool) (string, error) {
+				leave(errLeft)
+				return "one", nil
+			})
+			if (value != "one" || err != nil) && !errors.Is(err, errLeft) {
+				t.Fatalf("got %q, error %v", value, err)
+			}
+		}
 		g.wantEmpty()
 	})
 }
