@@ -24,6 +24,7 @@ func TestReadAccepted(t *testing.T) {
 		"no ID":                 {`{"acceptedFiles":[{"sha256":"` + sum + `"},{"ID":""},{"ID":"\u0000"}]}`, nil, ""},
 		"an ID that is none":    {`{"acceptedFiles":[{"ID":"` + strings.Repeat("a", 1<<20) + `"},{"ID":"s2"}]}`, []Accepted{{"s2", "", ""}}, ""},
 		"a very long name":      {`{"acceptedFiles":[{"submitName":"` + strings.Repeat("a", 1<<20) + `","ID":"s1"}]}`, []Accepted{{"s1", "", ""}}, ""},
+		"unknown members":       {`{"acceptedFiles":[{"source":"ID","ID":"s1","of":{"ID":"s2"}}]}`, []Accepted{{"s1", "", ""}}, ""},
 		"nothing accepted":      {`{"acceptedFiles":[],"rejectedFiles":[{"submitName":"a","rejectedReason":"b","ID":"r1"}]}`, nil, ""},
 		"elsewhere":             {`{"rejectedFiles":[{"acceptedFiles":[{"ID":"r1"}]}],"acceptedFiles":{"ID":"r2"}}`, nil, ""},
 		"it breaks off":         {`{"acceptedFiles":[{"ID":"s1"},{"ID":"s2"`, []Accepted{{"s1", "", ""}}, "it is not JSON, or it is incomplete"},

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"io"
 	"strings"
 	"testing"
 	"time"
@@ -84,6 +85,28 @@ func TestRenew(t *testing.T) {
 	}
 	if first.Renew(other) || NothingYet(later).Renew(NothingYet(later)) {
 		t.Error("another document renews the report")
+	}
+	if at := NothingYet(later).At(); !at.Equal(later) {
+		t.Errorf("nothing yet is of %s, want %s", at, later)
+	}
+}
+
+// A document that is not as long as it says is damaged.
+func TestLengthOfAReport(t *testing.T) {
+	sound, err := ReadReport(strings.NewReader(`{"result":{"text":"`+strings.Repeat("it is as it was ", 10_000)+`"}}`), unbounded)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, length := range []int{sound.Length() - 1, sound.Length() + 1, 1} {
+		d := sound.Document()
+		d.Length = length
+		r := NewReport(d)
+		if _, err := r.Inflate(); !errors.Is(err, ErrDamaged) || errors.Is(err, ErrLength) != (length < sound.Length()) {
+			t.Errorf("%d of %d bytes: error %v", length, sound.Length(), err)
+		}
+		if err := r.WriteInflated(io.Discard); !errors.Is(err, ErrDamaged) {
+			t.Errorf("%d of %d bytes, in pieces: error %v", length, sound.Length(), err)
+		}
 	}
 }
 

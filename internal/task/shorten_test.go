@@ -3,6 +3,7 @@ package task
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"io"
 	"strings"
 	"testing"
@@ -36,6 +37,8 @@ func TestShortener(t *testing.T) {
 		"long escapes":                {`["` + escapes + `"]`, true, true},
 		"a long number":               {`[` + strings.Repeat("7", 10*maxToken) + `]`, true, true},
 		"a long fraction":             {`[0.` + strings.Repeat("7", 10*maxToken) + `e-12]`, true, true},
+		"as long as it may be":        {`[` + strings.Repeat("7", maxToken) + `,"` + long[:maxToken] + `"]`, false, true},
+		"a digit too much":            {`[` + strings.Repeat("7", maxToken+1) + `]`, true, true},
 		"long white space":            {`[` + strings.Repeat(" \n\t\r", 10*maxToken) + `12345]`, true, true},
 		"digits after white space":    {`[` + strings.Repeat(" ", 2*maxToken) + strings.Repeat("1", maxToken) + `]`, true, true},
 		"the end of a string in it":   {`["` + long + `\\"]`, true, true},
@@ -57,6 +60,31 @@ func TestShortener(t *testing.T) {
 				t.Errorf("byte by byte it became %.100q instead of %.100q", again, short)
 			}
 		})
+	}
+}
+
+// What is a hexadecimal digit in an escape is one as well where the string is left out.
+func TestShortenerHexDigits(t *testing.T) {
+	for c := ' '; c <= '~'; c++ {
+		text := `["` + strings.Repeat("x", 2*maxToken) + `\u00` + string(c) + `0"]`
+		if short := shortened(t, text, false); json.Valid([]byte(short)) != json.Valid([]byte(text)) {
+			t.Errorf("%q: valid %v", c, json.Valid([]byte(short)))
+		}
+	}
+}
+
+// An error says where it is, unless something before it was left out.
+func TestPlaceOfAnError(t *testing.T) {
+	for text, want := range map[string]string{
+		`"short"`: "it is not JSON, or it is incomplete (byte 12)",
+		`"` + strings.Repeat("x", maxToken) + `"`:             fmt.Sprintf("it is not JSON, or it is incomplete (byte %d)", maxToken+7),
+		`"` + strings.Repeat("x", maxToken+1) + `"`:           "it is not JSON, or it is incomplete",
+		strings.Repeat("1", maxToken+1):                       "it is not JSON, or it is incomplete",
+		`["` + strings.Repeat("x", maxToken+1) + `","short"]`: "it is not JSON, or it is incomplete",
+	} {
+		if _, err := judge(&shortener{src: strings.NewReader(`{"a":` + text + `!`)}); err == nil || err.Error() != want {
+			t.Errorf("after %d bytes: error %v, want %s", len(text), err, want)
+		}
 	}
 }
 

@@ -27,6 +27,7 @@ func TestReadSubmission(t *testing.T) {
 		"failed, as a status":  {`{"status":"FAILED"}`, Submission{Failed: true}},
 		"as in the manual":     {`{"processTime":1,"fileSize":2,"mediaType":{"string":"text/plain"},"digests":{"SHA-256":"00"},"base64":""}`, Submission{}},
 		"an HTTP status":       {`{"status":200}`, Submission{}},
+		"no scan":              {`{"appServerID":"n1","scanTasks":[]}`, Submission{}},
 		"no node":              {`{"state":"SUCCESS","taskID":"t1"}`, Submission{}},
 		"no task":              {`{"state":"SUCCESS","appServerID":"n1"}`, Submission{}},
 		"IDs of other types":   {`{"state":1,"appServerID":{},"taskID":[],"scanTasks":[1]}`, Submission{}},
