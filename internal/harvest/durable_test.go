@@ -2,6 +2,7 @@ package harvest
 
 import (
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -103,6 +104,9 @@ func TestResume(t *testing.T) {
 				if p.counts() != [3]int{100} || len(noted(m)) != 0 {
 					t.Errorf("counts %v, notes %q", p.counts(), noted(m))
 				}
+				if n := p.logged("what was pending is followed again"); n != 1 {
+					t.Errorf("it is logged %d times", n)
+				}
 			})
 		})
 	}
@@ -155,12 +159,111 @@ func TestTakeOver(t *testing.T) {
 	}
 }
 
+// What covers a lease that cannot be read is taken over as well, unless its holder renews it.
+func TestDamagedLease(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u, m := newUpstream(), storagetest.New(storagetest.FileSystem)
+		a, b := u.start(m, Config{Instance: "a"}, nil), u.start(m, Config{Instance: "b"}, nil)
+		defer b.stop()
+		time.Sleep(time.Second)
+		a.mustAdd(t, u.submit(1, time.Hour))
+		lease := m.Names("fsbroker_task/tested/notes/leases/a")[0]
+		m.Put(lease, []byte("damaged"))
+		time.Sleep(time.Minute)
+		if a.pending() != 1 || b.pending() != 0 {
+			t.Errorf("while its holder renews it, %d and %d are pending", a.pending(), b.pending())
+		}
+		a.kill(storagetest.None)
+		m.Put(lease, []byte("damaged"))
+		time.Sleep(expireAfter + 3*lookEvery)
+		if b.pending() != 1 {
+			t.Error("it is not taken over")
+		}
+	})
+}
+
+// One try at a time is made to take over what a lease covers, also while the storage hangs.
+func TestTakeOverThatHangs(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u, m := newUpstream(), storagetest.New(storagetest.FileSystem)
+		a, b := u.start(m, Config{Instance: "a"}, nil), u.start(m, Config{Instance: "b"}, nil)
+		defer b.stop()
+		time.Sleep(time.Second)
+		a.mustAdd(t, u.submit(1, time.Hour))
+		a.kill(storagetest.None)
+		most, folder := 0, path.Dir(noted(m)[0])
+		b.faulty.Set(func(c storagetest.Call) storagetest.Fault {
+			return storagetest.Fault{Hang: c.Op == storagetest.List && c.Name == folder}
+		})
+		for range 300 {
+			time.Sleep(time.Second)
+			synctest.Wait()
+			most = max(most, b.faulty.Pending(storagetest.List))
+		}
+		if most != 1 {
+			t.Errorf("%d lists hang at once", most)
+		}
+		b.faulty.Mend()
+		time.Sleep(time.Minute)
+		if b.pending() != 1 {
+			t.Error("it is not taken over when the storage works again")
+		}
+	})
+}
+
+// Nothing is noted below a lease that is not renewed: another instance may have taken over what it covers.
+func TestNotesNeedALease(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u, m := newUpstream(), storagetest.New(storagetest.FileSystem)
+		p := u.start(m, Config{Instance: "a"}, nil)
+		defer p.stop()
+		time.Sleep(time.Second)
+		p.faulty.Set(failing(isLease))
+		if !p.mustAdd(t, u.submit(1, time.Hour)) {
+			t.Error("it is not noted although the lease is fresh")
+		}
+		time.Sleep(freshFor)
+		if p.mustAdd(t, u.submit(2, time.Hour)) || len(noted(m)) != 1 {
+			t.Errorf("notes %q, although the lease is old", noted(m))
+		}
+		p.faulty.Mend()
+		time.Sleep(2 * renewAgain)
+		if len(noted(m)) != 2 {
+			t.Error("it is not noted when the lease is renewed")
+		}
+	})
+}
+
+// What is given up while it is being noted is not noted in the end. It is deleted once, after it was stored.
+func TestGivenUpWhileItIsNoted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u, m := newUpstream(), storagetest.New(storagetest.FileSystem)
+		p := u.start(m, Config{Instance: "a"}, nil)
+		defer p.stop()
+		time.Sleep(time.Second)
+		p.faulty.Set(storagetest.Delayed(time.Second))
+		target := u.submit(1, time.Hour)
+		p.mustAdd(t, target)
+		p.GiveUp(target.ID)
+		synctest.Wait()
+		if n := p.faulty.Pending(storagetest.Delete); n != 0 || len(noted(m)) != 0 {
+			t.Errorf("%d deletions are under way before it is stored", n)
+		}
+		time.Sleep(time.Minute)
+		if n := p.faulty.Calls(storagetest.Delete); n != 1 || len(noted(m)) != 0 {
+			t.Errorf("it is deleted %d times; notes %q", n, noted(m))
+		}
+	})
+}
+
 // What cannot be noted in time is followed anyway, and noted when the storage works again.
 func TestNotedLater(t *testing.T) {
 	for name, fault := range map[string]func(storagetest.Call) storagetest.Fault{
-		"fails": storagetest.Failing(storagetest.ErrInjected),
-		"hangs": storagetest.Hanging(false),
-		"deaf":  storagetest.Hanging(true),
+		"fails":           storagetest.Failing(storagetest.ErrInjected),
+		"fails for notes": failing(func(name string) bool { return !isLease(name) }),
+		"hangs for notes": func(c storagetest.Call) storagetest.Fault { return storagetest.Fault{Hang: !isLease(c.Name)} },
+		"hangs":           storagetest.Hanging(false),
+		"deaf":            storagetest.Hanging(true),
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -186,6 +289,10 @@ func TestNotedLater(t *testing.T) {
 				}
 				if p.pending() != 100 || p.counts() != [3]int{1} || p.List()[0].Noted || p.logged("cannot be noted") != 1 {
 					t.Errorf("%d pending, counts %v", p.pending(), p.counts())
+				}
+				begun := time.Now()
+				if p.Flush(); time.Since(begun) > 0 {
+					t.Errorf("a storage that fails was waited for, %s", time.Since(begun))
 				}
 				p.faulty.Mend()
 				time.Sleep(time.Minute)
@@ -389,6 +496,25 @@ func FuzzDecodeTargets(f *testing.F) {
 			t.Errorf("%+v became %+v", targets, again)
 		}
 	})
+}
+
+// Notes are again where they were before a source that has ended.
+func TestStorageOfTheSourceBefore(t *testing.T) {
+	for name, end := range map[string]func(*Follower, *Source){"paused": (*Follower).Pause, "detached": (*Follower).Detach} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				u, m := newUpstream(), storagetest.New(storagetest.Redis)
+				p := u.start(m, Config{Instance: "a"}, nil)
+				defer p.stop()
+				s := u.source(nil, zap.NewNop())
+				p.Attach(s)
+				end(p.Follower, s)
+				if !p.mustAdd(t, u.submit(1, time.Hour)) || len(noted(m)) != 1 {
+					t.Errorf("notes %q", noted(m))
+				}
+			})
+		})
+	}
 }
 
 // Another storage gets the notes at once, and none is waited for that nobody can store.

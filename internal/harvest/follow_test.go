@@ -5,6 +5,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus/testutil"
+
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
 )
 
@@ -17,7 +19,7 @@ func TestFollow(t *testing.T) {
 		target := u.submit(1, 5*time.Minute)
 		p.mustAdd(t, target)
 		time.Sleep(4 * time.Minute)
-		if list := p.List(); len(list) != 1 || list[0].Age != 4*time.Minute || list[0].Noted || list[0].Client != "client" {
+		if list := p.List(); len(list) != 1 || list[0].Age != 4*time.Minute || list[0].Noted || list[0].Finished || list[0].Client != "client" {
 			t.Errorf("pending is %+v", list)
 		}
 		time.Sleep(time.Minute + 30*time.Second)
@@ -28,6 +30,29 @@ func TestFollow(t *testing.T) {
 		if k.asked[0] > 16 {
 			t.Errorf("%d questions in 5 minutes", k.asked[0])
 		}
+	})
+}
+
+// Metrics that followers share have what all of them have pending, until they are closed.
+func TestMetrics(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u, m := newUpstream(), NewMetrics()
+		one, two := u.start(nil, Config{Metrics: m}, nil), u.start(nil, Config{Metrics: m}, nil)
+		one.mustAdd(t, u.submit(1, time.Hour), u.submit(2, time.Hour))
+		time.Sleep(time.Minute)
+		two.mustAdd(t, u.submit(3, time.Hour))
+		time.Sleep(time.Minute)
+		want := func(pending, oldest float64) {
+			t.Helper()
+			if n, age := testutil.ToFloat64(m.pending), testutil.ToFloat64(m.oldest); n != pending || age != oldest {
+				t.Errorf("%v are pending, the oldest for %v s, want %v and %v s", n, age, pending, oldest)
+			}
+		}
+		want(3, 120)
+		one.stop()
+		want(1, 60)
+		two.stop()
+		want(0, 0)
 	})
 }
 
@@ -218,8 +243,8 @@ func TestDetach(t *testing.T) {
 		p.mustAdd(t, u.submit(1, time.Minute))
 		p.Detach(p.sources[0])
 		time.Sleep(time.Hour)
-		if u.questions() != 0 || p.pending() != 1 {
-			t.Errorf("%d questions", u.questions())
+		if list := p.List(); u.questions() != 0 || len(list) != 1 || list[0].Finished {
+			t.Errorf("%d questions, pending %+v", u.questions(), list)
 		}
 	})
 }

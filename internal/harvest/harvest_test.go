@@ -197,10 +197,23 @@ func (p *process) counts() [3]int {
 	}
 }
 
+// isLease reports whether the name of a value is that of a lease.
+func isLease(name string) bool { return strings.Contains(name, "/"+leases+"/") }
+
+// failing returns a decision that lets calls for some names fail.
+func failing(fails func(name string) bool) func(storagetest.Call) storagetest.Fault {
+	return func(c storagetest.Call) storagetest.Fault {
+		if fails(c.Name) {
+			return storagetest.Failing(storagetest.ErrInjected)(c)
+		}
+		return storagetest.Fault{}
+	}
+}
+
 // noted returns the names of the notes in the storage.
 func noted(m *storagetest.Memory) (names []string) {
 	for _, name := range m.Names("fsbroker_task/tested/notes/") {
-		if !strings.Contains(name, "/"+leases+"/") {
+		if !isLease(name) {
 			names = append(names, name)
 		}
 	}

@@ -80,6 +80,19 @@ func TestScheduleBounds(t *testing.T) {
 	}
 }
 
+// The next time is that of the upstream that is due first.
+func TestScheduleWaits(t *testing.T) {
+	s := newSchedule(100, 5)
+	for i := range 10 {
+		s.put(newItem(i, begun), fmt.Sprint(i), begun.Add(time.Duration(1+(i+5)%10)*time.Second))
+	}
+	for range 20 { // in any order
+		if it, wait := s.next(begun); it != nil || wait != time.Second {
+			t.Fatalf("%v is due, the next in %s", it, wait)
+		}
+	}
+}
+
 // An item that is put again has moved, and one that was removed is not asked for.
 func TestScheduleMoves(t *testing.T) {
 	s := newSchedule(100, 5)

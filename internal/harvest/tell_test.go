@@ -72,14 +72,19 @@ func TestHandlerThatHangsAndAnotherSource(t *testing.T) {
 			s.Finished = func(Target) { <-hang }
 		})
 		defer p.stop()
-		for i := range maxTelling {
+		for i := range maxTelling + 1 { // the last one waits
 			p.mustAdd(t, u.submit(i, time.Second))
+			time.Sleep(time.Second)
 		}
 		time.Sleep(time.Minute)
 		p.Attach(u.source(nil, zap.NewNop()))
 		p.Pause(hangs)
 		p.Detach(hangs)
-		target := u.submit(maxTelling, time.Second)
+		synctest.Wait()
+		if n := u.task(u.id(maxTelling), func(*fakeTask) {}).told; n != 1 {
+			t.Errorf("the one that waited was told %d times", n)
+		}
+		target := u.submit(maxTelling+1, time.Second)
 		p.mustAdd(t, target)
 		time.Sleep(time.Minute)
 		if n := u.task(target.ID, func(*fakeTask) {}).told; n != 1 || p.pending() != maxTelling {
@@ -156,6 +161,35 @@ func TestPanics(t *testing.T) {
 	})
 }
 
+// A source that is paused is told nothing more.
+func TestHandlerOfAPausedSource(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u := newUpstream()
+		hang, told := make(chan struct{}), 0
+		var source *Source
+		p := u.start(nil, Config{}, func(s *Source) {
+			source = s
+			s.Finished = func(Target) {
+				<-hang
+				u.mu.Lock()
+				defer u.mu.Unlock()
+				told++
+			}
+		})
+		defer p.stop()
+		for i := range 2 * maxTelling {
+			p.mustAdd(t, u.submit(i, time.Second))
+		}
+		time.Sleep(time.Minute)
+		p.Pause(source)
+		close(hang)
+		synctest.Wait()
+		if told != maxTelling || p.pending() != maxTelling {
+			t.Errorf("%d were told, want those that were under way, %d; %d are pending", told, maxTelling, p.pending())
+		}
+	})
+}
+
 // What the storage has in the end is noted without another question, even when the source is paused.
 func TestSavedMeanwhile(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -184,7 +218,10 @@ func TestSavedMeanwhile(t *testing.T) {
 		}
 		p.Saved(p.archive, task.NewKey("another"))
 		p.Saved(p.archive, keyOf(true))
-		p.Flush()
+		begun := time.Now()
+		if p.Flush(); time.Since(begun) > 0 {
+			t.Errorf("what is noted at once was waited for, %s", time.Since(begun))
+		}
 		if p.pending() != 0 || p.counts() != [3]int{1} || len(noted(m)) != 0 {
 			t.Errorf("pending is %+v, counts %v, notes %v", p.List(), p.counts(), noted(m))
 		}
