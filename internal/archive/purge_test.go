@@ -89,6 +89,80 @@ func TestPurgeInSteps(t *testing.T) {
 	})
 }
 
+// A selection matches a report under its own key, and under that of the report that it refers to.
+func TestSelectionMatches(t *testing.T) {
+	node, other := task.NodeSource("tested", "node-1"), task.NodeSource("tested", "node-2")
+	key, another := task.ReportKey(node, "a", false), task.ReportKey(other, "a", false)
+	ref, file := task.SubmissionKey(task.SubmissionSource("tested"), "a", false), [32]byte{1}
+	r := task.NewReport(task.Document{At: noon, File: file})
+	for name, test := range map[string]struct {
+		selection Selection
+		target    *task.Key
+		report    *task.Report
+		want      bool
+	}{
+		"everything":               {selection: Selection{}, want: true},
+		"its key":                  {selection: Selection{Keys: []task.Key{another, ref}}, want: true},
+		"its target":               {selection: Selection{Keys: []task.Key{key}}, target: &key, want: true},
+		"another target":           {selection: Selection{Keys: []task.Key{key}}, target: &another},
+		"no target":                {selection: Selection{Keys: []task.Key{key}}},
+		"no key":                   {selection: Selection{Keys: []task.Key{}}},
+		"the node of its target":   {selection: Selection{Source: &node}, target: &key, want: true},
+		"another node":             {selection: Selection{Source: &node}, target: &another},
+		"its file":                 {selection: Selection{File: &file}, want: true},
+		"another file":             {selection: Selection{File: &[32]byte{2}}},
+		"a file that is not known": {selection: Selection{File: &[32]byte{}}, report: task.NewReport(task.Document{At: noon})},
+		"older":                    {selection: Selection{Before: noon.Add(1)}, want: true},
+		"of that time":             {selection: Selection{Before: noon}},
+	} {
+		if test.report == nil {
+			test.report = r
+		}
+		if got := test.selection.Matches(ref, test.target, test.report); got != test.want {
+			t.Errorf("%s: %v", name, got)
+		}
+	}
+}
+
+// A queue that was purged has room, and says so.
+func TestPurgeMakesRoom(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		f.storage.fail(errAway)
+		keys, n := []task.Key(nil), 0
+		for f.Save(item(n, 1<<20)) {
+			keys = append(keys, numbered(n))
+			n++
+		}
+		time.Sleep(time.Minute) // one write at a time is tried now
+		if got, _ := f.Purge(t.Context(), Selection{Keys: keys}, 0); got.Queued != n {
+			t.Errorf("got %+v, want %d that were queued", got, n)
+		}
+		synctest.Wait()
+		if stats := f.Stats(); stats.Queued != 0 || f.room.Load() != 1 {
+			t.Errorf("after the purge: %+v, room was offered %d times", stats, f.room.Load())
+		}
+	})
+}
+
+// What cannot be read is purged by its key nevertheless.
+func TestPurgeUnreadableValues(t *testing.T) {
+	for name, stored := range map[string][]byte{"damaged": []byte("damaged"), "of a later version": append([]byte(magic), version+1)} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				f := newFixture()
+				defer f.Close()
+				f.storage.Put(tested.name(place{kind: inPartition, key: numbered(0)}), stored)
+				got, err := f.Purge(t.Context(), Selection{Keys: []task.Key{numbered(0)}}, 0)
+				if err != nil || got.Stored != 1 || len(f.storage.stored()) != 0 {
+					t.Errorf("got %+v, error %v, %d are left", got, err, len(f.storage.stored()))
+				}
+			})
+		})
+	}
+}
+
 // What is queued is purged, and a write under way does not bring it back.
 func TestPurgeQueued(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -121,7 +195,7 @@ func TestPurgeDuringAnOutage(t *testing.T) {
 			"a file":     {File: &[32]byte{1}},
 			"older":      {Before: time.Now()},
 		} {
-			if got, err := f.Purge(t.Context(), s, 0); !errors.Is(err, errAway) || got.Stored != 0 {
+			if got, err := f.Purge(t.Context(), s, 0); !errors.Is(err, errAway) || errors.Is(err, errTimeout) || got.Stored != 0 {
 				t.Errorf("%s: got %+v, error %v", name, got, err)
 			}
 		}
@@ -135,7 +209,7 @@ func TestPurgeThatHangs(t *testing.T) {
 		defer f.Close()
 		f.storage.Set(storagetest.On(storagetest.Hanging(false), storagetest.List))
 		begin := time.Now()
-		if got, err := f.Purge(t.Context(), Selection{}, 0); err == nil || got.Next != 0 || time.Since(begin) > purgeTimeout {
+		if got, err := f.Purge(t.Context(), Selection{}, 0); !errors.Is(err, errTimeout) || got.Next != 0 || time.Since(begin) > purgeTimeout {
 			t.Errorf("got %+v after %s, error %v", got, time.Since(begin), err)
 		}
 	})

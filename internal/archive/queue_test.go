@@ -129,6 +129,14 @@ func TestQueueRemove(t *testing.T) {
 	if q.len() != 2 || q.bytes != 150 || q.underway(match) {
 		t.Errorf("%d items of %d bytes", q.len(), q.bytes)
 	}
+	for _, k := range []task.Key{numbered(3), numbered(0)} {
+		if w := q.next(noon, true); w == nil || w.Key != k {
+			t.Errorf("%+v is written", w)
+		}
+	}
+	if w := q.next(noon, true); w != nil {
+		t.Errorf("%v is written although it was removed", w.Key)
+	}
 }
 
 func TestQueueIsBounded(t *testing.T) {

@@ -3,6 +3,7 @@ package archive
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"net"
@@ -134,6 +135,7 @@ func TestNewestOfTheQueue(t *testing.T) {
 		f.storage.fail(errors.New("away"))
 		queued := reportOf(101, file)
 		f.Save(Item{Key: numbered(2), Report: queued})
+		time.Sleep(time.Second)
 		f.Save(Item{Key: numbered(3), Report: reportOf(102, file), All: true})
 		newest := func(after time.Time) (Found, error) {
 			return f.Newest(t.Context(), file, false, after, func(int64) error { return nil })
@@ -194,6 +196,31 @@ func TestNewest(t *testing.T) {
 		}
 		if got := newest(file, false); got.Report == nil || got.Report.Length() != 126 {
 			t.Errorf("after the newest was purged: %+v", got)
+		}
+	})
+}
+
+// The newest report of a file is found among those of other files in the same folder, which are not read.
+func TestNewestBesideOtherFiles(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		file := [32]byte{7}
+		folder, other := tested.fileFolder(task.FileSource("tested", file, false)), [32]byte{}
+		for i := uint32(1); tested.fileFolder(task.FileSource("tested", other, false)) != folder; i++ {
+			binary.BigEndian.PutUint32(other[8:], i)
+		}
+		f.Save(Item{Key: numbered(1), Report: reportOf(100, file)})
+		time.Sleep(time.Minute)
+		f.Save(Item{Key: numbered(2), Report: reportOf(101, other)})
+		time.Sleep(time.Minute)
+		before := f.storage.Calls(storagetest.Load)
+		got, err := f.Newest(t.Context(), file, false, time.Time{}, func(int64) error { return nil })
+		if err != nil || got.Report == nil || got.Report.Length() != 100 {
+			t.Errorf("found %+v, error %v", got, err)
+		}
+		if n := f.storage.Calls(storagetest.Load) - before; n != 2 {
+			t.Errorf("the storage was read %d times", n)
 		}
 	})
 }
@@ -525,6 +552,31 @@ func TestLeavingIsNoFailure(t *testing.T) {
 	})
 }
 
+// A probe whose caller has left does not keep others from probing.
+func TestLeavingDuringAProbe(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := storedFixture(t, 10)
+		defer f.Close()
+		f.storage.fail(errAway)
+		for i := range tripAfter {
+			_, _ = f.find(t, numbered(i))
+		}
+		f.storage.Set(storagetest.Hanging(false))
+		time.Sleep(lastProbe)
+		calls := f.storage.Calls(storagetest.Load)
+		ctx, leave := context.WithCancel(t.Context())
+		defer time.AfterFunc(time.Millisecond, leave).Stop()
+		if _, err := f.Load(ctx, numbered(0), func(int64) error { return nil }); !errors.Is(err, context.Canceled) || f.storage.Calls(storagetest.Load) != calls+1 {
+			t.Errorf("the probe: error %v", err)
+		}
+		f.storage.Mend()
+		time.Sleep(lastProbe)
+		if got, err := f.find(t, numbered(0)); err != nil || got.Report == nil {
+			t.Errorf("after the outage: %+v, error %v", got, err)
+		}
+	})
+}
+
 // A value of a newer version is left alone: it is not set aside, and not overwritten.
 func TestNewerVersion(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -571,6 +623,25 @@ func TestDamagedValue(t *testing.T) {
 		time.Sleep(3 * 24 * time.Hour)
 		if n := len(f.storage.stored()); n != 0 {
 			t.Error("the damaged value is not deleted after its retention")
+		}
+	})
+}
+
+// A value that is stored while a damaged one is set aside stays.
+func TestDamagedValueIsReplaced(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := storedFixture(t, 1)
+		defer f.Close()
+		name := tested.name(place{kind: inPartition, key: numbered(0)})
+		sound := f.storage.Get(name)
+		f.storage.Put(name, []byte("damaged"))
+		f.storage.Set(storagetest.On(storagetest.Delayed(time.Second), storagetest.Store))
+		time.AfterFunc(time.Second/2, func() { f.storage.Put(name, sound) })
+		if got, err := f.find(t, numbered(0)); err != nil || got.Report != nil {
+			t.Errorf("found %+v, error %v", got, err)
+		}
+		if got, err := f.find(t, numbered(0)); err != nil || got.Report == nil {
+			t.Errorf("the other value: found %+v, error %v", got, err)
 		}
 	})
 }

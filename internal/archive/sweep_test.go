@@ -16,7 +16,7 @@ func saveAll(t *testing.T, f *fixture) (values int) {
 	for i := range 100 {
 		f.Save(Item{Key: numbered(i), Report: reportOf(100, [32]byte{byte(i), 1})})
 		target := numbered(i)
-		f.Save(Item{Key: numbered(1000 + i), Report: report(100), Target: &target})
+		f.Save(Item{Key: numbered(1000 + i), Report: reportOf(100, [32]byte{byte(i), 1}), Target: &target})
 	}
 	f.Save(item(200, 1<<20))
 	time.Sleep(time.Minute)
@@ -43,6 +43,54 @@ func TestSweepByIndex(t *testing.T) {
 		if n := len(f.storage.stored()); n != 1 {
 			t.Errorf("after their retention, %d old values are left", n-1)
 		}
+		if n := len(f.storage.Names(tested.indexFolder())); n != 1 {
+			t.Errorf("the index has %d objects", n)
+		}
+	})
+}
+
+// A day of the index of which something is left is swept again, and the whole index is listed once.
+func TestSweepOfADayAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		bad := tested.name(place{kind: inPartition, key: numbered(0)})
+		var lists atomic.Int32
+		f.storage.Set(func(c storagetest.Call) storagetest.Fault {
+			if c.Op == storagetest.List && c.Name == tested.indexFolder() {
+				lists.Add(1)
+			}
+			if c.Op == storagetest.Delete && c.Name == bad {
+				return storagetest.Failing(errAway)(c)
+			}
+			return storagetest.Fault{}
+		})
+		f.Save(item(0, 100))
+		time.Sleep(24*time.Hour - time.Minute)
+		f.Save(item(1, 100)) // at the end of the same day
+		time.Sleep(3 * 24 * time.Hour)
+		if left := f.storage.stored(); len(left) != 1 || left[0].key != numbered(0) || lists.Load() != 1 {
+			t.Errorf("%d values are left, the index was listed %d times", len(left), lists.Load())
+		}
+		f.storage.Mend()
+		time.Sleep(time.Hour)
+		if n := len(f.storage.stored()); n != 0 {
+			t.Error("what could not be deleted is left")
+		}
+	})
+}
+
+// An object of the index that could not be written is written later.
+func TestIndexIsWrittenAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		f.Save(item(0, 100))
+		time.Sleep(time.Second)
+		f.storage.fail(errAway)
+		time.Sleep(2 * indexDelay)
+		f.storage.Mend()
+		time.Sleep(indexDelay)
 		if n := len(f.storage.Names(tested.indexFolder())); n != 1 {
 			t.Errorf("the index has %d objects", n)
 		}

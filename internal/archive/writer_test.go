@@ -2,6 +2,7 @@ package archive
 
 import (
 	"errors"
+	"fmt"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -266,6 +267,8 @@ func TestDrainAfterAnOutage(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newFixture()
 		defer f.Close()
+		f.Save(item(100, 100))
+		time.Sleep(time.Second)
 		f.storage.fail(errAway)
 		for i := range 100 {
 			f.Save(item(i, 100))
@@ -280,7 +283,7 @@ func TestDrainAfterAnOutage(t *testing.T) {
 		if err := f.Drain(f.backend); err != nil {
 			t.Error(err)
 		}
-		if took := time.Since(begin); took > time.Second || f.confirmations() != 100 {
+		if took := time.Since(begin); took > time.Second || f.confirmations() != 101 {
 			t.Errorf("draining took %s, %d reports are stored", took, f.confirmations())
 		}
 	})
@@ -324,6 +327,61 @@ func TestDrainLeavesTheQueueToOthers(t *testing.T) {
 		time.Sleep(time.Minute)
 		if n := len(newer.stored()); n != 1 {
 			t.Errorf("%d values are stored in the other storage", n)
+		}
+	})
+}
+
+// Between two configurations, an archive does nothing. It goes on with the next.
+func TestBetweenBackends(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		f.Detach(f.backend)
+		time.Sleep(time.Hour)
+		if n := f.storage.Calls(storagetest.Store); n != 0 {
+			t.Errorf("%d writes without a backend", n)
+		}
+		f.Attach(f.backend)
+		f.Save(item(0, 100))
+		time.Sleep(time.Minute)
+		if f.confirmations() != 1 {
+			t.Error("a report is not stored")
+		}
+	})
+}
+
+// What is saved when an archive is closed is not written.
+func TestSaveAfterClose(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		f.Close()
+		f.Save(item(0, 100))
+		time.Sleep(time.Hour)
+		if n := f.storage.Calls(storagetest.Store); n != 0 {
+			t.Errorf("%d writes", n)
+		}
+	})
+}
+
+// A write that times out has the error that the storage gave before.
+func TestTimeoutOfAWriteAfterAnError(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		f.storage.fail(errAway)
+		f.Save(item(0, 100))
+		synctest.Wait()
+		f.storage.Set(storagetest.Hanging(true))
+		for i := range tripAfter {
+			f.Save(item(i, 100))
+		}
+		time.Sleep(2 * writeTimeout)
+		lines := f.log.FilterMessageSnippet("the storage fails").All()
+		if len(lines) != 1 {
+			t.Fatalf("it is logged %d times", len(lines))
+		}
+		if text := fmt.Sprint(lines[0].ContextMap()["error"]); !strings.Contains(text, "takes too long; before that: ") || !strings.Contains(text, errAway.Error()) {
+			t.Errorf("logged is %q", text)
 		}
 	})
 }
