@@ -97,8 +97,8 @@ func TestResume(t *testing.T) {
 					t.Fatalf("pending is %+v", list)
 				}
 				time.Sleep(time.Second)
-				if n := u.questions() - asked; n != 100 {
-					t.Errorf("%d questions in a second", n)
+				if n := u.questions() - asked; n != 100 || len(noted(m)) != 100 {
+					t.Errorf("%d questions in a second, %d notes", n, len(noted(m)))
 				}
 				time.Sleep(2 * time.Minute)
 				if p.counts() != [3]int{100} || len(noted(m)) != 0 {
@@ -142,8 +142,10 @@ func TestTakeOver(t *testing.T) {
 					t.Errorf("it took %s", took)
 				}
 				time.Sleep(5 * time.Second)
-				if n := b.pending() + c.pending(); n != 100 && kind.Exclusive() {
-					t.Errorf("%d are followed", n)
+				const lock = "fsbroker_task/tested/notes-a-0.lock"
+				n, told := b.pending()+c.pending(), b.logged("is taken over")+c.logged("is taken over")
+				if kind.Exclusive() && (n != 100 || told != 1 || m.Holder(lock) != nil) {
+					t.Errorf("%d are followed, which is logged %d times; the lock is held by %v", n, told, m.Holder(lock))
 				}
 				time.Sleep(5 * time.Minute)
 				finished := b.counts()[0] + c.counts()[0]
@@ -494,6 +496,25 @@ func FuzzDecodeTargets(f *testing.F) {
 		}
 		if !slices.EqualFunc(targets, again, func(p, q Target) bool { return p.ID == q.ID && p.Accepted.Equal(q.Accepted) }) {
 			t.Errorf("%+v became %+v", targets, again)
+		}
+	})
+}
+
+// A reload leaves the notes alone.
+func TestNotesAcrossAReload(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u, m := newUpstream(), storagetest.New(storagetest.Redis)
+		var before *Source
+		p := u.start(m, Config{Instance: "a"}, func(s *Source) { before = s })
+		defer p.stop()
+		p.mustAdd(t, u.submit(1, time.Hour))
+		notes := noted(m)
+		p.Attach(u.source(p.archive, before.Logger))
+		p.Pause(before)
+		p.Detach(before)
+		time.Sleep(time.Minute)
+		if left := noted(m); len(left) != 1 || !slices.Equal(left, notes) || !p.List()[0].Noted {
+			t.Errorf("notes %q became %q", notes, left)
 		}
 	})
 }

@@ -1,6 +1,8 @@
 package harvest
 
 import (
+	"context"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -53,6 +55,73 @@ func TestMetrics(t *testing.T) {
 		want(1, 60)
 		two.stop()
 		want(0, 0)
+	})
+}
+
+// What is pending is listed by its age.
+func TestListOrder(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u := newUpstream()
+		p := u.start(nil, Config{}, nil)
+		defer p.stop()
+		for _, id := range []int{5, 3} {
+			p.mustAdd(t, u.submit(id, time.Hour))
+			time.Sleep(time.Second)
+		}
+		p.mustAdd(t, u.submit(2, time.Hour), u.submit(1, time.Hour), u.submit(4, time.Hour))
+		var got []ID
+		for _, item := range p.List() {
+			got = append(got, item.ID)
+		}
+		if want := []ID{u.id(5), u.id(3), u.id(1), u.id(2), u.id(4)}; !slices.Equal(got, want) {
+			t.Errorf("listed %v, want %v", got, want)
+		}
+	})
+}
+
+// An upstream that does not answer holds up no other.
+func TestBoundsOfUpstreams(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u := newUpstream()
+		p := u.start(nil, Config{}, func(s *Source) {
+			fetch := s.Fetch
+			s.Upstream = func(target Target) string { return target.Client }
+			s.Fetch = func(ctx context.Context, target Target, all bool) (Outcome, error) {
+				if target.Client == "slow" {
+					<-ctx.Done()
+				}
+				return fetch(ctx, target, all)
+			}
+		})
+		defer p.stop()
+		for i := range 2 * maxInFlight {
+			target := u.submit(i, time.Hour)
+			target.Client = "slow"
+			p.mustAdd(t, target)
+		}
+		time.Sleep(time.Minute)
+		p.mustAdd(t, u.submit(-1, 10*time.Second))
+		time.Sleep(time.Minute)
+		if p.counts() != [3]int{1} || p.pending() != 2*maxInFlight {
+			t.Errorf("counts %v, %d are pending", p.counts(), p.pending())
+		}
+	})
+}
+
+// A target that was known is given up when it is unknown three times in a row.
+func TestUnknownInARow(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u := newUpstream()
+		p := u.start(nil, Config{}, nil)
+		defer p.stop()
+		target := u.submit(1, time.Hour)
+		p.mustAdd(t, target)
+		time.Sleep(10 * time.Minute)
+		before := u.task(target.ID, func(k *fakeTask) { k.gone = time.Now() }).asked[0]
+		time.Sleep(10 * time.Minute)
+		if n := u.questions() - before; n != maxUnknown || p.counts() != [3]int{0, 0, 1} {
+			t.Errorf("%d questions, counts %v", n, p.counts())
+		}
 	})
 }
 

@@ -45,6 +45,11 @@ func TestHandlerThatHangs(t *testing.T) {
 		if kept != many || begun != maxTelling || p.pending() != many {
 			t.Errorf("%d of %d are kept, %d handlers run, %d are pending", kept, many, begun, p.pending())
 		}
+		for _, item := range p.List() {
+			if !item.Finished {
+				t.Fatalf("%+v is not finished", item)
+			}
+		}
 		p.stop() // although the handlers hang
 		close(hang)
 		synctest.Wait()

@@ -32,6 +32,26 @@ func TestEndedTargetsOfANote(t *testing.T) {
 	})
 }
 
+// What was given up is not followed again after a crash, although nothing else of its note has ended, nor after a second one.
+func TestGivenUpTargetsOfANote(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		u, m := newUpstream(), storagetest.New(storagetest.Redis)
+		p := u.start(m, Config{Instance: "one"}, nil)
+		p.mustAdd(t, u.submit(1, time.Hour), u.submit(2, time.Hour), u.submit(3, time.Hour))
+		for id := range 2 {
+			p.GiveUp(u.id(id + 1))
+			time.Sleep(time.Second)
+			p.kill(storagetest.None)
+			p = u.start(m, Config{Instance: "one"}, nil)
+			time.Sleep(time.Minute)
+			if list := p.List(); len(list) != 2-id || list[0].ID != u.id(id+2) {
+				t.Errorf("pending is %+v", list)
+			}
+		}
+		p.stop()
+	})
+}
+
 // A process that ends in good order between the two reports of a target leaves nothing to be told again.
 func TestToldBeforeItEnds(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
