@@ -243,6 +243,22 @@ func TestReferenceToWhatHasGrown(t *testing.T) {
 	})
 }
 
+// References that refer to each other find nothing.
+func TestReferencesInACircle(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := newFixture()
+		defer f.Close()
+		for i := range 2 {
+			p := place{kind: inPartition, key: numbered(i)}
+			ref := value{kind: kindReference, at: time.Now(), key: p.key, target: place{kind: inPartition, key: numbered(1 - i)}}
+			f.storage.Put(tested.name(p), mustEncode(t, ref, tested.name(p), nil))
+		}
+		if got, err := f.find(t, numbered(0)); err != nil || got.Report != nil {
+			t.Errorf("found %+v, error %v", got, err)
+		}
+	})
+}
+
 // Callers wait for a full pool, which is no failure.
 func TestManyReads(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
@@ -333,6 +349,36 @@ func TestReadsDuringAnOutage(t *testing.T) {
 			if got, err := f.find(t, numbered(i)); err != nil || got.Report == nil {
 				t.Errorf("after the outage: %+v, error %v", got, err)
 			}
+		}
+	})
+}
+
+// A value that cannot be read again and again is logged once a minute.
+func TestOneValueThatFails(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		f := storedFixture(t, 2)
+		defer f.Close()
+		bad := tested.name(place{kind: inPartition, key: numbered(0)})
+		f.storage.Set(func(c storagetest.Call) storagetest.Fault {
+			if c.Name == bad {
+				return storagetest.Failing(errAway)(c)
+			}
+			return storagetest.Fault{}
+		})
+		for minute := range 3 {
+			for range 10 {
+				if _, err := f.find(t, numbered(0)); !errors.Is(err, errAway) {
+					t.Errorf("error %v", err)
+				}
+				time.Sleep(time.Second)
+			}
+			if n := f.logged("a stored value could not be read"); n != minute+1 {
+				t.Errorf("it is logged %d times in minute %d", n, minute)
+			}
+			time.Sleep(complainEvery)
+		}
+		if got, err := f.find(t, numbered(1)); err != nil || got.Report == nil || f.Stats().Failing {
+			t.Errorf("another value: %+v, error %v, stats %+v", got, err, f.Stats())
 		}
 	})
 }
