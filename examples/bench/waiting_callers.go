@@ -197,7 +197,7 @@ func (c *http2Conn) send(n int, path func(i int) string) error {
 			}
 		}
 		err := c.framer.WriteHeaders(http2.HeadersFrameParam{
-			StreamID: uint32(2*i + 1), BlockFragment: block.Bytes(), EndStream: true, EndHeaders: true, //nolint:gosec // it is small
+			StreamID: uint32(2*i + 1), BlockFragment: block.Bytes(), EndStream: true, EndHeaders: true,
 		})
 		if err != nil {
 			return err
