@@ -81,7 +81,7 @@ func TestStorage(t *testing.T) {
 	}
 	for _, rounds := range all.writes {
 		if r := rounds[0]; len(r.took) == 0 || r.refused != 0 || r.stop.lost != 0 || r.stop.stored.documents != len(r.took) {
-			t.Errorf("%s, %s: %d reports, %+v", r.delay, r.writesTrial, len(r.took), r.stop)
+			t.Errorf("%s: %d reports, %+v", r.writesTrial, len(r.took), r.stop)
 		}
 	}
 	for _, rounds := range all.stops {

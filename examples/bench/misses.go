@@ -15,6 +15,10 @@ type missLoad struct {
 	gzip bool
 }
 
+func (l missLoad) String() string {
+	return fmt.Sprintf("%s, %s, %d callers, %s", l.contender.name, l.size.name, l.callers, accepted(l.gzip))
+}
+
 type missLoadResult struct {
 	missLoad
 	measuredCalls
@@ -23,24 +27,18 @@ type missLoadResult struct {
 
 // misses measures misses of usual reports, and the same requests to a proxy that keeps nothing.
 func (h *harness) misses(ctx context.Context, participants []*contender, results *results) error {
-	loads := h.allMissLoads(participants)
-	rounds := make([][]missLoadResult, len(loads))
-	for round := range h.options.rounds {
-		progress.Printf("misses, round %d of %d", round+1, h.options.rounds)
-		var ours measuredCalls // of the same callers
-		for i, l := range loads {
-			m, err := h.missesOf(ctx, l)
-			if err != nil {
-				return fmt.Errorf("%s, misses of %s: %w", l.contender.name, l.size.name, err)
-			}
-			if l.contender == module {
-				ours = m
-			}
-			rounds[i] = append(rounds[i], missLoadResult{l, m, float64(ours.cpuPerReport()) / float64(m.cpuPerReport())})
+	rounds, err := inRounds(ctx, "misses", h.options.rounds, h.allMissLoads(participants), h.missesOf)
+	var ours []missLoadResult // of the same callers
+	for _, theirs := range rounds {
+		if theirs[0].contender == module {
+			ours = theirs
+		}
+		for i := range theirs {
+			theirs[i].ratio = float64(ours[i].cpuPerReport()) / float64(theirs[i].cpuPerReport())
 		}
 	}
 	results.missLoads = rounds
-	return nil
+	return err
 }
 
 // allMissLoads returns the loads for the usual sizes of reports. For each size and number of callers, the module is first.
@@ -62,24 +60,24 @@ func (h *harness) allMissLoads(participants []*contender) []missLoad {
 }
 
 // missesOf puts a server that has just started under a load.
-func (h *harness) missesOf(ctx context.Context, l missLoad) (measuredCalls, error) {
+func (h *harness) missesOf(ctx context.Context, l missLoad) (missLoadResult, error) {
 	s, err := l.contender.start(ctx, h)
 	if err != nil {
-		return measuredCalls{}, err
+		return missLoadResult{}, err
 	}
 	defer s.process.stop()
 	if err := h.check(ctx, load{size: l.size, gzip: l.gzip}, l.contender, s); err != nil {
-		return measuredCalls{}, err
+		return missLoadResult{}, err
 	}
 	count := max(1, h.options.misses*min(len(l.document), middling)/len(l.document))
 	if _, err := h.missPlan(l, "warm", max(1, count/10)).runAll(ctx, s); err != nil {
-		return measuredCalls{}, err
+		return missLoadResult{}, err
 	}
 	m, err := h.measureCalls(func() (calls, error) { return h.missPlan(l, "miss", count).run(ctx, s) })
 	if err == nil && (m.asked != count || len(m.took) != count) {
 		err = fmt.Errorf("the node received %d requests for %d reports, and callers %d", m.asked, count, len(m.took))
 	}
-	return m, err
+	return missLoadResult{missLoad: l, measuredCalls: m}, err
 }
 
 // missPlan returns a plan that requests each of a number of reports once.

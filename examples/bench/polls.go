@@ -24,6 +24,10 @@ func (l pollLoad) often() string {
 	return "as fast as it can"
 }
 
+func (l pollLoad) String() string {
+	return fmt.Sprintf("%s, %s, each caller %s", l.contender.name, l.size.name, l.often())
+}
+
 type pollResult struct {
 	pollLoad
 	measuredCalls
@@ -39,20 +43,9 @@ const (
 
 // polls measures callers who poll for unfinished reports, with the module and with a proxy that asks the node each time.
 func (h *harness) polls(ctx context.Context, participants []*contender, results *results) error {
-	loads := h.allPollLoads(participants)
-	rounds := make([][]pollResult, len(loads))
-	for round := range h.options.rounds {
-		progress.Printf("polls, round %d of %d", round+1, h.options.rounds)
-		for i, l := range loads {
-			m, err := h.pollsOf(ctx, l)
-			if err != nil {
-				return fmt.Errorf("%s, polls: %w", l.contender.name, err)
-			}
-			rounds[i] = append(rounds[i], pollResult{l, m})
-		}
-	}
-	results.polls = rounds
-	return nil
+	var err error
+	results.polls, err = inRounds(ctx, "polls", h.options.rounds, h.allPollLoads(participants), h.pollsOf)
+	return err
 }
 
 // allPollLoads returns the loads for small reports, and those of 15 KB.
@@ -72,10 +65,10 @@ func (h *harness) allPollLoads(participants []*contender) []pollLoad {
 
 // pollsOf puts a server that has just started under a load. Before, each report is requested once. These requests are
 // spread over the poll interval, so the module asks the node as evenly afterwards.
-func (h *harness) pollsOf(ctx context.Context, l pollLoad) (measuredCalls, error) {
+func (h *harness) pollsOf(ctx context.Context, l pollLoad) (pollResult, error) {
 	s, err := l.contender.start(ctx, h)
 	if err != nil {
-		return measuredCalls{}, err
+		return pollResult{}, err
 	}
 	defer s.process.stop()
 	h.node.delay.Store(int64(pollDelay))
@@ -90,12 +83,13 @@ func (h *harness) pollsOf(ctx context.Context, l pollLoad) (measuredCalls, error
 	first.checkAll = true
 	first.rate = max(1, l.callers/int(pollInterval.Seconds()))
 	if c, err := first.runWith(ctx, all); err != nil || c.failed > 0 {
-		return measuredCalls{}, cmp.Or(err, c.err())
+		return pollResult{}, cmp.Or(err, c.err())
 	}
 	if l.everySecond {
 		p.rate = l.callers
 	}
-	return h.measureCalls(func() (calls, error) { return p.poll(ctx, all, h.options.polling) })
+	m, err := h.measureCalls(func() (calls, error) { return p.poll(ctx, all, h.options.polling) })
+	return pollResult{l, m}, err
 }
 
 // printPolls prints the medians of the rounds.

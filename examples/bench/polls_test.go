@@ -19,17 +19,17 @@ func TestPolls(t *testing.T) {
 	for _, l := range []pollLoad{
 		{h.sizes[0], callers, false, module}, {size{name: "small"}, callers, true, module}, {h.sizes[0], callers, false, reverseProxy}, {size{name: "small"}, callers, true, reverseProxy},
 	} {
-		m, err := h.pollsOf(t.Context(), l)
+		r, err := h.pollsOf(t.Context(), l)
 		if err != nil {
 			t.Fatal(err)
 		}
-		all.polls = append(all.polls, []pollResult{{l, m}})
-		requests := len(m.took)
+		all.polls = append(all.polls, []pollResult{r})
+		requests := len(r.took)
 		switch {
 		case l.everySecond && requests != 2*callers, !l.everySecond && requests < 10*callers:
 			t.Errorf("%s polls %s: %d requests", l.contender.name, l.often(), requests)
-		case l.contender == module && (m.asked < callers/2 || m.asked > 2*callers), l.contender == reverseProxy && m.asked != requests:
-			t.Errorf("%s polls %s: the node received %d of %d requests", l.contender.name, l.often(), m.asked, requests)
+		case l.contender == module && (r.asked < callers/2 || r.asked > 2*callers), l.contender == reverseProxy && r.asked != requests:
+			t.Errorf("%s polls %s: the node received %d of %d requests", l.contender.name, l.often(), r.asked, requests)
 		}
 	}
 	var out strings.Builder

@@ -69,6 +69,10 @@ type restartTrial struct {
 	place     string // of the folder
 }
 
+func (t restartTrial) String() string {
+	return fmt.Sprintf("%s, %s, %s", t.contender.name, t.place, t.load)
+}
+
 // restartResult is how fast a contender responds after a restart, and then again.
 type restartResult struct {
 	restartTrial
@@ -87,29 +91,27 @@ func (h *harness) restart(ctx context.Context, participants []*contender, result
 	}
 	h.node.forgets.Store(true)
 	defer h.node.forgets.Store(false)
-	rounds := make([][]restartResult, len(trials))
-	for round := range h.options.rounds {
-		var ours restarted // of the module, which comes first under each load
-		for i, t := range trials {
-			progress.Printf("restart, %s, %s, %s, round %d of %d", t.contender.name, t.place, t.load, round+1, h.options.rounds)
-			p := h.stored(t.size, t.conns)
-			p.identity = !t.gzip
-			r, err := h.restarted(ctx, t.contender, p)
-			if err = cmp.Or(err, r.cold.err(), r.warm.err()); err != nil {
-				return fmt.Errorf("%s, %s, %s: %w", t.contender.name, t.place, t.load, err)
-			}
-			if t.contender.name == module.name {
-				ours = r
-			}
-			rounds[i] = append(rounds[i], restartResult{
-				restartTrial: t, restarted: r,
-				rate: ours.cold.perSecond() / r.cold.perSecond(),
-				cpu:  float64(ours.cold.cpuPerReport()) / float64(r.cold.cpuPerReport()),
-			})
+	rounds, err := inRounds(ctx, "restart", h.options.rounds, trials, h.restartOf)
+	var ours []restartResult // of the module, which comes first under each load
+	for _, theirs := range rounds {
+		if theirs[0].contender.name == module.name {
+			ours = theirs
+		}
+		for i, r := range theirs {
+			theirs[i].rate = ours[i].cold.perSecond() / r.cold.perSecond()
+			theirs[i].cpu = float64(ours[i].cold.cpuPerReport()) / float64(r.cold.cpuPerReport())
 		}
 	}
 	results.restarts = rounds
-	return nil
+	return err
+}
+
+// restartOf measures a trial once. No request may fail.
+func (h *harness) restartOf(ctx context.Context, t restartTrial) (restartResult, error) {
+	p := h.stored(t.size, t.conns)
+	p.identity = !t.gzip
+	r, err := h.restarted(ctx, t.contender, p)
+	return restartResult{restartTrial: t, restarted: r}, cmp.Or(err, r.cold.err(), r.warm.err())
 }
 
 // restartTrials returns the trials of the participants, for which it stores reports.

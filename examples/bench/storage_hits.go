@@ -13,6 +13,8 @@ type hitsTrial struct {
 	callers int
 }
 
+func (t hitsTrial) String() string { return fmt.Sprintf("%s, %d callers", t.delay, t.callers) }
+
 // hitsResult is how fast the reports come from the storage, and then from memory.
 type hitsResult struct {
 	hitsTrial
@@ -45,19 +47,11 @@ func (h *harness) storageHits(ctx context.Context, _ []*contender, results *resu
 			trials = append(trials, hitsTrial{delay, callers})
 		}
 	}
-	rounds := make([][]hitsResult, len(trials))
-	for round := range h.options.rounds {
-		for i, t := range trials {
-			progress.Printf("stored reports, %s, %d callers, round %d of %d", t.delay, t.callers, round+1, h.options.rounds)
-			r, err := h.restarted(ctx, withStorage(t.delay, folder), h.stored(h.sizes[0], t.callers))
-			if err != nil {
-				return err
-			}
-			rounds[i] = append(rounds[i], hitsResult{t, r})
-		}
-	}
-	results.hits = rounds
-	return nil
+	results.hits, err = inRounds(ctx, "storage hits", h.options.rounds, trials, func(ctx context.Context, t hitsTrial) (hitsResult, error) {
+		r, err := h.restarted(ctx, withStorage(t.delay, folder), h.stored(h.sizes[0], t.callers))
+		return hitsResult{t, r}, err
+	})
+	return err
 }
 
 // restarted starts a contender with stored reports, and requests each of them, and then again.

@@ -35,19 +35,10 @@ func (h *harness) storagePurge(ctx context.Context, _ []*contender, results *res
 	if err != nil {
 		return err
 	}
-	rounds := make([][]purgeResult, len(h.options.delays))
-	for round := range h.options.rounds {
-		for i, delay := range h.options.delays {
-			progress.Printf("purge, %s, round %d of %d", delay, round+1, h.options.rounds)
-			r, err := h.purgeOf(ctx, delay, folder)
-			if err != nil {
-				return err
-			}
-			rounds[i] = append(rounds[i], r)
-		}
-	}
-	results.purges = rounds
-	return nil
+	results.purges, err = inRounds(ctx, "storage purge", h.options.rounds, h.options.delays, func(ctx context.Context, delay time.Duration) (purgeResult, error) {
+		return h.purgeOf(ctx, delay, folder)
+	})
+	return err
 }
 
 // purgeOf purges a copy of a storage until nothing is left, or for maxPurge.

@@ -36,19 +36,10 @@ func (h *harness) storageSweep(ctx context.Context, _ []*contender, results *res
 	if err != nil {
 		return err
 	}
-	rounds := make([][]sweepResult, len(h.options.delays))
-	for round := range h.options.rounds {
-		for i, delay := range h.options.delays {
-			progress.Printf("sweep, %s, round %d of %d", delay, round+1, h.options.rounds)
-			r, err := h.sweepOf(ctx, delay, folder)
-			if err != nil {
-				return err
-			}
-			rounds[i] = append(rounds[i], r)
-		}
-	}
-	results.sweeps = rounds
-	return nil
+	results.sweeps, err = inRounds(ctx, "storage sweep", h.options.rounds, h.options.delays, func(ctx context.Context, delay time.Duration) (sweepResult, error) {
+		return h.sweepOf(ctx, delay, folder)
+	})
+	return err
 }
 
 // sweepOf starts a server with a retention of a second on a copy of a storage, and waits until all is swept.

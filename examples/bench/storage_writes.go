@@ -17,7 +17,10 @@ type writesTrial struct {
 	rate    int
 }
 
-func (t writesTrial) String() string {
+func (t writesTrial) String() string { return fmt.Sprintf("%s, %s", t.delay, t.requests()) }
+
+// requests returns how many callers there are, or how many requests.
+func (t writesTrial) requests() string {
 	if t.rate > 0 {
 		return fmt.Sprintf("%d a second", t.rate)
 	}
@@ -49,19 +52,9 @@ func (h *harness) storageWrites(ctx context.Context, _ []*contender, results *re
 	for _, delay := range h.options.delays {
 		trials = append(trials, writesTrial{delay, 300, 600}, writesTrial{delay, 32, 0}, writesTrial{delay, 300, 0})
 	}
-	rounds := make([][]writesResult, len(trials))
-	for round := range h.options.rounds {
-		for i, t := range trials {
-			progress.Printf("new reports, %s, %s, round %d of %d", t.delay, t, round+1, h.options.rounds)
-			r, err := h.writesOf(ctx, t)
-			if err != nil {
-				return err
-			}
-			rounds[i] = append(rounds[i], r)
-		}
-	}
-	results.writes = rounds
-	return nil
+	var err error
+	results.writes, err = inRounds(ctx, "storage writes", h.options.rounds, trials, h.writesOf)
+	return err
 }
 
 // writesOf requests new reports of a server with an empty storage, and stops it.
@@ -118,19 +111,9 @@ func removeIfThere(name string) error {
 // storageStop measures how long a server takes to stop, and what it loses, when many reports wait to be stored. The
 // storage has held them back until then.
 func (h *harness) storageStop(ctx context.Context, _ []*contender, results *results) error {
-	rounds := make([][]stopResult, len(h.options.delays))
-	for round := range h.options.rounds {
-		for i, delay := range h.options.delays {
-			progress.Printf("stop with a full queue, %s, round %d of %d", delay, round+1, h.options.rounds)
-			r, err := h.stopOf(ctx, delay)
-			if err != nil {
-				return err
-			}
-			rounds[i] = append(rounds[i], r)
-		}
-	}
-	results.stops = rounds
-	return nil
+	var err error
+	results.stops, err = inRounds(ctx, "storage stop", h.options.rounds, h.options.delays, h.stopOf)
+	return err
 }
 
 // stopOf fills the queue of a server to its storage, and stops it.
@@ -173,7 +156,7 @@ func (r *results) printWrites(out io.Writer) {
 		"|--:|--:|--:|--:|--:|--:|--:|--:|\n")
 	for _, rounds := range r.writes {
 		fmt.Fprintf(out, "| %s | %s | %.0f | %.0f | %.0f | %d | %s | %d of %d |\n",
-			inMillis(rounds[0].delay), rounds[0].writesTrial,
+			inMillis(rounds[0].delay), rounds[0].requests(),
 			median(rounds, func(r writesResult) float64 { return r.perSecond() }),
 			median(rounds, func(r writesResult) float64 { return float64(r.written) / r.elapsed.Seconds() }),
 			median(rounds, func(r writesResult) float64 { return r.refused }),

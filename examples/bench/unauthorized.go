@@ -15,6 +15,8 @@ type flood struct {
 	status        int
 }
 
+func (f flood) String() string { return f.name }
+
 // floods are the ways to have no valid secret, after the hits that they are compared with.
 var floods = []flood{
 	{"a valid secret: hits", "", "Bearer " + secret, http.StatusOK},
@@ -31,16 +33,9 @@ type floodResult struct {
 
 // unauthorized measures what floods cost the module. The server is restarted for each of them.
 func (h *harness) unauthorized(ctx context.Context, _ []*contender, results *results) error {
-	rounds := make([][]floodResult, len(floods))
-	for round := range h.options.rounds {
-		progress.Printf("callers without a valid secret, round %d of %d", round+1, h.options.rounds)
-		for i, f := range floods {
-			r, err := h.floodWith(ctx, f)
-			if err != nil {
-				return fmt.Errorf("%s: %w", f.name, err)
-			}
-			rounds[i] = append(rounds[i], r)
-		}
+	rounds, err := inRounds(ctx, "unauthorized", h.options.rounds, floods, h.floodWith)
+	if err != nil {
+		return err
 	}
 	for i, f := range floods {
 		results.floods = append(results.floods, floodResult{
