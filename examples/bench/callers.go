@@ -98,6 +98,16 @@ func (c calls) percentile(p float64) time.Duration {
 	return c.took[int(float64(len(c.took)-1)*p/100)]
 }
 
+// sample returns the quantities of calls that are made as fast as the server allows.
+func (c calls) sample() sample {
+	return sample{
+		{"reports/s", c.perSecond()},
+		{"p50, ms", millis(c.percentile(50))},
+		{"p99, ms", millis(c.percentile(99))},
+		{"CPU of a report, µs", micros(c.cpuPerReport())},
+	}
+}
+
 // checkEvery is the distance of the responses that are compared with the report, which takes time.
 const checkEvery = 100
 

@@ -23,6 +23,24 @@ type collectionsResult struct {
 	collections []collection
 }
 
+// when returns when garbage is collected.
+func (r collectionsResult) when() string {
+	if r.forced {
+		return "one after the other"
+	}
+	return "as needed"
+}
+
+func (r collectionsResult) sample() sample {
+	return sample{
+		{"heap, MiB", inMiB(r.heap)},
+		{"p50, ms", millis(r.percentile(50))},
+		{"p99, ms", millis(r.percentile(99))},
+		{"p99.9, ms", millis(r.percentile(99.9))},
+		{"CPU of a hit, µs", micros(r.cpuPerReport())},
+	}
+}
+
 // collection is a garbage collection of the server.
 type collection struct {
 	took  time.Duration
@@ -46,34 +64,46 @@ var manyReports = &contender{
 // collections measures hits while a server keeps few and many small reports, when it collects garbage as it needs to, and
 // when one collection follows the other.
 func (h *harness) collections(ctx context.Context, _ []*contender, results *results) error {
-	for _, kept := range []int{h.options.many / 1000, h.options.many} {
-		if err := h.collectionsOf(ctx, kept, results); err != nil {
-			return err
-		}
+	trials, err := ofBoth(ctx, h, results, "collections", 1, []keptReports{keptReports(h.options.many / 1000), keptReports(h.options.many)}, (*harness).collectionsOf)
+	for _, rounds := range trials {
+		results.collections = append(results.collections, rounds[0]...)
 	}
-	return nil
+	return err
 }
 
-func (h *harness) collectionsOf(ctx context.Context, kept int, results *results) error {
+// keptReports is a number of reports that a server keeps.
+type keptReports int
+
+func (k keptReports) String() string { return fmt.Sprintf("keeping %d reports", k) }
+
+// collectionsResults are those of one server.
+type collectionsResults []collectionsResult
+
+func (all collectionsResults) sample() (s sample) {
+	for _, r := range all {
+		s = append(s, r.sample().of("collections "+r.when())...)
+	}
+	return s
+}
+
+func (h *harness) collectionsOf(ctx context.Context, kept keptReports) (all collectionsResults, err error) {
 	s, err := manyReports.start(ctx, h)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer s.process.stop()
-	progress.Printf("collections, keeping %d reports", kept)
-	reports := h.ownReports("small", "many", kept, 32)
+	reports := h.ownReports("small", "many", int(kept), 32)
 	if _, err := reports.runAll(ctx, s); err != nil {
-		return err
+		return nil, err
 	}
 	for _, forced := range []bool{false, true} {
-		progress.Printf("collections, %d reports, forced: %v", kept, forced)
 		r, err := h.hitsDuringCollections(ctx, s, reports, forced)
 		if err != nil {
-			return err
+			return nil, err
 		}
-		results.collections = append(results.collections, r)
+		all = append(all, r)
 	}
-	return nil
+	return all, nil
 }
 
 // hitsPerSecond are few enough for the server to be idle most of the time, so a hit takes long only if something holds it up.
@@ -145,11 +175,7 @@ func (r *results) printCollections(out io.Writer) {
 		"| reports kept | heap, MiB | collections | how many | median | longest | longest pause | p50 | p99 | p99.9 | longest hit |\n"+
 		"|--:|--:|---|--:|--:|--:|--:|--:|--:|--:|--:|\n", hitsPerSecond)
 	for _, c := range r.collections {
-		when := "as needed"
-		if c.forced {
-			when = "one after the other"
-		}
-		fmt.Fprintf(out, "| %d | %d | %s | %d |", c.kept, c.heap>>20, when, len(c.collections))
+		fmt.Fprintf(out, "| %d | %d | %s | %d |", c.kept, c.heap>>20, c.when(), len(c.collections))
 		if len(c.collections) == 0 {
 			fmt.Fprint(out, " | | |")
 		} else {

@@ -19,7 +19,7 @@ import (
 type contender struct {
 	name string
 
-	// config is the template of its configuration. Contenders with the same config share one server.
+	// config is the template of its configuration. Contenders with the same config and program share one server.
 	config *template.Template
 
 	// command returns the command that runs it with a configuration file. It is nil for Caddy.
@@ -27,6 +27,8 @@ type contender struct {
 
 	// target returns the path and query to request for a task.
 	target func(l load, task string) string
+
+	program string // that is run for Caddy; empty for that of the harness
 
 	env    []string // further environment variables
 	noTLS  bool
@@ -89,6 +91,24 @@ var module = &contender{
 		}
 	}`),
 }
+
+// before returns c as it is with a program of another commit.
+func (c contender) before(program string) *contender {
+	c.name, c.program = c.name+", before", program
+	return &c
+}
+
+// shared returns a name for the server of c. Contenders with the same one share it.
+func (c *contender) shared() string { return c.config.Name() + c.program }
+
+// isBefore reports whether c is the module before.
+func (c *contender) isBefore() bool { return c.program != "" }
+
+// isModule reports whether c is the module, of today or before.
+func (c *contender) isModule() bool { return c == module || c.isBefore() }
+
+// by returns c, for results that embed it.
+func (c *contender) by() *contender { return c }
 
 var bareHandler = &contender{
 	name:   "bare Caddy handler",
@@ -318,7 +338,7 @@ func (c *contender) start(ctx context.Context, h *harness) (*server, error) {
 	if err := os.WriteFile(config, text.Bytes(), 0o600); err != nil {
 		return nil, err
 	}
-	name, args := os.Args[0], []string{"run", "--config", config}
+	name, args := cmp.Or(c.program, h.module.program, os.Args[0]), []string{"run", "--config", config}
 	env := []string{beCaddy + "=1", "XDG_DATA_HOME=" + s.Dir, "XDG_CONFIG_HOME=" + s.Dir}
 	env = append(env, c.env...)
 	if c.command != nil {

@@ -28,6 +28,7 @@ func (h *harness) memory(ctx context.Context, participants []*contender, results
 			results.memory = append(results.memory, memoryResult{c, size, bytes})
 		}
 	}
+	compareContenders(results, "memory", once(results.memory))
 	return nil
 }
 
@@ -93,7 +94,7 @@ func (h *harness) memoryUsed(ctx context.Context, c *contender, s *server) (int6
 func (h *harness) cold(ctx context.Context, participants []*contender, results *results) error {
 	const callers = 200
 	servers, err := h.startAll(ctx, participants)
-	defer stopAll(servers)
+	defer servers.stop()
 	if err != nil {
 		return err
 	}
@@ -102,7 +103,7 @@ func (h *harness) cold(ctx context.Context, participants []*contender, results *
 			continue
 		}
 		progress.Printf("%d callers of %s", callers, c.name)
-		url := "http://" + servers[c.config.Name()].Plain + c.target(load{gzip: true}, "cold-"+h.sizes[1].id()+"-"+strings.ReplaceAll(c.name, " ", ""))
+		url := "http://" + servers.of(c).Plain + c.target(load{gzip: true}, "cold-"+h.sizes[1].id()+"-"+strings.ReplaceAll(c.name, " ", ""))
 		before := h.node.requests.Load()
 		var failed atomic.Int64
 		var wg sync.WaitGroup
@@ -116,6 +117,7 @@ func (h *harness) cold(ctx context.Context, participants []*contender, results *
 		wg.Wait()
 		results.cold = append(results.cold, coldResult{c, callers, int(h.node.requests.Load() - before), int(failed.Load())})
 	}
+	compareContenders(results, "cold", once(results.cold))
 	return nil
 }
 
@@ -124,11 +126,11 @@ func (h *harness) miss(ctx context.Context, participants []*contender, results *
 	for _, mib := range []int{2, 16, 50} {
 		id := strconv.Itoa(mib) + "MiBmiss"
 		h.node.documents[id] = makeReport(mib << 20)
-		for _, c := range participants {
-			if c != module && c != reverseProxy {
-				continue
-			}
-			for _, gzipped := range []bool{true, false} {
+		for _, gzipped := range []bool{true, false} {
+			for _, c := range participants {
+				if !c.isModule() && c != reverseProxy {
+					continue
+				}
 				progress.Printf("cache miss of %d MiB, %s", mib, c.name)
 				r, err := h.missOf(ctx, c, id, gzipped)
 				if err != nil {
@@ -140,6 +142,7 @@ func (h *harness) miss(ctx context.Context, participants []*contender, results *
 		}
 		delete(h.node.documents, id)
 	}
+	compareContenders(results, "miss", once(results.misses))
 	return nil
 }
 

@@ -20,13 +20,41 @@ type quantity struct {
 // sample has what was measured of one server.
 type sample []quantity
 
+// of returns s with what its quantities are of.
+func (s sample) of(what string) (named sample) {
+	for _, q := range s {
+		named = append(named, quantity{what + ": " + q.name, q.value})
+	}
+	return named
+}
+
 func (s *sample) add(name string, value float64) { *s = append(*s, quantity{name, value}) }
+
+func (s sample) sample() sample { return s }
+
+// value returns the value of a quantity. It is not a number if that is missing.
+func (s sample) value(name string) float64 {
+	for _, q := range s {
+		if q.name == name {
+			return q.value
+		}
+	}
+	return math.NaN()
+}
 
 // variant is a server that is measured at several sizes.
 type variant struct {
 	name   string
-	sample func(ctx context.Context, n int) (sample, error)
+	sample func(h *harness, ctx context.Context, n int) (sample, error)
 }
+
+// growthTrial is a variant at one size.
+type growthTrial struct {
+	variant
+	n int
+}
+
+func (t growthTrial) String() string { return fmt.Sprintf("%d, %s", t.n, t.name) }
 
 // growth is how what servers take grows with a number.
 type growth struct {
@@ -53,25 +81,25 @@ func powers(largest, count int) (all []int) {
 
 // grow measures each variant at each number, in rounds.
 func (h *harness) grow(ctx context.Context, results *results, title string, numbers []int, variants ...variant) error {
-	g := growth{title: title, numbers: numbers}
-	rounds := make([][][]sample, len(variants)) // for each variant and number
-	for i := range variants {
-		rounds[i] = make([][]sample, len(numbers))
-	}
-	for round := range h.options.rounds {
-		for i, n := range numbers {
-			for k, v := range variants {
-				progress.Printf("%s, %d, %s, round %d of %d", title, n, v.name, round+1, h.options.rounds)
-				s, err := v.sample(ctx, n)
-				if err != nil {
-					return fmt.Errorf("%s, %d, %s: %w", title, n, v.name, err)
-				}
-				rounds[k][i] = append(rounds[k][i], s)
-			}
+	var trials []growthTrial
+	for _, n := range numbers {
+		for _, v := range variants {
+			trials = append(trials, growthTrial{v, n})
 		}
 	}
+	rounds, err := ofBoth(ctx, h, results, title, h.options.rounds, trials, func(h *harness, ctx context.Context, t growthTrial) (sample, error) {
+		return t.sample(h, ctx, t.n)
+	})
+	if err != nil {
+		return err
+	}
+	g := growth{title: title, numbers: numbers}
 	for k, v := range variants {
-		g.add(v.name, rounds[k])
+		var each [][]sample // of the numbers
+		for i := k; i < len(rounds); i += len(variants) {
+			each = append(each, rounds[i])
+		}
+		g.add(v.name, each)
 	}
 	results.growths = append(results.growths, g)
 	return nil

@@ -17,7 +17,7 @@ const pendingMetric = "caddy_fsbroker_harvest_pending"
 // growthHarvest measures servers that follow few and many submissions, none of which is ever finished.
 func (h *harness) growthHarvest(ctx context.Context, _ []*contender, results *results) error {
 	return h.grow(ctx, results, "Growth: pending submissions, storage file_system", powers(h.options.pending, 4),
-		variant{"harvest", h.pendingOf})
+		variant{"harvest", (*harness).pendingOf})
 }
 
 // submissions returns a plan that submits files. It is answered with submissions that are never finished.

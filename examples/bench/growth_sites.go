@@ -83,8 +83,10 @@ const nodesOfSite = 2
 
 // growthNodes measures servers with few and many nodes, with health checks and without.
 func (h *harness) growthNodes(ctx context.Context, _ []*contender, results *results) error {
-	of := func(options string) func(context.Context, int) (sample, error) {
-		return func(ctx context.Context, n int) (sample, error) { return h.sampleOf(ctx, withNodes(n, options)) }
+	of := func(options string) func(*harness, context.Context, int) (sample, error) {
+		return func(h *harness, ctx context.Context, n int) (sample, error) {
+			return h.sampleOf(ctx, withNodes(n, options))
+		}
 	}
 	return h.grow(ctx, results, "Growth: nodes", powers(h.options.grownNodes, 4),
 		variant{"no health checks", of("")}, variant{"health_interval 10s", of("health_interval 10s")})
@@ -94,15 +96,15 @@ func (h *harness) growthNodes(ctx context.Context, _ []*contender, results *resu
 // takes for sites with its own handler.
 func (h *harness) growthSites(ctx context.Context, _ []*contender, results *results) error {
 	return h.grow(ctx, results, "Growth: sites, each with 2 nodes", powers(h.options.sites, 3),
-		variant{"one namespace", func(ctx context.Context, n int) (sample, error) {
+		variant{"one namespace", func(h *harness, ctx context.Context, n int) (sample, error) {
 			return h.sampleOf(ctx, withSites(n, func(string) string { return handler(nodesOfSite, "") }))
 		}},
-		variant{"a namespace for each", func(ctx context.Context, n int) (sample, error) {
+		variant{"a namespace for each", func(h *harness, ctx context.Context, n int) (sample, error) {
 			return h.sampleOf(ctx, withSites(n, func(host string) string {
 				return handler(nodesOfSite, "cache {\nnamespace "+host+"\n}")
 			}))
 		}},
-		variant{"Caddy respond", func(ctx context.Context, n int) (sample, error) {
+		variant{"Caddy respond", func(h *harness, ctx context.Context, n int) (sample, error) {
 			floor := withSites(n, func(string) string { return "respond " + floorBody })
 			floor.name, floor.reports = "Caddy respond", false
 			return h.sampleOf(ctx, floor)

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"time"
 )
 
@@ -20,29 +21,29 @@ const (
 // added. So those that are stored to measure that come last, and only once for each number.
 func (h *harness) growthStored(ctx context.Context, _ []*contender, results *results) error {
 	const title = "Growth: stored reports of 400 bytes, storage file_system"
-	folder := filepath.Join(h.values, "grown")
-	defer os.RemoveAll(folder)
+	for _, on := range h.both() {
+		defer os.RemoveAll(on.grownFolder())
+	}
 	g := growth{title: title, numbers: powers(h.options.grown, 4)}
-	reads, writes := make([][]sample, len(g.numbers)), make([][]sample, len(g.numbers))
+	var reads, writes [][]sample
 	stored := 0
-	for i, n := range g.numbers {
-		progress.Printf("%s: storing %d", title, n)
-		if err := h.storeUntil(ctx, folder, stored, n); err != nil {
+	for _, n := range g.numbers {
+		for _, on := range h.both() {
+			progress.Printf("%s: storing %d, %s", title, n, on.module.name)
+			if err := on.storeUntil(ctx, stored, n); err != nil {
+				return fmt.Errorf("%s: %w", on.module.name, err)
+			}
+		}
+		trials := []storedNumber{storedNumber(n)}
+		read, err := ofBoth(ctx, h, results, title, h.options.rounds, trials, (*harness).readsOf)
+		if err != nil {
 			return err
 		}
-		for round := range h.options.rounds {
-			progress.Printf("%s, %d, round %d of %d", title, n, round+1, h.options.rounds)
-			s, err := h.readsOf(ctx, folder, n, fmt.Sprintf("%d-%d", n, round))
-			if err != nil {
-				return fmt.Errorf("%s, %d: %w", title, n, err)
-			}
-			reads[i] = append(reads[i], s)
-		}
-		s, err := h.newOf(ctx, folder, n)
+		write, err := ofBoth(ctx, h, results, title, 1, trials, (*harness).newOf)
 		if err != nil {
-			return fmt.Errorf("%s, %d, new reports: %w", title, n, err)
+			return err
 		}
-		writes[i] = append(writes[i], s)
+		reads, writes = append(reads, read...), append(writes, write...)
 		stored = n + newAt(n)
 	}
 	g.add("fsbroker_task", reads)
@@ -51,20 +52,28 @@ func (h *harness) growthStored(ctx context.Context, _ []*contender, results *res
 	return nil
 }
 
+// storedNumber is a number of stored reports.
+type storedNumber int
+
+func (n storedNumber) String() string { return strconv.Itoa(int(n)) }
+
 // newAt returns how many new reports are stored when there are n. They must be fewer than are added until the next number.
 func newAt(n int) int { return min(grownNew, 2*n) }
 
 // grown returns a plan that requests the reports of growthStored, in their order.
 func (h *harness) grown(count int) plan { return h.ownReports("small", "grown", count, 32) }
 
+// grownFolder returns the folder of the storage of growthStored.
+func (h *harness) grownFolder() string { return filepath.Join(h.values, "grown") }
+
 // startGrown starts a server with the storage of growthStored.
-func (h *harness) startGrown(ctx context.Context, folder string) (*server, error) {
-	return inFileSystem(folder, nodeOption).start(ctx, h)
+func (h *harness) startGrown(ctx context.Context) (*server, error) {
+	return inFileSystem(h.grownFolder(), nodeOption).start(ctx, h)
 }
 
 // storeUntil stores reports until there are n, and counts them.
-func (h *harness) storeUntil(ctx context.Context, folder string, stored, n int) error {
-	s, err := h.startGrown(ctx, folder)
+func (h *harness) storeUntil(ctx context.Context, stored, n int) error {
+	s, err := h.startGrown(ctx)
 	if err != nil {
 		return err
 	}
@@ -73,7 +82,7 @@ func (h *harness) storeUntil(ctx context.Context, folder string, stored, n int) 
 	if err != nil {
 		return err
 	}
-	found, err := countStored(folder)
+	found, err := countStored(h.grownFolder())
 	if err == nil && found.documents != n {
 		err = fmt.Errorf("%d of %d reports are stored", found.documents, n)
 	}
@@ -81,8 +90,9 @@ func (h *harness) storeUntil(ctx context.Context, folder string, stored, n int) 
 }
 
 // readsOf starts a server with n stored reports, and measures what takes none away and adds none.
-func (h *harness) readsOf(ctx context.Context, folder string, n int, round string) (sample, error) {
-	s, err := h.startGrown(ctx, folder)
+func (h *harness) readsOf(ctx context.Context, stored storedNumber) (sample, error) {
+	n := int(stored)
+	s, err := h.startGrown(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -110,7 +120,7 @@ func (h *harness) readsOf(ctx context.Context, folder string, n int, round strin
 		return nil, err
 	}
 	all.add("GET /fsbroker/cache, ms", millis(took))
-	if err := h.samplePurge(ctx, s, "purged-"+round, &all); err != nil {
+	if err := h.samplePurge(ctx, s, &all); err != nil {
 		return nil, err
 	}
 	heap, err = h.memoryUsed(ctx, module, s)
@@ -152,8 +162,8 @@ func (h *harness) sampleLookups(ctx context.Context, s *server, n int, into *sam
 }
 
 // samplePurge stores a report and purges it by its task.
-func (h *harness) samplePurge(ctx context.Context, s *server, name string, into *sample) error {
-	p := h.ownReports("small", name, 1, 1)
+func (h *harness) samplePurge(ctx context.Context, s *server, into *sample) error {
+	p := h.ownReports("small", "purged", 1, 1)
 	if err := h.fill(ctx, s, p); err != nil {
 		return err
 	}
@@ -167,8 +177,9 @@ func (h *harness) samplePurge(ctx context.Context, s *server, name string, into 
 }
 
 // newOf starts a server with n stored reports, and stores others.
-func (h *harness) newOf(ctx context.Context, folder string, n int) (sample, error) {
-	s, err := h.startGrown(ctx, folder)
+func (h *harness) newOf(ctx context.Context, stored storedNumber) (sample, error) {
+	n := int(stored)
+	s, err := h.startGrown(ctx)
 	if err != nil {
 		return nil, err
 	}

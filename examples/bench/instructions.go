@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -31,8 +32,21 @@ type instructions struct {
 	sum float64 // in the inner function of SHA-256; 0 if the program has no names of functions
 }
 
-// countedContenders are compared by their instructions, the module first.
-var countedContenders = []*contender{module, bareHandler}
+func (n instructions) sample() sample {
+	all := sample{{"instructions", n.all}}
+	if n.sum > 0 {
+		all.add("instructions without SHA-256", n.all-n.sum)
+	}
+	return all
+}
+
+// countedContenders returns the contenders that are compared by their instructions, the module first.
+func (h *harness) countedContenders() (all []*contender) {
+	for _, on := range h.both() {
+		all = append(all, on.module)
+	}
+	return append(all, bareHandler)
+}
 
 // countInstructions counts the instructions of the module and of the bare handler with valgrind's callgrind, so that other
 // load on the machine hardly matters.
@@ -52,9 +66,15 @@ func (h *harness) countInstructions(ctx context.Context, _ []*contender, results
 	}
 	h.caddyProtocols = withH2C
 	defer func() { h.caddyProtocols = defaultProtocols }()
-	for _, c := range countedContenders {
+	for _, c := range h.countedContenders() {
 		if err := h.countOf(ctx, c, loads, results); err != nil {
 			return fmt.Errorf("%s: %w", c.name, err)
+		}
+	}
+	if h.before != nil {
+		today, before := results.instructions[:len(loads)], results.instructions[len(loads):]
+		for i, l := range loads {
+			compare(results, "instructions, "+l.String(), today[i:i+1], before[i:i+1])
 		}
 	}
 	return nil
@@ -94,7 +114,7 @@ func (c contender) underCallgrind() *contender {
 	c.command = func(config string, s *server) (string, []string) {
 		return "valgrind", []string{
 			"--tool=callgrind", "--callgrind-out-file=" + s.dump(), "--instr-atstart=no", "--dump-instr=no", "--collect-jumps=no",
-			"--separate-threads=no", os.Args[0], "run", "--config", config,
+			"--separate-threads=no", cmp.Or(c.program, os.Args[0]), "run", "--config", config,
 		}
 	}
 	return &c

@@ -95,6 +95,15 @@ type measure struct {
 	Wire     float64       // bytes per response, including the header, before TLS
 }
 
+func (m measure) sample() sample {
+	return sample{
+		{"requests/s", m.Requests},
+		{"p50, ms", millis(m.P50)},
+		{"p99, ms", millis(m.P99)},
+		{"CPU of a response, µs", micros(m.CPU) / 10_000},
+	}
+}
+
 // script makes wrk print its results as JSON.
 const script = `
 done = function(summary, latency)

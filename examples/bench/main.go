@@ -46,6 +46,7 @@ func main() {
 	parts := flag.String("parts", ".", "regular expression for what to measure: load, unauthorized, memory, cold, miss, misses, polls, compression, collections, waiting, protocols, http3, instructions, "+
 		"storage hits, storage writes, storage stop, storage purge, storage sweep, storage heap, restart, "+
 		"growth nodes, growth sites, growth stored, growth harvest")
+	flag.StringVar(&o.before, "before", "", "commit of this repository whose module is measured as well, in each part with a server, in the same rounds")
 	delays := flag.String("delays", "0s,5ms,20ms", "how long each operation of the storage takes at least")
 	flag.IntVar(&o.stored, "stored", 10_000, "number of reports in the storage")
 	flag.IntVar(&o.through, "through", 1_000_000, "number of reports that go through while memory is measured")
@@ -117,6 +118,7 @@ type options struct {
 	serverCPUs int
 	peers      *regexp.Regexp
 	loads      *regexp.Regexp
+	before     string
 	parts      *regexp.Regexp
 	reports    string
 }

@@ -38,6 +38,7 @@ func (h *harness) misses(ctx context.Context, participants []*contender, results
 		}
 	}
 	results.missLoads = rounds
+	compareContenders(results, "misses", rounds)
 	return err
 }
 
@@ -47,10 +48,10 @@ func (h *harness) allMissLoads(participants []*contender) []missLoad {
 	for _, size := range h.sizes[:3] {
 		for _, callers := range connections {
 			for _, c := range participants {
-				switch c {
-				case module:
+				switch {
+				case c.isModule():
 					all = append(all, missLoad{size, callers, c, true})
-				case reverseProxy:
+				case c == reverseProxy:
 					all = append(all, missLoad{size, callers, c, true}, missLoad{size, callers, c, false})
 				}
 			}

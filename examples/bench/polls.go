@@ -33,6 +33,10 @@ type pollResult struct {
 	measuredCalls
 }
 
+func (r pollResult) sample() sample {
+	return append(r.calls.sample(), quantity{"requests to the node/s", float64(r.asked) / r.elapsed.Seconds()})
+}
+
 const (
 	// pollDelay is how long the node takes for an unfinished report.
 	pollDelay = 5 * time.Millisecond
@@ -45,6 +49,7 @@ const (
 func (h *harness) polls(ctx context.Context, participants []*contender, results *results) error {
 	var err error
 	results.polls, err = inRounds(ctx, "polls", h.options.rounds, h.allPollLoads(participants), h.pollsOf)
+	compareContenders(results, "polls", results.polls)
 	return err
 }
 
@@ -54,7 +59,7 @@ func (h *harness) allPollLoads(participants []*contender) []pollLoad {
 	for _, size := range []size{{name: "small", document: []byte(smallReport)}, h.sizes[0]} {
 		for _, everySecond := range []bool{false, true} {
 			for _, c := range participants {
-				if c == module || c == reverseProxy {
+				if c.isModule() || c == reverseProxy {
 					all = append(all, pollLoad{size, h.options.pollers, everySecond, c})
 				}
 			}

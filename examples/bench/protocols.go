@@ -141,7 +141,7 @@ func protocolLoads(sizes []size) []load {
 
 // protocols compares the module with the bare handler and nginx over HTTP/1.1 and HTTP/2.
 func (h *harness) protocols(ctx context.Context, participants []*contender, results *results) error {
-	return h.measureProtocols(ctx, withH2C, protocolLoads(h.sizes), participants, results)
+	return h.measureProtocols(ctx, "protocols", withH2C, protocolLoads(h.sizes), participants, results)
 }
 
 // http3 compares the module with the bare handler over HTTP/3. Its servers are others, because Caddy announces HTTP/3 in
@@ -151,20 +151,20 @@ func (h *harness) http3(ctx context.Context, participants []*contender, results 
 	for _, conns := range connections {
 		loads = append(loads, load{size: h.sizes[1], gzip: true, tls: true, conns: conns, protocol: h3, streams: 1})
 	}
-	return h.measureProtocols(ctx, "h1 h2 h3", loads, participants, results)
+	return h.measureProtocols(ctx, "http3", "h1 h2 h3", loads, participants, results)
 }
 
 // measureProtocols measures loads, for which Caddy serves other protocols than for the other parts.
-func (h *harness) measureProtocols(ctx context.Context, caddyProtocols string, loads []load, participants []*contender, results *results) error {
+func (h *harness) measureProtocols(ctx context.Context, part, caddyProtocols string, loads []load, participants []*contender, results *results) error {
 	h.caddyProtocols = caddyProtocols
 	defer func() { h.caddyProtocols = defaultProtocols }()
 	var compared []*contender
 	for _, c := range participants {
-		if c == module || c == bareHandler || c == nginx1 {
+		if c.isModule() || c == bareHandler || c == nginx1 {
 			compared = append(compared, c)
 		}
 	}
-	measured, err := h.measureLoads(ctx, loads, compared)
+	measured, err := h.measureLoads(ctx, part, loads, compared, results)
 	results.protocols = append(results.protocols, measured...)
 	return err
 }
@@ -247,7 +247,7 @@ func (h *harness) clients(ctx context.Context, l load, r request, got answer) (a
 // good, and more than 1 that it is better.
 func (r *results) printProtocols(out io.Writer) {
 	fmt.Fprint(out, "\n**The module over each protocol, compared with others: 1 is as good, more is better**\n\n| load | requests/s | CPU s per 10,000 responses |")
-	peers := []*contender{bareHandler, nginx1}
+	peers := peersOf(r.protocols)
 	for _, c := range peers {
 		fmt.Fprintf(out, " %s: requests/s | CPU time |", c.name)
 	}

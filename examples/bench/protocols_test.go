@@ -47,7 +47,7 @@ func TestBareHeader(t *testing.T) {
 	}
 	t.Cleanup(h.close)
 	servers, err := h.startAll(t.Context(), []*contender{module, bareHandler})
-	defer stopAll(servers)
+	defer servers.stop()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -55,7 +55,7 @@ func TestBareHeader(t *testing.T) {
 		l := load{size: h.sizes[1], gzip: true, protocol: h1, kind: k}
 		var names [2][]string
 		for i, c := range []*contender{module, bareHandler} {
-			r, _, err := l.prepare(t.Context(), c, servers[c.config.Name()])
+			r, _, err := l.prepare(t.Context(), c, servers.of(c))
 			if err != nil {
 				t.Fatalf("%s, %s: %v", c.name, k, err)
 			}

@@ -33,6 +33,18 @@ var keepers = []keeper{
 	{"nginx, level 6", (*harness).filledNginx, func(folder string) *contender { return nginxWith("nginx, level 6", 6, folder) }},
 }
 
+// keepers returns all keepers, the module before after that of today.
+func (h *harness) keepers() []keeper {
+	if h.before == nil {
+		return keepers
+	}
+	before := keepers[0]
+	before.name = h.before.module.name
+	before.fill = func(h *harness, ctx context.Context, size size) (string, error) { return h.before.filled(ctx, size) }
+	before.with = func(folder string) *contender { return keepers[0].with(folder).before(h.before.module.program) }
+	return slices.Insert(slices.Clone(keepers), 1, before)
+}
+
 // filledNginx returns a folder of nginx that has the reports that stored requests.
 func (h *harness) filledNginx(ctx context.Context, size size) (string, error) {
 	folder := filepath.Join(h.values, "nginx-"+size.id())
@@ -52,11 +64,15 @@ func (h *harness) filledNginx(ctx context.Context, size size) (string, error) {
 
 // onDisk returns a copy of a folder on the disk. The page cache has what is in it.
 func (h *harness) onDisk(folder string) (string, error) {
-	other := filepath.Join(h.dir, filepath.Base(folder))
+	name, err := filepath.Rel(h.values, folder)
+	if err != nil {
+		return "", err
+	}
+	other := filepath.Join(h.dir, name)
 	if h.kept[other] {
 		return other, nil
 	}
-	err := os.CopyFS(other, os.DirFS(folder))
+	err = os.CopyFS(other, os.DirFS(folder))
 	syscall.Sync() // so that nothing is written while servers are measured
 	h.kept[other] = err == nil
 	return other, err
@@ -65,8 +81,8 @@ func (h *harness) onDisk(folder string) (string, error) {
 // restartTrial is a contender with its reports in a folder, under a load.
 type restartTrial struct {
 	load
-	contender *contender
-	place     string // of the folder
+	*contender
+	place string // of the folder
 }
 
 func (t restartTrial) String() string {
@@ -103,6 +119,7 @@ func (h *harness) restart(ctx context.Context, participants []*contender, result
 		}
 	}
 	results.restarts = rounds
+	compareContenders(results, "restart", rounds)
 	return err
 }
 
@@ -120,7 +137,7 @@ func (h *harness) restartTrials(ctx context.Context, participants []*contender) 
 	for _, place := range []string{"memory", "disk"} {
 		for _, size := range h.sizes[:2] {
 			for _, gzip := range []bool{true, false} {
-				for _, k := range keepers {
+				for _, k := range h.keepers() {
 					if !slices.ContainsFunc(participants, func(c *contender) bool { return c.name == k.name }) {
 						continue
 					}

@@ -37,6 +37,8 @@ type results struct {
 
 	restarts [][]restartResult // the rounds of each trial
 	growths  []growth
+
+	comparisons []comparison // of the module of today and the one before
 }
 
 type loadResult struct {
@@ -53,9 +55,21 @@ type memoryResult struct {
 	bytes float64 // per report
 }
 
+func (r memoryResult) String() string { return r.contender.name + ", " + r.size.name }
+
+func (r memoryResult) sample() sample { return sample{{"bytes per report", r.bytes}} }
+
 type coldResult struct {
 	*contender
 	callers, requests, failed int
+}
+
+func (r coldResult) String() string {
+	return fmt.Sprintf("%s, %d callers", r.contender.name, r.callers)
+}
+
+func (r coldResult) sample() sample {
+	return sample{{"requests to the node", float64(r.requests)}, {"failed callers", float64(r.failed)}}
 }
 
 type missResult struct {
@@ -65,6 +79,18 @@ type missResult struct {
 
 	first, took time.Duration // until the first byte of the body, and until the last
 	peak        int64
+}
+
+func (r missResult) String() string {
+	return fmt.Sprintf("%s, %d MiB, %s", r.contender.name, r.mib, accepted(r.gzip))
+}
+
+func (r missResult) sample() sample {
+	return sample{
+		{"time to the first byte, ms", millis(r.first)},
+		{"whole time, ms", millis(r.took)},
+		{"peak memory, MiB", inMiB(r.peak)},
+	}
 }
 
 type compressionResult struct {
@@ -84,6 +110,9 @@ func (r *results) print(ctx context.Context, out io.Writer, h *harness) {
 		}
 		fmt.Fprintf(out, "%s: %d bytes, %s. ", s.name, len(s.document), kind)
 	}
+	if h.before != nil {
+		fmt.Fprintf(out, "\n%s: %s", h.before.module.name, h.before.commit)
+	}
 	fmt.Fprint(out, "\n\n")
 	for _, table := range []struct {
 		rows  int
@@ -99,7 +128,7 @@ func (r *results) print(ctx context.Context, out io.Writer, h *harness) {
 		{len(r.hits), r.printHits}, {len(r.writes), r.printWrites}, {len(r.stops), r.printStops},
 		{len(r.purges), r.printPurges}, {len(r.sweeps), r.printSweeps},
 		{len(r.through), r.printThrough}, {len(r.restarts), r.printRestarts},
-		{len(r.growths), r.printGrowths},
+		{len(r.growths), r.printGrowths}, {len(r.comparisons), r.printComparisons},
 	} {
 		if table.rows > 0 {
 			table.print(out)
@@ -109,12 +138,7 @@ func (r *results) print(ctx context.Context, out io.Writer, h *harness) {
 
 // printSummary prints how many times as fast as each other contender the module is, for the loads with many callers.
 func (r *results) printSummary(out io.Writer) {
-	var others []*contender
-	for _, l := range r.loads {
-		if l.contender != module && !slices.Contains(others, l.contender) {
-			others = append(others, l.contender)
-		}
-	}
+	others := peersOf(r.loads)
 	fmt.Fprint(out, "**How many times as fast the module is**\n\n| load | requests/s |")
 	for _, c := range others {
 		fmt.Fprintf(out, " %s |", c.name)
@@ -134,6 +158,16 @@ func (r *results) printSummary(out io.Writer) {
 		}
 		fmt.Fprintln(out)
 	}
+}
+
+// peersOf returns the contenders that the module is compared with.
+func peersOf(all []loadResult) (peers []*contender) {
+	for _, l := range all {
+		if l.contender != module && !slices.Contains(peers, l.contender) {
+			peers = append(peers, l.contender)
+		}
+	}
+	return peers
 }
 
 // find returns the result of c under a load, or nil if there is none.

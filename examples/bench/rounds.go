@@ -21,3 +21,32 @@ func inRounds[T fmt.Stringer, R any](ctx context.Context, part string, count int
 	}
 	return rounds, nil
 }
+
+// ofBoth is inRounds for trials of the module alone. The module before has its turn right after that of today. It returns the
+// rounds of today, and compares them.
+func ofBoth[T fmt.Stringer, R sampled](ctx context.Context, h *harness, into *results, part string, count int, trials []T, measure func(*harness, context.Context, T) (R, error)) ([][]R, error) {
+	pairs, err := inRounds(ctx, part, count, trials, func(ctx context.Context, t T) (pair []R, err error) {
+		for _, on := range h.both() {
+			r, err := measure(on, ctx, t)
+			if err != nil {
+				return nil, fmt.Errorf("%s: %w", on.module.name, err)
+			}
+			pair = append(pair, r)
+		}
+		return pair, nil
+	})
+	if err != nil {
+		return nil, err
+	}
+	all := make([][]R, len(trials))
+	for i, t := range trials {
+		var before []R
+		for _, pair := range pairs[i] {
+			all[i], before = append(all[i], pair[0]), append(before, pair[1:]...)
+		}
+		if h.before != nil {
+			compare(into, part+", "+t.String(), all[i], before)
+		}
+	}
+	return all, nil
+}

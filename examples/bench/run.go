@@ -36,6 +36,10 @@ type harness struct {
 	client  *http.Client
 	kept    map[string]bool // folders of storages that have their reports
 
+	module *contender // the module that is measured
+	before *harness   // the same with the module of another commit; nil without one
+	commit string     // that commit, in the harness of the module before
+
 	caddyProtocols string // the protocols that Caddy serves
 }
 
@@ -46,7 +50,7 @@ const defaultProtocols = "h1 h2"
 const withH2C = "h1 h2 h2c"
 
 func newHarness(ctx context.Context, o options) (*harness, error) {
-	h := &harness{options: o, caddyProtocols: defaultProtocols, kept: make(map[string]bool)}
+	h := &harness{options: o, caddyProtocols: defaultProtocols, kept: make(map[string]bool), module: module}
 	var err error
 	if h.dir, err = os.MkdirTemp("", "fsbroker-bench-"); err != nil {
 		return nil, err
@@ -122,18 +126,16 @@ func run(ctx context.Context, o options, out io.Writer) error {
 	if err != nil {
 		return err
 	}
+	if o.before != "" {
+		if err := h.addBefore(ctx, ".", o.before); err != nil {
+			return err
+		}
+	}
 	if err := reserveCPUs(ctx, o.serverCPUs); err != nil {
 		return err
 	}
 	var all results
-	var participants []*contender
-	for _, c := range contenders {
-		if !c.installed() {
-			progress.Printf("%s is not installed and is skipped", c.name)
-		} else if o.includes(c) {
-			participants = append(participants, c)
-		}
-	}
+	participants := h.participants()
 	for _, p := range h.parts() {
 		if !o.parts.MatchString(p.name) {
 			continue
@@ -144,6 +146,21 @@ func run(ctx context.Context, o options, out io.Writer) error {
 	}
 	all.print(ctx, out, h) // of a run that failed, the parts before
 	return err
+}
+
+// participants returns the contenders that are selected and installed.
+func (h *harness) participants() (all []*contender) {
+	for _, c := range contenders {
+		if !c.installed() {
+			progress.Printf("%s is not installed and is skipped", c.name)
+		} else if h.options.includes(c) {
+			all = append(all, c)
+		}
+		if c == module && h.before != nil {
+			all = append(all, h.before.module)
+		}
+	}
+	return all
 }
 
 // part is a part of a run.
@@ -169,13 +186,13 @@ func (h *harness) parts() []part {
 
 // load measures every participant under every load of wrk.
 func (h *harness) load(ctx context.Context, participants []*contender, results *results) (err error) {
-	results.loads, err = h.measureLoads(ctx, allLoads(h.sizes), participants)
+	results.loads, err = h.measureLoads(ctx, "load", allLoads(h.sizes), participants, results)
 	return err
 }
 
 // measureLoads measures participants under loads, in rounds. Servers are restarted for each round, because the memory
 // layout of a process makes it a few percent faster or slower for its whole life.
-func (h *harness) measureLoads(ctx context.Context, loads []load, participants []*contender) ([]loadResult, error) {
+func (h *harness) measureLoads(ctx context.Context, part string, loads []load, participants []*contender, into *results) ([]loadResult, error) {
 	type trial struct {
 		load      load
 		contender *contender
@@ -204,14 +221,14 @@ func (h *harness) measureLoads(ctx context.Context, loads []load, participants [
 			if err != nil {
 				break
 			}
-			s := servers[t.contender.config.Name()]
+			s := servers.of(t.contender)
 			if err = h.check(ctx, t.load, t.contender, s); err == nil {
 				var m measure
 				m, err = t.load.run(ctx, h, t.contender, s)
 				t.rounds = append(t.rounds, m)
 			}
 		}
-		stopAll(servers)
+		servers.stop()
 		if err != nil {
 			return nil, err
 		}
@@ -219,36 +236,44 @@ func (h *harness) measureLoads(ctx context.Context, loads []load, participants [
 	var all []loadResult
 	for _, t := range trials {
 		all = append(all, summarize(t.load, t.contender, t.rounds, t.ours.rounds))
+		if t.contender.isBefore() {
+			compare(into, part+", "+t.load.String(), t.ours.rounds, t.rounds)
+		}
 	}
 	return all, nil
 }
 
+// servers are running servers, each of one contender or of several that share it.
+type servers map[string]*server
+
+func (s servers) of(c *contender) *server { return s[c.shared()] }
+
+func (s servers) stop() {
+	for _, one := range s {
+		one.process.stop()
+	}
+}
+
 // startAll starts the servers of all participants. Before it starts the bare handler, it records the responses of the
 // module, which the bare handler plays back.
-func (h *harness) startAll(ctx context.Context, participants []*contender) (map[string]*server, error) {
-	servers := make(map[string]*server)
+func (h *harness) startAll(ctx context.Context, participants []*contender) (servers, error) {
+	all := make(servers)
 	for _, c := range participants {
-		if servers[c.config.Name()] != nil {
+		if all.of(c) != nil {
 			continue
 		}
 		if c == bareHandler {
-			if err := h.record(ctx, servers[module.config.Name()]); err != nil {
-				return servers, err
+			if err := h.record(ctx, all.of(module)); err != nil {
+				return all, err
 			}
 		}
 		s, err := c.start(ctx, h)
 		if err != nil {
-			return servers, err
+			return all, err
 		}
-		servers[c.config.Name()] = s
+		all[c.shared()] = s
 	}
-	return servers, nil
-}
-
-func stopAll(servers map[string]*server) {
-	for _, s := range servers {
-		s.process.stop()
-	}
+	return all, nil
 }
 
 // record saves the module's responses for the bare handler.

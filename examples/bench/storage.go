@@ -80,6 +80,16 @@ func (h *harness) filled(ctx context.Context, size size) (string, error) {
 	return folder, err
 }
 
+// fillBoth stores reports of a size with the module of today, and with the one before.
+func (h *harness) fillBoth(ctx context.Context, size size) error {
+	for _, on := range h.both() {
+		if _, err := on.filled(ctx, size); err != nil {
+			return fmt.Errorf("%s: %w", on.module.name, err)
+		}
+	}
+	return nil
+}
+
 // fill makes the requests of a plan in small steps, and waits after each until the reports are stored.
 func (h *harness) fill(ctx context.Context, s *server, all plan) error {
 	const step = 5000 // half of what the queue has room for

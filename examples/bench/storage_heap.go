@@ -24,6 +24,28 @@ type heapStep struct {
 	heap, resident int64
 }
 
+// perSecond returns how many reports went through.
+func (r heapRun) perSecond() float64 {
+	return float64(r.steps[len(r.steps)-1].reports) / r.elapsed.Seconds()
+}
+
+// storedPerSecond returns how many reports were stored.
+func (r heapRun) storedPerSecond() float64 { return r.written / r.elapsed.Seconds() }
+
+func (r heapRun) sample() sample {
+	var most heapStep
+	for _, s := range r.steps {
+		most.heap, most.resident = max(most.heap, s.heap), max(most.resident, s.resident)
+	}
+	return sample{
+		{"most heap, MiB", inMiB(most.heap)},
+		{"most resident memory, MiB", inMiB(most.resident)},
+		{"reports/s", r.perSecond()},
+		{"stored/s", r.storedPerSecond()},
+		{"no room for", r.refused},
+	}
+}
+
 // smallReport is a finished report that is as short as possible.
 const smallReport = `{"processTime":1,"result":{"finalVerdict":{"verdict":"BENIGN","threatLevel":0,"confidence":1},` +
 	`"taskReference":{"name":"transform-file","additionalInfo":{"submitName":"file.png","submitTime":1723037247064,` +
@@ -34,14 +56,11 @@ const smallReport = `{"processTime":1,"result":{"finalVerdict":{"verdict":"BENIG
 // because it is a part of the server.
 func (h *harness) storageHeap(ctx context.Context, _ []*contender, results *results) error {
 	delays := h.options.delays
-	for _, delay := range slices.Compact([]time.Duration{delays[0], delays[len(delays)-1]}) {
-		r, err := h.heapOf(ctx, delay)
-		if err != nil {
-			return err
-		}
-		results.through = append(results.through, r)
+	trials, err := ofBoth(ctx, h, results, "storage heap", 1, slices.Compact([]time.Duration{delays[0], delays[len(delays)-1]}), (*harness).heapOf)
+	for _, rounds := range trials {
+		results.through = append(results.through, rounds[0])
 	}
-	return nil
+	return err
 }
 
 func (h *harness) heapOf(ctx context.Context, delay time.Duration) (heapRun, error) {
@@ -111,8 +130,6 @@ func (r *results) printThrough(out io.Writer) {
 	}
 	fmt.Fprint(out, "\n\n| an operation of the storage takes | reports/s | stored/s | no room for |\n|--:|--:|--:|--:|\n")
 	for _, run := range r.through {
-		last := run.steps[len(run.steps)-1]
-		fmt.Fprintf(out, "| %s | %.0f | %.0f | %.0f |\n", inMillis(run.delay), float64(last.reports)/run.elapsed.Seconds(),
-			run.written/run.elapsed.Seconds(), run.refused)
+		fmt.Fprintf(out, "| %s | %.0f | %.0f | %.0f |\n", inMillis(run.delay), run.perSecond(), run.storedPerSecond(), run.refused)
 	}
 }

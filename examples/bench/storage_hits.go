@@ -26,6 +26,10 @@ type restarted struct {
 	cold, warm calls
 }
 
+func (r restarted) sample() sample {
+	return append(r.cold.sample().of("from the storage"), r.warm.sample().of("again")...)
+}
+
 // ratio returns the ratio of the rates.
 func (r restarted) ratio() float64 { return r.cold.perSecond() / r.warm.perSecond() }
 
@@ -35,8 +39,7 @@ const warmRounds = 5
 // storageHits measures how fast a server that has just started responds with stored reports, each of which is requested
 // once, and how fast it responds with the same reports again. The node does not know them any more.
 func (h *harness) storageHits(ctx context.Context, _ []*contender, results *results) error {
-	folder, err := h.filled(ctx, h.sizes[0])
-	if err != nil {
+	if err := h.fillBoth(ctx, h.sizes[0]); err != nil {
 		return err
 	}
 	h.node.forgets.Store(true)
@@ -47,11 +50,19 @@ func (h *harness) storageHits(ctx context.Context, _ []*contender, results *resu
 			trials = append(trials, hitsTrial{delay, callers})
 		}
 	}
-	results.hits, err = inRounds(ctx, "storage hits", h.options.rounds, trials, func(ctx context.Context, t hitsTrial) (hitsResult, error) {
-		r, err := h.restarted(ctx, withStorage(t.delay, folder), h.stored(h.sizes[0], t.callers))
-		return hitsResult{t, r}, err
-	})
+	var err error
+	results.hits, err = ofBoth(ctx, h, results, "storage hits", h.options.rounds, trials, (*harness).hitsOf)
 	return err
+}
+
+// hitsOf measures a trial once.
+func (h *harness) hitsOf(ctx context.Context, t hitsTrial) (hitsResult, error) {
+	folder, err := h.filled(ctx, h.sizes[0])
+	if err != nil {
+		return hitsResult{}, err
+	}
+	r, err := h.restarted(ctx, withStorage(t.delay, folder), h.stored(h.sizes[0], t.callers))
+	return hitsResult{t, r}, err
 }
 
 // restarted starts a contender with stored reports, and requests each of them, and then again.

@@ -29,21 +29,20 @@ func (r purgeResult) rate() float64 {
 	return float64(r.before.values-r.after.values) / r.took.Seconds()
 }
 
+func (r purgeResult) sample() sample {
+	return sample{{"values/s", r.rate()}, {"left", float64(r.after.values)}, {"requests", float64(r.requests)}}
+}
+
 // storagePurge measures how fast all stored reports are purged.
 func (h *harness) storagePurge(ctx context.Context, _ []*contender, results *results) error {
-	folder, err := h.filled(ctx, h.sizes[0])
-	if err != nil {
-		return err
-	}
-	results.purges, err = inRounds(ctx, "storage purge", h.options.rounds, h.options.delays, func(ctx context.Context, delay time.Duration) (purgeResult, error) {
-		return h.purgeOf(ctx, delay, folder)
-	})
+	var err error
+	results.purges, err = ofBoth(ctx, h, results, "storage purge", h.options.rounds, h.options.delays, (*harness).purgeOf)
 	return err
 }
 
 // purgeOf purges a copy of a storage until nothing is left, or for maxPurge.
-func (h *harness) purgeOf(ctx context.Context, delay time.Duration, of string) (purgeResult, error) {
-	folder, err := h.copyOf(of)
+func (h *harness) purgeOf(ctx context.Context, delay time.Duration) (purgeResult, error) {
+	folder, err := h.copyOfFilled(ctx, h.sizes[0])
 	if err != nil {
 		return purgeResult{}, err
 	}

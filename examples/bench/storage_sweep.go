@@ -30,21 +30,20 @@ func (r sweepResult) perSecond() float64 {
 	return float64(r.swept) / r.took.Seconds()
 }
 
+func (r sweepResult) sample() sample {
+	return sample{{"values deleted/s", r.perSecond()}, {"left", float64(r.after.values)}}
+}
+
 // storageSweep measures how fast stored reports are deleted when their retention is over.
 func (h *harness) storageSweep(ctx context.Context, _ []*contender, results *results) error {
-	folder, err := h.filled(ctx, h.sizes[0])
-	if err != nil {
-		return err
-	}
-	results.sweeps, err = inRounds(ctx, "storage sweep", h.options.rounds, h.options.delays, func(ctx context.Context, delay time.Duration) (sweepResult, error) {
-		return h.sweepOf(ctx, delay, folder)
-	})
+	var err error
+	results.sweeps, err = ofBoth(ctx, h, results, "storage sweep", h.options.rounds, h.options.delays, (*harness).sweepOf)
 	return err
 }
 
 // sweepOf starts a server with a retention of a second on a copy of a storage, and waits until all is swept.
-func (h *harness) sweepOf(ctx context.Context, delay time.Duration, of string) (sweepResult, error) {
-	folder, err := h.copyOf(of)
+func (h *harness) sweepOf(ctx context.Context, delay time.Duration) (sweepResult, error) {
+	folder, err := h.copyOfFilled(ctx, h.sizes[0])
 	if err != nil {
 		return sweepResult{}, err
 	}
@@ -65,8 +64,13 @@ func (h *harness) sweepOf(ctx context.Context, delay time.Duration, of string) (
 	return r, err
 }
 
-// copyOf copies a storage to a new folder. The copy does not say that another instance uses it: its retention would count.
-func (h *harness) copyOf(folder string) (string, error) {
+// copyOfFilled copies the storage that filled returns to a new folder. The copy does not say that another instance uses it:
+// its retention would count.
+func (h *harness) copyOfFilled(ctx context.Context, size size) (string, error) {
+	folder, err := h.filled(ctx, size)
+	if err != nil {
+		return "", err
+	}
 	parent, err := os.MkdirTemp(h.values, "copy-")
 	if err != nil {
 		return "", err

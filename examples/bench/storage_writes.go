@@ -36,6 +36,14 @@ type writesResult struct {
 	stop    stopResult
 }
 
+// storedPerSecond returns how many reports were stored while callers requested them.
+func (r writesResult) storedPerSecond() float64 { return float64(r.written) / r.elapsed.Seconds() }
+
+func (r writesResult) sample() sample {
+	all := append(r.calls.sample(), quantity{"stored/s", r.storedPerSecond()}, quantity{"no room for", r.refused})
+	return append(all, r.stop.sample().of("stop")...)
+}
+
 // stopResult is what a stopped server left behind.
 type stopResult struct {
 	delay  time.Duration
@@ -43,6 +51,10 @@ type stopResult struct {
 	took   time.Duration
 	stored storedCount
 	lost   int // reports
+}
+
+func (r stopResult) sample() sample {
+	return sample{{"time, ms", millis(r.took)}, {"reports lost", float64(r.lost)}}
 }
 
 // storageWrites measures how fast finished reports are stored that callers request for the first time, and how many are
@@ -53,7 +65,7 @@ func (h *harness) storageWrites(ctx context.Context, _ []*contender, results *re
 		trials = append(trials, writesTrial{delay, 300, 600}, writesTrial{delay, 32, 0}, writesTrial{delay, 300, 0})
 	}
 	var err error
-	results.writes, err = inRounds(ctx, "storage writes", h.options.rounds, trials, h.writesOf)
+	results.writes, err = ofBoth(ctx, h, results, "storage writes", h.options.rounds, trials, (*harness).writesOf)
 	return err
 }
 
@@ -112,7 +124,7 @@ func removeIfThere(name string) error {
 // storage has held them back until then.
 func (h *harness) storageStop(ctx context.Context, _ []*contender, results *results) error {
 	var err error
-	results.stops, err = inRounds(ctx, "storage stop", h.options.rounds, h.options.delays, h.stopOf)
+	results.stops, err = ofBoth(ctx, h, results, "storage stop", h.options.rounds, h.options.delays, (*harness).stopOf)
 	return err
 }
 
@@ -158,7 +170,7 @@ func (r *results) printWrites(out io.Writer) {
 		fmt.Fprintf(out, "| %s | %s | %.0f | %.0f | %.0f | %d | %s | %d of %d |\n",
 			inMillis(rounds[0].delay), rounds[0].requests(),
 			median(rounds, func(r writesResult) float64 { return r.perSecond() }),
-			median(rounds, func(r writesResult) float64 { return float64(r.written) / r.elapsed.Seconds() }),
+			median(rounds, writesResult.storedPerSecond),
 			median(rounds, func(r writesResult) float64 { return r.refused }),
 			median(rounds, func(r writesResult) int { return r.stop.queued }),
 			inSeconds(median(rounds, func(r writesResult) time.Duration { return r.stop.took })),

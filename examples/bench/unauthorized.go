@@ -31,9 +31,13 @@ type floodResult struct {
 	peak int64 // resident memory of the server, in bytes
 }
 
+func (r floodResult) sample() sample {
+	return append(r.measure.sample(), quantity{"peak resident memory, MiB", inMiB(r.peak)})
+}
+
 // unauthorized measures what floods cost the module. The server is restarted for each of them.
 func (h *harness) unauthorized(ctx context.Context, _ []*contender, results *results) error {
-	rounds, err := inRounds(ctx, "unauthorized", h.options.rounds, floods, h.floodWith)
+	rounds, err := ofBoth(ctx, h, results, "unauthorized", h.options.rounds, floods, (*harness).floodWith)
 	if err != nil {
 		return err
 	}

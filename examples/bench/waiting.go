@@ -43,6 +43,21 @@ type waitingResult struct {
 	ownCPU    time.Duration // that of the callers and the node meanwhile, per caller
 }
 
+func (r waitingResult) sample() sample {
+	return sample{
+		{"all wait after, ms", millis(r.joined)},
+		{"heap per caller, bytes", float64(r.each.heap)},
+		{"stacks per caller, bytes", float64(r.each.stacks)},
+		{"resident memory per caller, bytes", float64(r.each.resident)},
+		{"requests to the node/s", r.questions},
+		{"CPU while all wait, ms/s", 1000 * r.cpu},
+		{"first answer after, ms", millis(r.first)},
+		{"last answer after, ms", millis(r.last)},
+		{"last answer after the node's first, ms", millis(r.fromNode)},
+		{"CPU of an answer, µs", micros(r.answerCPU)},
+	}
+}
+
 // footprint is the memory of a server, in bytes.
 type footprint struct {
 	heap     int64 // after a garbage collection
@@ -125,8 +140,14 @@ const (
 type waitingRounds struct {
 	waitingTrial
 	name   string
+	server waitingServer
+	on     *harness
 	rounds []waitingResult
 	floor  *waitingRounds // of the bare handler
+}
+
+func (w *waitingRounds) String() string {
+	return fmt.Sprintf("%s, %d callers wait for %d reports, %s", w.name, w.callers, w.reports, w.protocol())
 }
 
 // waiting measures callers that wait for reports of 15 KB, compared with callers of a handler that does nothing but hold
@@ -142,18 +163,23 @@ func (h *harness) waiting(ctx context.Context, _ []*contender, results *results)
 		{true, h.options.waiters / 10, h.options.waiters / 10},
 		{false, h.options.waiters / 10, 1},
 	} {
-		floor := &waitingRounds{waitingTrial: t, name: servers[1].name}
+		floor := &waitingRounds{waitingTrial: t, name: servers[1].name, server: servers[1], on: h}
 		floor.floor = floor
-		all = append(all, &waitingRounds{waitingTrial: t, name: servers[0].name, floor: floor}, floor)
+		for _, on := range h.both() {
+			all = append(all, &waitingRounds{waitingTrial: t, name: on.module.name, server: servers[0], on: on, floor: floor})
+		}
+		all = append(all, floor)
 	}
-	for round := range h.options.rounds {
-		for i, r := range all {
-			progress.Printf("round %d of %d: %d callers wait for %d reports, %s, %s", round+1, h.options.rounds, r.callers, r.reports, r.protocol(), r.name)
-			result, err := h.waitOn(ctx, servers[i%len(servers)], r.waitingTrial)
-			if err != nil {
-				return fmt.Errorf("%s, %d callers, %s: %w", r.name, r.callers, r.protocol(), err)
-			}
-			r.rounds = append(r.rounds, result)
+	rounds, err := inRounds(ctx, "waiting", h.options.rounds, all, func(ctx context.Context, w *waitingRounds) (waitingResult, error) {
+		return w.on.waitOn(ctx, w.server, w.waitingTrial)
+	})
+	if err != nil {
+		return err
+	}
+	for i, w := range all {
+		w.rounds = rounds[i]
+		if w.on == h.before {
+			compare(results, "waiting, "+all[i-1].String(), rounds[i-1], rounds[i])
 		}
 	}
 	results.waiting = all
