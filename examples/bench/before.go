@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -133,10 +132,6 @@ func once[R any](all []R) (trials [][]R) {
 func (r *results) printComparisons(out io.Writer) {
 	fmt.Fprint(out, "\n**The module before, compared with that of today**\n\n| part and load | measure | today | before | before / today |\n|---|---|--:|--:|--:|\n")
 	for _, c := range r.comparisons {
-		ratio := ""
-		if !math.IsNaN(c.ratio) && !math.IsInf(c.ratio, 0) {
-			ratio = fmt.Sprintf("%.3f", c.ratio)
-		}
-		fmt.Fprintf(out, "| %s | %s | %s | %s | %s |\n", c.of, c.quantity, significant(c.today), significant(c.before), ratio)
+		fmt.Fprintf(out, "| %s | %s | %s | %s | %s |\n", c.of, c.quantity, significant(c.today), significant(c.before), inThousandths(c.ratio))
 	}
 }

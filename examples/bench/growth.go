@@ -179,6 +179,14 @@ func significant(v float64) string {
 	return fmt.Sprintf("%.2f", v)
 }
 
+// inThousandths returns a ratio. It is empty if there is no number.
+func inThousandths(ratio float64) string {
+	if math.IsNaN(ratio) || math.IsInf(ratio, 0) {
+		return ""
+	}
+	return fmt.Sprintf("%.3f", ratio)
+}
+
 // cpuOfEach returns the CPU time of one of n, in microseconds. It is not a number if the clock is too coarse for it.
 func cpuOfEach(cpu time.Duration, n float64) float64 {
 	if cpu < 10*time.Second/ticks {

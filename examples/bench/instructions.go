@@ -7,17 +7,24 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
 )
 
-// countedRequests is the number of requests of a load whose instructions are counted.
-const countedRequests = 1000
+// countedRequests returns the number of requests whose instructions are counted. A miss takes many times those of a hit.
+func (l load) countedRequests() int {
+	if l.kind != miss {
+		return 1000
+	}
+	return 300 * small / len(l.size.document)
+}
 
 // instructionsResult is how many instructions a contender executes for a response, without those of the kernel.
 type instructionsResult struct {
@@ -51,12 +58,7 @@ func (h *harness) countedContenders() (all []*contender) {
 // countInstructions counts the instructions of the module and of the bare handler with valgrind's callgrind, so that other
 // load on the machine hardly matters.
 func (h *harness) countInstructions(ctx context.Context, _ []*contender, results *results) error {
-	var loads []load
-	for _, l := range protocolLoads(h.sizes[:2]) {
-		if l.conns == 1 && l.streams == 1 && h.options.loads.MatchString(l.String()) {
-			loads = append(loads, l)
-		}
-	}
+	loads := h.countedLoads()
 	if len(loads) == 0 {
 		return nil
 	}
@@ -80,6 +82,17 @@ func (h *harness) countInstructions(ctx context.Context, _ []*contender, results
 	return nil
 }
 
+// countedLoads returns the selected loads of one caller who makes one request at a time: those of the part protocols, and misses.
+func (h *harness) countedLoads() []load {
+	all := protocolLoads(h.sizes[:2])
+	for _, size := range h.sizes[:3] {
+		all = append(all, load{size: size, gzip: true, conns: 1, protocol: h1, streams: 1, kind: miss})
+	}
+	return slices.DeleteFunc(all, func(l load) bool {
+		return l.conns != 1 || l.streams != 1 || !h.options.loads.MatchString(l.String())
+	})
+}
+
 // countOf counts the instructions of c under each load. The module comes first, and its responses are recorded.
 func (h *harness) countOf(ctx context.Context, c *contender, loads []load, results *results) error {
 	s, err := c.underCallgrind().start(ctx, h)
@@ -96,8 +109,11 @@ func (h *harness) countOf(ctx context.Context, c *contender, loads []load, resul
 		return err
 	}
 	for _, l := range loads {
+		if !l.supportedBy(c) {
+			continue
+		}
 		progress.Printf("instructions of %s, %s", c.name, l)
-		n, err := l.count(ctx, c, s)
+		n, err := h.count(ctx, l, c, s)
 		if err != nil {
 			return fmt.Errorf("%s: %w", l, err)
 		}
@@ -135,42 +151,59 @@ func (s *server) control(ctx context.Context, command ...string) error {
 	return nil
 }
 
-// count returns the instructions of s for a response, after some that are not counted.
-func (l load) count(ctx context.Context, c *contender, s *server) (instructions, error) {
-	r, got, err := l.prepare(ctx, c, s)
+// count returns the instructions of s for a response to a load, after some that are not counted.
+func (h *harness) count(ctx context.Context, l load, c *contender, s *server) (instructions, error) {
+	client := l.protocol.client()
+	defer closeClient(client)
+	request, err := h.countedRequest(ctx, l, c, s, client)
 	if err != nil {
 		return instructions{}, err
 	}
-	client := l.protocol.client()
-	defer closeClient(client)
-	err = l.request(ctx, client, r, got, countedRequests/5)
+	repeat := func(from, to int) (err error) {
+		for i := from; i < to && err == nil; i++ {
+			err = request(i)
+		}
+		return err
+	}
+	asked, n := h.node.requests.Load(), l.countedRequests()
+	warm := n / 5
+	err = repeat(0, warm)
 	if err == nil {
 		err = s.control(ctx, "zero")
 	}
 	if err == nil {
-		err = l.request(ctx, client, r, got, countedRequests)
+		err = repeat(warm, warm+n)
 	}
 	if err == nil {
 		err = s.control(ctx, "dump")
 	}
+	if asked = h.node.requests.Load() - asked; err == nil && l.kind == miss && asked != int64(warm+n) {
+		err = fmt.Errorf("the node received %d requests for %d reports", asked, warm+n)
+	}
 	if err != nil {
 		return instructions{}, err
 	}
-	return s.readDump()
+	return s.readDump(n)
 }
 
-// request makes a request n times, and checks the responses.
-func (l load) request(ctx context.Context, client *http.Client, r request, got answer, n int) error {
-	for range n {
-		if err := l.kind.send(ctx, client, r, got); err != nil {
-			return err
-		}
+// countedRequest returns a function that makes the i-th request of a load, and checks the response.
+func (h *harness) countedRequest(ctx context.Context, l load, c *contender, s *server, client *http.Client) (func(i int) error, error) {
+	if l.kind != miss {
+		r, got, err := l.prepare(ctx, c, s)
+		return func(int) error { return l.kind.send(ctx, client, r, got) }, err
 	}
-	return nil
+	return func(i int) error {
+		task := fmt.Sprintf("own-%s-counted%d", l.size.id(), i)
+		got, err := request{method: http.MethodGet, url: l.urlOf(c, s, task), gzip: l.gzip}.send(ctx, client)
+		if err == nil {
+			err = got.check(h.node.document(task), l.gzip)
+		}
+		return err
+	}, nil
 }
 
-// readDump returns what callgrind has counted for a response, and removes its file.
-func (s *server) readDump() (instructions, error) {
+// readDump returns what callgrind has counted for each of a number of responses, and removes its file.
+func (s *server) readDump(responses int) (instructions, error) {
 	names, err := filepath.Glob(s.dump() + ".*")
 	if err == nil && len(names) != 1 {
 		err = fmt.Errorf("callgrind has written %d files instead of 1", len(names))
@@ -184,11 +217,11 @@ func (s *server) readDump() (instructions, error) {
 		return instructions{}, err
 	}
 	defer file.Close()
-	return parseDump(file)
+	return parseDump(file, responses)
 }
 
 // parseDump reads a file in callgrind's format (https://valgrind.org/docs/manual/cl-format.html).
-func parseDump(in io.Reader) (instructions, error) {
+func parseDump(in io.Reader, responses int) (instructions, error) {
 	var all, sum uint64
 	names := make(map[string]string) // of functions: a number stands for a name after its first use
 	var function string
@@ -233,7 +266,8 @@ func parseDump(in io.Reader) (instructions, error) {
 	if all == 0 {
 		return instructions{}, errors.New("callgrind has counted nothing")
 	}
-	return instructions{all: float64(all) / countedRequests, sum: float64(sum) / countedRequests}, nil
+	n := float64(responses)
+	return instructions{all: float64(all) / n, sum: float64(sum) / n}, nil
 }
 
 // printInstructions prints the instructions, and the ratios of those of the bare handler to those of the module: 1 means
@@ -243,17 +277,19 @@ func (r *results) printInstructions(out io.Writer) {
 		"| load | module | bare handler | bare handler / module | SHA-256 in the module | bare handler / module, without SHA-256 |\n"+
 		"|---|--:|--:|--:|--:|--:|\n")
 	for _, ours := range r.instructions {
-		for _, bare := range r.instructions {
-			if ours.contender != module || bare.contender != bareHandler || bare.load.String() != ours.load.String() {
-				continue
-			}
-			fmt.Fprintf(out, "| %s | %.0f | %.0f | %.3f |", ours.load, ours.all, bare.all, bare.all/ours.all)
-			if ours.sum > 0 {
-				fmt.Fprintf(out, " %.0f | %.3f", ours.sum, bare.all/(ours.all-ours.sum))
-			} else {
-				fmt.Fprint(out, " | ")
-			}
-			fmt.Fprintln(out, " |")
+		if ours.contender != module {
+			continue
 		}
+		bare, sum := math.NaN(), math.NaN() // unless they are known
+		for _, theirs := range r.instructions {
+			if theirs.contender == bareHandler && theirs.load.String() == ours.load.String() {
+				bare = theirs.all
+			}
+		}
+		if ours.sum > 0 {
+			sum = ours.sum
+		}
+		fmt.Fprintf(out, "| %s | %.0f | %s | %s | %s | %s |\n", ours.load, ours.all, significant(bare), inThousandths(bare/ours.all),
+			significant(sum), inThousandths(bare/(ours.all-sum)))
 	}
 }

@@ -9,13 +9,14 @@ import (
 	"testing"
 )
 
-// TestInstructions counts the instructions of one load. The module does more than the bare handler, which hashes nothing.
+// TestInstructions counts the instructions of hits and of misses. The module does more for a hit than the bare handler, which
+// hashes nothing, and much more for a miss.
 func TestInstructions(t *testing.T) {
 	if _, err := exec.LookPath("valgrind"); err != nil {
 		t.Skip("valgrind is not installed")
 	}
 	h, err := newHarness(t.Context(), options{
-		reports: filepath.Join("..", "..", "..", "shared", "reports"), loads: regexp.MustCompile("HTTP/2, gzip, 15 KB, 1 conn.$"),
+		reports: filepath.Join("..", "..", "..", "shared", "reports"), loads: regexp.MustCompile("HTTP/2, gzip, 15 KB, 1 conn.$|15 KB, 1 conn., miss$"),
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -25,17 +26,22 @@ func TestInstructions(t *testing.T) {
 	if err := h.countInstructions(t.Context(), nil, &all); err != nil {
 		t.Fatal(err)
 	}
-	if len(all.instructions) != 2 {
+	if len(all.instructions) != 3 {
 		t.Fatalf("%+v", all.instructions)
 	}
-	ours, bare := all.instructions[0], all.instructions[1]
-	if ours.all < bare.all || bare.all < 10_000 {
-		t.Errorf("module %+v, bare handler %+v", ours.instructions, bare.instructions)
+	ours, missed, bare := all.instructions[0], all.instructions[1], all.instructions[2]
+	if bare.all < 10_000 || ours.all < bare.all || missed.all < 5*ours.all {
+		t.Errorf("module %+v, misses %+v, bare handler %+v", ours.instructions, missed.instructions, bare.instructions)
 	}
 	var out strings.Builder
 	all.printInstructions(&out)
-	if want := fmt.Sprintf("\n| HTTP/2, gzip, 15 KB, 1 conn. | %.0f | ", ours.all); !strings.Contains(out.String(), want) {
-		t.Errorf("%q is missing in %s", want, out.String())
+	for _, want := range []string{
+		fmt.Sprintf("\n| HTTP/2, gzip, 15 KB, 1 conn. | %.0f | %.0f | ", ours.all, bare.all),
+		fmt.Sprintf("\n| HTTP/1.1, gzip, 15 KB, 1 conn., miss | %.0f |  |", missed.all),
+	} {
+		if !strings.Contains(out.String(), want) {
+			t.Errorf("%q is missing in %s", want, out.String())
+		}
 	}
 }
 
@@ -69,11 +75,11 @@ calls=1 9
 
 totals: 12000
 `
-	got, err := parseDump(strings.NewReader(dump))
+	got, err := parseDump(strings.NewReader(dump), 1000)
 	if want := (instructions{all: 12, sum: 7}); err != nil || got != want {
 		t.Errorf("%+v, error %v, want %+v", got, err, want)
 	}
-	if _, err := parseDump(strings.NewReader(dump[:100])); err == nil {
+	if _, err := parseDump(strings.NewReader(dump[:100]), 1000); err == nil {
 		t.Error("a file without totals is no error")
 	}
 }

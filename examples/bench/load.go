@@ -62,11 +62,14 @@ func (l load) supportedBy(c *contender) bool {
 }
 
 // url returns the URL to request from c.
-func (l load) url(c *contender, s *server) string {
+func (l load) url(c *contender, s *server) string { return l.urlOf(c, s, l.size.id()) }
+
+// urlOf returns the URL to request from c for a task.
+func (l load) urlOf(c *contender, s *server, task string) string {
 	if l.tls {
-		return "https://" + s.Secure + c.target(l, l.size.id())
+		return "https://" + s.Secure + c.target(l, task)
 	}
-	return "http://" + s.Plain + c.target(l, l.size.id())
+	return "http://" + s.Plain + c.target(l, task)
 }
 
 // connections are the numbers of concurrent callers: one, and many.

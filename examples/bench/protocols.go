@@ -60,12 +60,16 @@ const (
 	hit         kind = iota // with the report in the response
 	notModified             // of a client that has the report
 	head                    // for the header alone
+	miss                    // for a report that no request before was for
 )
 
-func (k kind) String() string { return [...]string{"hit", "304", "HEAD"}[k] }
+func (k kind) String() string { return [...]string{"hit", "304", "HEAD", "miss"}[k] }
 
-// supportedBy reports whether c is compared with the module. Others than Caddy are only for hits.
-func (k kind) supportedBy(c *contender) bool { return k == hit || c.command == nil }
+// supportedBy reports whether c is compared with the module. Others than Caddy are only for hits, and misses are only
+// counted in instructions, for which there is no other.
+func (k kind) supportedBy(c *contender) bool {
+	return k == hit || k == miss && c.isModule() || k != miss && c.command == nil
+}
 
 // status returns the status of the response.
 func (k kind) status() int {
