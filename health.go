@@ -18,8 +18,9 @@ type health struct {
 	mu           sync.Mutex // guards the fields below
 	dialFailed   time.Time  // when the upstream last could not be connected to; zero since it could
 	answerFailed time.Time  // when a request last failed although it could be connected to
-	inARow       int        // requests that failed since the last that succeeded
-	failures     [3]*failure
+	inARow       int        // requests that failed since the last that succeeded, but for those with a refused secret
+	accepted     bool       // the secret, since it was refused
+	failures     [4]*failure
 	last         *failure // the last failure of the upstream or of one of its answers
 
 	warnings map[string]*warning // by the code of the failure
@@ -56,6 +57,7 @@ type healthSource int
 
 const (
 	sourceDial    healthSource = iota // any exchange
+	sourceSecret                      // a request for a report, for which the secret is refused
 	sourceRequest                     // a request for a report
 	sourceCheck
 	sourceOther // does not make the upstream unhealthy, unless it cannot be connected to
@@ -170,7 +172,7 @@ func (h *health) update(source healthSource, r response, now time.Time) *failure
 		h.failures[sourceDial], h.dialFailed = nil, time.Time{}
 	}
 	if r.problem == nil {
-		h.succeed(source)
+		h.succeed(source, r.start)
 		return nil
 	}
 	switch kind := r.problem.kind; {
@@ -182,13 +184,19 @@ func (h *health) update(source healthSource, r response, now time.Time) *failure
 	return f
 }
 
-// succeed ends what the source has found before. What requests have found ends in settle. The caller holds the mutex.
-func (h *health) succeed(source healthSource) {
+// succeed ends what the source has found before. What requests have found ends in settle. A check sends the same secret as
+// they do, so it shows as well that a secret is accepted that was refused before start. The caller holds the mutex.
+func (h *health) succeed(source healthSource, start time.Time) {
 	switch source {
 	case sourceRequest:
 		h.inARow = 0
 	case sourceCheck:
 		h.failures[sourceCheck] = nil
+	default:
+		return
+	}
+	if refused := h.failures[sourceSecret]; refused != nil && !start.Before(refused.At) {
+		h.accepted = true
 	}
 }
 
@@ -208,10 +216,15 @@ func (h *health) fail(source healthSource, kind problemKind, f *failure) {
 	if source != sourceRequest {
 		return
 	}
-	if kind != problemAnswerTooLarge && kind != problemOverloaded { // which passes, or only this report is
+	switch kind {
+	case problemRefusedSecret:
+		h.failures[sourceSecret], h.accepted = f, false
+		return
+	case problemAnswerTooLarge, problemOverloaded: // which passes, or only this report is
+	default:
 		h.inARow++
 	}
-	if h.inARow >= unhealthyAfter || kind == problemRefusedSecret {
+	if h.inARow >= unhealthyAfter {
 		h.failures[sourceRequest] = f
 	}
 }
@@ -238,18 +251,23 @@ func (h *health) warn(f *failure, r response, now time.Time) func() {
 }
 
 // settle ends the failures of requests once the last is fail_duration ago and one has succeeded since, so an upstream
-// whose answers only sometimes fail does not change its state with each of them. It returns what logs that everything is
-// over, or nil. The caller holds the mutex.
+// whose answers only sometimes fail does not change its state with each of them. Nor does one that needs no secret for a
+// check, and refuses that of requests. It returns what logs that everything is over, or nil. The caller holds the mutex.
 func (h *health) settle(now time.Time) func() {
-	if h.failed == 0 || h.inARow > 0 {
+	if h.failed == 0 {
 		return nil
 	}
 	if wait := h.answerFailed.Add(h.failDuration).Sub(now); wait > 0 {
 		h.settleAfter(wait)
 		return nil
 	}
-	h.failures[sourceRequest] = nil
-	if h.current() != nil {
+	if h.inARow == 0 {
+		h.failures[sourceRequest] = nil
+	}
+	if h.accepted {
+		h.failures[sourceSecret] = nil
+	}
+	if h.inARow > 0 || h.current() != nil {
 		return nil
 	}
 	fields := []zap.Field{zap.Int("failures", h.failed), zap.Duration("duration", now.Sub(h.begin))}

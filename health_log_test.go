@@ -240,3 +240,44 @@ func TestChecksBesideRequests(t *testing.T) {
 		m.want(t, statusHealthy, []string{"info node answers again 5"}, "healthy node_bad_answer")
 	})
 }
+
+// A check sends the same secret as a request does. So one that succeeds after a refusal ends the refusal, and nothing else that
+// requests have found.
+func TestCheckAfterARefusedSecret(t *testing.T) {
+	const refused = "warn node fails 1 node_refused_secret: the node is broken"
+	synctest.Test(t, func(t *testing.T) {
+		m := newMonitored()
+		check := response{start: time.Now(), status: 200}
+		time.Sleep(time.Second)
+		m.exchange(sourceRequest, problemRefusedSecret)
+		m.want(t, statusUnhealthy, []string{refused}, "unhealthy node_refused_secret")
+		m.record(sourceCheck, check) // which began before
+		m.exchange(sourceOther)
+		time.Sleep(11 * time.Second)
+		m.want(t, statusUnhealthy, nil)
+		m.exchange(sourceCheck)
+		m.want(t, statusHealthy, []string{"info node answers again 1"}, "healthy node_refused_secret")
+
+		m.exchange(sourceRequest, problemBadAnswer)
+		m.exchange(sourceRequest, problemRefusedSecret)
+		m.exchange(sourceCheck)
+		time.Sleep(11 * time.Second)
+		m.want(t, statusDegraded, []string{"warn node fails 1 " + broken, refused}, "unhealthy node_refused_secret", "healthy node_refused_secret")
+		m.exchange(sourceRequest)
+		m.want(t, statusHealthy, []string{"info node answers again 2"})
+	})
+}
+
+// A node may check no secret for a health check. While it refuses that of requests, its state does not change with each check.
+func TestChecksThatNeedNoSecret(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := newMonitored()
+		for range 100 {
+			m.exchange(sourceRequest, problemRefusedSecret)
+			time.Sleep(5 * time.Second)
+			m.exchange(sourceCheck)
+		}
+		m.want(t, statusUnhealthy, []string{"warn node fails 1 node_refused_secret: the node is broken"}, "unhealthy node_refused_secret")
+		m.health.close()
+	})
+}

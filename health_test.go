@@ -172,6 +172,23 @@ func TestEventsOfRequests(t *testing.T) {
 	wantEvents(t, "fsbroker_node_unhealthy of http.handlers.fsbroker_task: node node-1 at "+host+", since node_unreachable")
 }
 
+// A node that has refused the secret, and that is not asked for reports any more, is healthy again when it accepts the secret
+// in a check.
+func TestChecksEndARefusedSecret(t *testing.T) {
+	node := newBackend(t, systemInfo)
+	host := node.Listener.Addr().String()
+	s := startWithAdmin(t, options(node, "fail_duration 1ms\nhealth_interval 20ms"), recordEvents)
+	node.setHandler(responds(http.StatusUnauthorized, ""))
+	s.get(pair).wantProblem(t, http.StatusBadGateway, "node_refused_secret")
+	node.setHandler(systemInfo)
+	var want []string
+	for _, kind := range []string{"unhealthy", "healthy"} {
+		want = append(want, fmt.Sprintf("fsbroker_node_%s of http.handlers.fsbroker_task: node node-1 at %s, since node_refused_secret", kind, host))
+	}
+	wantEvents(t, want...)
+	s.wantMetrics(nil, map[string]string{`node_up{address="` + host + `",namespace="default",node="node-1",role="node"}`: "1"})
+}
+
 // A check that waits for a response ends with its configuration.
 func TestHealthChecksEnd(t *testing.T) {
 	g := newGate()
