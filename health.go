@@ -17,6 +17,7 @@ type health struct {
 
 	mu           sync.Mutex // guards the fields below
 	dialFailed   time.Time  // when the upstream last could not be connected to; zero since it could
+	dialProblem  *problem   // of that time
 	answerFailed time.Time  // when a request last failed although it could be connected to
 	inARow       int        // requests that failed since the last that succeeded, but for those with a refused secret
 	accepted     bool       // the secret, since it was refused
@@ -107,11 +108,11 @@ func (h *health) status(now time.Time) (healthStatus, *failure) {
 	return statusHealthy, h.last
 }
 
-// downFor returns how long the upstream is not asked because a recent dial has failed.
-func (h *health) downFor(now time.Time) time.Duration {
+// downFor returns how long the upstream is not asked because a recent dial has failed, and the problem of that dial.
+func (h *health) downFor(now time.Time) (time.Duration, *problem) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	return max(0, h.downUntil().Sub(now))
+	return max(0, h.downUntil().Sub(now)), h.dialProblem
 }
 
 // downUntil returns until when the upstream is not asked. The caller holds the mutex.
@@ -167,7 +168,7 @@ func (h *health) change(apply func(now time.Time) (log func())) {
 func (h *health) update(source healthSource, r response, now time.Time) *failure {
 	switch {
 	case r.dialFailed:
-		source, h.dialFailed = sourceDial, now
+		source, h.dialFailed, h.dialProblem = sourceDial, now, r.problem
 	case r.status != 0 && r.start.After(h.dialFailed): // it could be connected to since
 		h.failures[sourceDial], h.dialFailed = nil, time.Time{}
 	}

@@ -111,6 +111,7 @@ type problem struct {
 	detail     string        // for people: what happened, and what to do next
 	retryAfter time.Duration // when to try again; 0 if that is not known
 	methods    []string      // those that the endpoint has, if the request has another one
+	earlier    bool          // an earlier attempt met it, so no upstream was asked for this request
 }
 
 // tryAgain is the advice at the end of a detail if nothing but trying again helps.
@@ -133,7 +134,7 @@ func (p *problem) code() string {
 func (p *problem) reason() string { return problemKinds[p.kind].code }
 
 // requested reports whether an upstream was asked, or was tried.
-func (p *problem) requested() bool { return problemKinds[p.kind].requested }
+func (p *problem) requested() bool { return problemKinds[p.kind].requested && !p.earlier }
 
 // errPanicked is what the callers of a call get that has panicked.
 var errPanicked = &problem{

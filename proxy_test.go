@@ -522,8 +522,15 @@ func TestProxyScheme(t *testing.T) {
 		strings.Replace(tls.URL, "https:", "http:", 1):   "broker_wrong_scheme",
 		tls.URL: "broker_untrusted_certificate",
 	} {
-		s := startSite(t, proxied(address, "", ""))
-		s.send("POST", "/submit", strings.NewReader("a file"), bearer).wantProblem(t, http.StatusBadGateway, code)
+		s := startSite(t, proxied(address, "", "fail_duration 1h"))
+		for _, forward := range []string{"fwd=bypass; ", ""} { // the second time, it is not tried
+			r := s.send("POST", "/submit", strings.NewReader("a file"), bearer)
+			r.wantProblem(t, http.StatusBadGateway, code)
+			if r.header.Get("Retry-After") == "" {
+				t.Error("there is no Retry-After")
+			}
+			r.wantHeader(t, "Cache-Status", "fsbroker; "+forward+"detail="+code)
+		}
 		s.wantNoSecretInLog()
 	}
 	s := startSite(t, proxied(tls.URL, "", "transport http {\n tls_insecure_skip_verify\n }"))

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -89,13 +90,18 @@ func (u *upstream) rejectedRequest() *problem {
 		"answered with the status 400: perhaps it refused the secret that is configured for it, or does not accept the IDs: check the IDs; its operator checks secret and secret_in")
 }
 
-// down returns a 503 problem while the last dial failure is recent, so callers fail fast.
+// down returns a problem while the last dial failure is recent, so callers fail fast. It is that failure again if an operator
+// must end it, so that every caller reads how, and 503 otherwise.
 func (u *upstream) down(now time.Time) *problem {
-	left := u.health.downFor(now)
+	left, cause := u.health.downFor(now)
 	if left == 0 {
 		return nil
 	}
 	down := u.problem(problemDown, "could not be connected to a moment ago"+tryAgain)
+	if cause != nil && (cause.kind == problemUntrustedCertificate || cause.kind == problemWrongScheme) {
+		*down = *cause
+		down.earlier = true
+	}
 	down.retryAfter = left
 	return down
 }
@@ -400,10 +406,23 @@ func (u *upstream) redact(text string) string {
 	return strings.NewReplacer(u.secret.value, "REDACTED", url.QueryEscape(u.secret.value), "REDACTED").Replace(text)
 }
 
+// What an operator is told to do about a certificate.
+const (
+	hintUntrusted = "trust its certificate, or the authority that issued it, with transport http { tls_trust_pool file … }; if the name differs, set tls_server_name"
+	hintExpired   = "the certificate has expired: have it renewed, and do not trust it, which does not help"
+	hintEarly     = "the certificate is not valid yet: check the clocks of both machines, and do not trust it, which does not help"
+)
+
 // diagnoseDial returns the problem that a failure to connect means, with details for the log.
 func (u *upstream) diagnoseDial(err error) (*problem, []zap.Field) {
 	if untrusted, ok := errors.AsType[*tls.CertificateVerificationError](err); ok && len(untrusted.UnverifiedCertificates) > 0 {
-		cert := untrusted.UnverifiedCertificates[0]
+		cert, hint := untrusted.UnverifiedCertificates[0], hintUntrusted
+		if invalid, ok := errors.AsType[x509.CertificateInvalidError](err); ok && invalid.Reason == x509.Expired {
+			cert, hint = invalid.Cert, hintExpired
+			if time.Now().Before(cert.NotBefore) {
+				hint = hintEarly
+			}
+		}
 		var names []string
 		for _, name := range cert.DNSNames {
 			names = append(names, u.redact(name))
@@ -415,8 +434,8 @@ func (u *upstream) diagnoseDial(err error) (*problem, []zap.Field) {
 			zap.String("issuer", u.redact(cert.Issuer.String())),
 			zap.String("subject", u.redact(cert.Subject.String())),
 			zap.Strings("names", names),
-			zap.Time("not_after", cert.NotAfter),
-			zap.String("hint", "trust its certificate, or the authority that issued it, with transport http { tls_trust_pool file … }; if the name differs, set tls_server_name"),
+			zap.String("not_after", cert.NotAfter.UTC().Format(time.RFC3339)), // the log's format of times may be a number
+			zap.String("hint", hint),
 		}
 	}
 	if _, ok := errors.AsType[tls.RecordHeaderError](err); ok {

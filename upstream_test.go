@@ -266,6 +266,5 @@ func TestTransport(t *testing.T) {
 	// A node whose certificate is not trusted cannot be connected to.
 	s = startSite(t, options("https://"+host, ""))
 	s.get(pair).wantProblem(t, http.StatusBadGateway, "node_untrusted_certificate")
-	s.get(pair).wantProblem(t, http.StatusServiceUnavailable, "node_down")
 	s.wantNoSecretInLog()
 }

@@ -3,11 +3,16 @@ package fsbroker_test
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
 	"crypto/tls"
+	"crypto/x509"
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"io"
+	"math/big"
 	"mime/multipart"
 	"net"
 	"net/http"
@@ -266,6 +271,9 @@ func TestConnectionProblems(t *testing.T) {
 	secure.StartTLS()
 	t.Cleanup(secure.Close)
 	plain := newBackend(t, responds(http.StatusOK, document))
+	tomorrow := time.Now().Add(24 * time.Hour)
+	expired := startWithCertificate(t, x509.Certificate{NotAfter: time.Date(2001, 2, 3, 4, 5, 6, 0, time.UTC), IPAddresses: []net.IP{{127, 0, 0, 1}}})
+	early := startWithCertificate(t, x509.Certificate{NotBefore: tomorrow, NotAfter: tomorrow.Add(time.Hour)})
 	resets := startTLSListener(t, true) // as some TLS servers do with a plain request
 	breaksOff := startTLSListener(t, false)
 	for name, test := range map[string]struct {
@@ -280,18 +288,29 @@ func TestConnectionProblems(t *testing.T) {
 		"speaks TLS, resets":        {"http://" + resets, "", "node_wrong_scheme", "must write https://", nil},
 		"breaks off, without TLS":   {"http://" + breaksOff, "", "node_bad_answer", "closed the connection without an answer", nil},
 		"does not speak TLS":        {strings.Replace(plain.URL, "http", "https", 1), "", "node_wrong_scheme", "must write http://", nil},
-		"certificate not trusted":   {secure.URL, "", "node_untrusted_certificate", "not trusted", map[string]string{"issuer": "O=Acme Co", "hint": "tls_trust_pool", "names": "example.com", "cause": "unknown authority"}},
+		"certificate not trusted":   {secure.URL, "", "node_untrusted_certificate", "not trusted", map[string]string{"issuer": "O=Acme Co", "hint": "tls_trust_pool", "names": "example.com", "cause": "unknown authority", "not_after": "2084-01-29T16:00:00Z"}},
+		"expired certificate":       {expired.URL, "", "node_untrusted_certificate", "not trusted", map[string]string{"cause": "has expired", "hint": "renewed, and do not trust", "not_after": "2001-02-03T04:05:06Z"}},
+		"expired, but trusted":      {expired.URL, "transport http {\ntls_trust_pool file " + pinned(t, expired) + "\n}", "node_untrusted_certificate", "not trusted", map[string]string{"hint": "has expired"}},
+		"certificate of tomorrow":   {early.URL, "", "node_untrusted_certificate", "not trusted", map[string]string{"hint": "not valid yet"}},
 		"certificate of other name": {"https://localhost:" + portOf(secure.URL), "transport http {\ntls_trust_pool file " + pinned(t, secure) + "\n}", "node_untrusted_certificate", "not trusted", map[string]string{"cause": "localhost", "names": "example.com", "hint": "tls_server_name"}},
 	} {
 		t.Run(name, func(t *testing.T) {
-			s := startSite(t, fmt.Sprintf("fsbroker_task {\nsecret {env.CALLER_SECRET}\nnode node-1 %s {env.NODE_SECRET}\n%s\n}", test.address, test.more))
+			s := startSite(t, fmt.Sprintf("fsbroker_task {\nsecret {env.CALLER_SECRET}\nnode node-1 %s {env.NODE_SECRET}\nfail_duration 1h\n%s\n}", test.address, test.more))
 			r := s.get(pair)
 			r.wantProblem(t, http.StatusBadGateway, test.code)
 			if !strings.Contains(string(r.body), test.detail) || strings.Contains(string(r.body), "127.0.0.1") {
 				t.Errorf("the problem is %s", r.body)
 			}
 			if test.code != "node_bad_answer" {
-				s.get(pair).wantProblem(t, http.StatusServiceUnavailable, "node_down")
+				again, status, code := s.get(pair), http.StatusServiceUnavailable, "node_down"
+				if test.code != "node_unreachable" { // which nothing but a change ends
+					status, code = http.StatusBadGateway, test.code
+				}
+				again.wantProblem(t, status, code)
+				if again.header.Get("Retry-After") == "" {
+					t.Error("there is no Retry-After")
+				}
+				again.wantHeader(t, "Cache-Status", "fsbroker; detail="+code) // no upstream was asked
 				lines := s.logged("fails")
 				if len(lines) != 1 || lines[0]["code"] != test.code {
 					t.Fatalf("the log has %v", lines)
@@ -313,6 +332,25 @@ func portOf(url string) string { return url[strings.LastIndexByte(url, ':')+1:] 
 func pinned(t *testing.T, s *httptest.Server) string {
 	t.Helper()
 	return writeFile(t, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: s.Certificate().Raw})))
+}
+
+// startWithCertificate starts a server with a certificate that it has signed itself, until the test ends.
+func startWithCertificate(t *testing.T, template x509.Certificate) *httptest.Server {
+	t.Helper()
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	template.SerialNumber = big.NewInt(1)
+	der, err := x509.CreateCertificate(rand.Reader, &template, &template, private.Public(), private)
+	if err != nil {
+		t.Fatal(err)
+	}
+	server := httptest.NewUnstartedServer(responds(http.StatusOK, ""))
+	server.TLS = &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: private}}}
+	server.StartTLS()
+	t.Cleanup(server.Close)
+	return server
 }
 
 // startTLSListener starts a server that resets every connection that does not begin with a TLS handshake, which it answers
