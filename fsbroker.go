@@ -72,7 +72,8 @@ type Handler struct {
 	// With `harvest`, that is 24 seconds at the most. While callers wait for a report, it is fetched at this interval. Default: `2s`
 	PollInterval caddy.Duration `json:"poll_interval,omitempty"`
 
-	// The maximum time for which a caller can have the response held until the report is finished. Default: `60s`
+	// The maximum time for which a caller can have the response held until the report is finished. It counts from the start of
+	// the request. Default: `60s`
 	MaxWait caddy.Duration `json:"max_wait,omitempty"`
 
 	// The maximum size of an answer of a node or the broker, inflated, in bytes. Default: 67108864 (64 MiB)
@@ -311,24 +312,34 @@ func (h *Handler) admit(r *http.Request, q *query, info *requestInfo, e *endpoin
 	return q.problem
 }
 
-// wait waits for an unfinished report for as long as the caller asks for, up to MaxWait.
+// wait waits for an unfinished report for as long as the caller asks for, up to MaxWait. That counts from the start of the
+// request: there is no wait if the first answer has taken all of it.
 func (h *Handler) wait(w http.ResponseWriter, r *http.Request, q *query, res result) (result, error) {
 	seconds := q.wait
 	if q.given&paramWait == 0 {
 		seconds = preferredWait(r.Header)
 	}
-	maxWait := min(time.Duration(seconds)*time.Second, time.Duration(h.MaxWait))
+	start, granted := startOf(r), min(time.Duration(seconds)*time.Second, time.Duration(h.MaxWait))
 	if deadline := h.writeDeadline(r); !deadline.IsZero() {
 		// Leave time to write the response. Caddy's idle timeout enforces the deadline, so it cannot be extended.
-		maxWait = min(maxWait, time.Until(deadline)*9/10)
+		granted = min(granted, deadline.Sub(start)*9/10)
 	}
-	if maxWait <= 0 {
+	left := time.Until(start.Add(granted))
+	if left <= 0 {
 		return res, nil
 	}
-	w.Header().Set("Preference-Applied", "wait="+wholeSeconds(maxWait))
+	w.Header().Set("Preference-Applied", "wait="+wholeSeconds(granted))
 	h.namespace.member.waiters.Add(1)
 	defer h.namespace.member.waiters.Add(-1)
-	return h.namespace.pollers.wait(r.Context(), q.target(), res, maxWait)
+	return h.namespace.pollers.wait(r.Context(), q.target(), res, left)
+}
+
+// startOf returns when the server began to serve a request. Without a server, that is now.
+func startOf(r *http.Request) time.Time {
+	if start, ok := caddyhttp.GetVar(r.Context(), "start_time").(time.Time); ok {
+		return start
+	}
+	return time.Now()
 }
 
 // writeDeadline returns when the server's write timeout ends the response. It is zero if there is none.
@@ -336,11 +347,7 @@ func (h *Handler) writeDeadline(r *http.Request) time.Time {
 	if h.server == nil || h.server.WriteTimeout <= 0 {
 		return time.Time{}
 	}
-	start, ok := caddyhttp.GetVar(r.Context(), "start_time").(time.Time)
-	if !ok {
-		return time.Time{}
-	}
-	return start.Add(time.Duration(h.server.WriteTimeout))
+	return startOf(r).Add(time.Duration(h.server.WriteTimeout))
 }
 
 // undelivered reports whether a response was too late for the server's write timeout. It may be buffered still, so only a

@@ -3,6 +3,8 @@ package fsbroker
 import (
 	"context"
 	"errors"
+	"net/http"
+	"net/http/httptest"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -12,8 +14,61 @@ import (
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
 
+	"github.com/caddyserver/caddy/v2"
+	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
+
+// A wait counts from the start of the request, whatever the first answer has taken of it.
+func TestWaitCountsFromTheStart(t *testing.T) {
+	for name, test := range map[string]struct {
+		wait         uint32
+		writeTimeout time.Duration
+		took         time.Duration // until the first answer
+		ends         time.Duration
+		applied      string
+	}{
+		"at once":                   {wait: 5, ends: 5 * time.Second, applied: "wait=5"},
+		"within the wait":           {wait: 5, took: 4500 * time.Millisecond, ends: 5 * time.Second, applied: "wait=5"},
+		"at its end":                {wait: 5, took: 5 * time.Second, ends: 5 * time.Second},
+		"after it":                  {wait: 5, took: 20 * time.Second, ends: 20 * time.Second},
+		"no wait":                   {wait: 0, took: time.Second, ends: time.Second},
+		"more than max_wait":        {wait: 600, took: time.Second, ends: time.Minute, applied: "wait=60"},
+		"the write timeout":         {wait: 60, writeTimeout: 10 * time.Second, took: 8 * time.Second, ends: 9 * time.Second, applied: "wait=9"},
+		"soon to be cut off anyway": {wait: 60, writeTimeout: 10 * time.Second, took: 9500 * time.Millisecond, ends: 9500 * time.Millisecond},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				unfinished := func(context.Context, *query) (result, error) {
+					return result{fetchResult: fetchResult{entry: unkept(task.NothingYet(time.Now()))}}, nil
+				}
+				ps := newPollers(unfinished, time.Second, zap.NewNop())
+				defer ps.stop()
+				h := &Handler{
+					MaxWait:   caddy.Duration(time.Minute),
+					server:    &caddyhttp.Server{WriteTimeout: caddy.Duration(test.writeTimeout)},
+					namespace: &namespace{member: &member{shared: new(shared)}, pollers: ps},
+				}
+				start := time.Now()
+				ctx := context.WithValue(t.Context(), caddyhttp.VarsCtxKey, map[string]any{"start_time": start})
+				r := httptest.NewRequestWithContext(ctx, http.MethodGet, "/task", nil)
+				w := httptest.NewRecorder()
+				time.Sleep(test.took)
+				first, _ := unfinished(ctx, nil)
+				if _, err := h.wait(w, r, &query{wait: test.wait, given: paramWait}, first); err != nil {
+					t.Error(err)
+				}
+				if ends := time.Since(start); ends != test.ends {
+					t.Errorf("it ends after %s, want %s", ends, test.ends)
+				}
+				if applied := w.Header().Get("Preference-Applied"); applied != test.applied {
+					t.Errorf("Preference-Applied is %q, want %q", applied, test.applied)
+				}
+			})
+		})
+	}
+}
 
 // A poll that panics is a problem for all callers that wait. Others can wait again.
 func TestPollThatPanics(t *testing.T) {
