@@ -18,6 +18,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/cli"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
@@ -42,9 +43,9 @@ func (adminAPI) CaddyModule() caddy.ModuleInfo {
 // Routes returns the routes of the endpoints.
 func (adminAPI) Routes() []caddy.AdminRoute {
 	return []caddy.AdminRoute{
-		adminRoute("/fsbroker/nodes", map[string]adminMethod{http.MethodGet: showNodes}),
-		adminRoute("/fsbroker/cache", map[string]adminMethod{http.MethodGet: showCache, http.MethodDelete: purgeCache}),
-		adminRoute("/fsbroker/harvest", map[string]adminMethod{http.MethodGet: showPending, http.MethodDelete: giveUp}),
+		adminRoute(cli.NodesPath, map[string]adminMethod{http.MethodGet: showNodes}),
+		adminRoute(cli.CachePath, map[string]adminMethod{http.MethodGet: showCache, http.MethodDelete: purgeCache}),
+		adminRoute(cli.HarvestPath, map[string]adminMethod{http.MethodGet: showPending, http.MethodDelete: giveUp}),
 	}
 }
 
@@ -73,39 +74,24 @@ func adminRoute(pattern string, methods map[string]adminMethod) caddy.AdminRoute
 
 func adminError(status int, err error) error { return caddy.APIError{HTTPStatus: status, Err: err} }
 
-// nodeState is the state of a node or a broker.
-type nodeState struct {
-	Namespace   string      `json:"namespace"`
-	Role        string      `json:"role"`
-	Node        string      `json:"node,omitempty"`
-	Address     string      `json:"address"`
-	State       string      `json:"state"`
-	LastProblem *failure    `json:"last_problem,omitempty"`
-	Questions   int64       `json:"questions"` // requests under way
-	SystemInfo  *systemInfo `json:"system_info,omitempty"`
-
-	// SystemInfoProblem is the code of the problem that took the place of SystemInfo.
-	SystemInfoProblem string `json:"system_info_problem,omitempty"`
-}
-
 // showNodes returns the state of the nodes and brokers. It asks each for its system information.
 func showNodes(r *http.Request) (any, error) {
 	all := live.upstreams()
 	ids := slices.SortedFunc(maps.Keys(all), func(a, b upstreamID) int {
 		return cmp.Or(cmp.Compare(a.namespace, b.namespace), cmp.Compare(a.role, b.role), cmp.Compare(a.name, b.name), cmp.Compare(a.host, b.host))
 	})
-	states := make([]nodeState, len(ids))
+	states := make([]cli.Node, len(ids))
 	var fetches sync.WaitGroup
 	for i, id := range ids {
-		states[i] = nodeState{Namespace: id.namespace, Role: id.role.String(), Node: id.name, Address: id.host}
-		fetches.Go(func() { states[i].fill(r.Context(), all[id]) })
+		states[i] = cli.Node{Namespace: id.namespace, Role: id.role.String(), Node: id.name, Address: id.host}
+		fetches.Go(func() { fillNode(r.Context(), &states[i], all[id]) })
 	}
 	fetches.Wait()
 	return states, nil
 }
 
-// fill combines what several resolvers know of one node or broker. It asks it through the first of them.
-func (s *nodeState) fill(ctx context.Context, upstreams []liveUpstream) {
+// fillNode combines what several resolvers know of one node or broker. It asks it through the first of them.
+func fillNode(ctx context.Context, s *cli.Node, upstreams []liveUpstream) {
 	first := upstreams[0]
 	r, info, err := first.resolver.fetchSystemInfo(ctx, first.upstream)
 	switch {
@@ -134,14 +120,6 @@ func (s *nodeState) fill(ctx context.Context, upstreams []liveUpstream) {
 
 // showCache returns how full the cache of each namespace is, and its queue to the storage.
 func showCache(*http.Request) (any, error) { return live.stats().caches, nil }
-
-// purged counts what a step of a purge has removed from each tier. A report may have been in several.
-type purged struct {
-	Memory  int  `json:"memory"`
-	Queue   int  `json:"queue"`
-	Storage int  `json:"storage"`
-	Next    *int `json:"next,omitempty"` // where the next step begins; nil when all is done
-}
 
 var (
 	errPurge = errors.New("give submitID, or appServerID and taskID together, or appServerID, sha256 or older_than alone, once each, to purge some of the reports, or nothing to purge everything")
@@ -214,8 +192,8 @@ func purgeCache(r *http.Request) (any, error) {
 
 // purge removes the targets from memory and all storages. Memory is purged before and after the storages: what it has may be
 // queued to be stored, and a miss may load what is still stored.
-func purge(ctx context.Context, targets []purgeTarget, from int) (purged, error) {
-	sum := purged{Memory: purgeMemory(targets)}
+func purge(ctx context.Context, targets []purgeTarget, from int) (cli.Purged, error) {
+	sum := cli.Purged{Memory: purgeMemory(targets)}
 	done, err := purgeArchives(ctx, targets, from)
 	sum.Memory += purgeMemory(targets)
 	sum.Queue, sum.Storage = done.Queued, done.Stored
@@ -264,26 +242,8 @@ func purgeArchives(ctx context.Context, targets []purgeTarget, from int) (archiv
 	return sum, failed
 }
 
-// pendingReport is a submission or a task that is followed until its report is finished.
-type pendingReport struct {
-	Client      string    `json:"client"`
-	SubmitID    string    `json:"submit_id,omitempty"`
-	Node        string    `json:"node,omitempty"`
-	TaskID      string    `json:"task_id,omitempty"`
-	SHA256      string    `json:"sha256,omitempty"`
-	Name        string    `json:"name,omitempty"` // of the file
-	State       string    `json:"state"`
-	Accepted    time.Time `json:"accepted"`
-	AgeSeconds  int64     `json:"age_seconds"`
-	Questions   int       `json:"questions"`
-	LastProblem string    `json:"last_problem,omitempty"`
-
-	// Noted reports whether it is in the storage, so that it outlives the process.
-	Noted bool `json:"noted"`
-}
-
-func newPendingReport(p harvest.Pending) pendingReport {
-	r := pendingReport{
+func newPending(p harvest.Pending) cli.Pending {
+	r := cli.Pending{
 		Client: p.Client, SubmitID: p.SubmitID, Node: p.AppServerID, TaskID: p.TaskID, SHA256: p.SHA256, Name: p.Name,
 		State: "accepted", Accepted: p.Accepted, AgeSeconds: int64(p.Age.Seconds()),
 		Questions: p.Questions, LastProblem: p.Problem, Noted: p.Noted,
@@ -299,13 +259,13 @@ func newPendingReport(p harvest.Pending) pendingReport {
 
 // showPending returns what each namespace that follows anything follows, by client, the oldest first.
 func showPending(*http.Request) (any, error) {
-	all := make(map[string][]pendingReport)
+	all := make(map[string][]cli.Pending)
 	for namespace, f := range live.followers() {
-		list := []pendingReport{}
+		list := []cli.Pending{}
 		for _, p := range f.List() {
-			list = append(list, newPendingReport(p))
+			list = append(list, newPending(p))
 		}
-		slices.SortStableFunc(list, func(a, b pendingReport) int { return cmp.Compare(a.Client, b.Client) })
+		slices.SortStableFunc(list, func(a, b cli.Pending) int { return cmp.Compare(a.Client, b.Client) })
 		all[namespace] = list
 	}
 	return all, nil
@@ -313,18 +273,13 @@ func showPending(*http.Request) (any, error) {
 
 var errGiveUp = errors.New("give submitID, or appServerID and taskID together, once each, to give one up")
 
-// givenUp is the answer to a request to give up what is pending.
-type givenUp struct {
-	GivenUp int `json:"given_up"`
-}
-
 // giveUp ends the following of a submission or a task, in every namespace.
 func giveUp(r *http.Request) (any, error) {
 	p, err := parsePurge(r.URL.RawQuery)
 	if err != nil || p.from != 0 || p.query.submitID == "" && p.query.taskID == "" {
 		return nil, adminError(http.StatusBadRequest, errGiveUp)
 	}
-	var done givenUp
+	var done cli.GivenUp
 	for _, f := range live.followers() {
 		if f.GiveUp(p.query.id()) {
 			done.GivenUp++

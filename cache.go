@@ -15,6 +15,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/cli"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/coalesce"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
@@ -633,21 +634,11 @@ func (m *memory) item(e *entry) archive.Item {
 	return i
 }
 
-// memoryStats describes the cache in memory.
-type memoryStats struct {
-	Bytes     int64  `json:"bytes"`   // of all that follows, and of what is kept
-	Sending   int64  `json:"sending"` // not kept any more, but still being sent, in bytes
-	Reading   int64  `json:"reading"` // of the answers that are being read, in bytes
-	Limit     int64  `json:"limit"`
-	Entries   int    `json:"entries"`
-	Evictions uint64 `json:"evictions"`
-	Waiters   int64  `json:"waiters"` // callers that wait for a report to be finished
-}
-
-func (m *memory) stats() memoryStats {
+// stats describes the cache in memory.
+func (m *memory) stats() cli.Cache {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	return memoryStats{
+	return cli.Cache{
 		Bytes: m.used + m.sending + m.reading, Sending: m.sending, Reading: m.reading,
 		Limit: m.limit, Entries: m.entries, Evictions: m.evicted,
 	}
@@ -879,7 +870,7 @@ func (s *shared) Destruct() error {
 	return nil
 }
 
-func (s *shared) stats() memoryStats {
+func (s *shared) stats() cli.Cache {
 	stats := s.memory.stats()
 	stats.Waiters = s.waiters.Load()
 	return stats

@@ -6,6 +6,8 @@ import (
 	"time"
 
 	"go.uber.org/zap"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/cli"
 )
 
 // health is the state of an upstream, from checks and from requests. It does not know how the upstream is reached.
@@ -30,12 +32,8 @@ type health struct {
 	settling *time.Timer         // ends them if no request fails meanwhile; nil before it is needed
 }
 
-// failure is a failure of an upstream.
-type failure struct {
-	Code  string    `json:"code"`
-	Cause string    `json:"cause"` // never what the upstream sent
-	At    time.Time `json:"at"`
-}
+// failure is a failure of an upstream, as the admin API shows it.
+type failure = cli.Failure
 
 // warning is what the log has about the failures with one code.
 type warning struct {

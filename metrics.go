@@ -10,6 +10,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/cli"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
 )
 
@@ -147,13 +148,7 @@ var (
 // stats are the current values of the gauges.
 type stats struct {
 	upstreams []upstreamStats
-	caches    map[string]cacheStats // by namespace
-}
-
-// cacheStats are the values of the cache of one namespace.
-type cacheStats struct {
-	memoryStats
-	Storage *archive.Stats `json:"storage,omitempty"` // nil without a storage
+	caches    map[string]cli.Cache // by namespace
 }
 
 // upstreamStats are the values of one node or broker.

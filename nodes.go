@@ -21,6 +21,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/cli"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -266,21 +267,8 @@ func (u *upstream) fetchSubmission(ctx context.Context, submitID string) (task.S
 	return sub, nil
 }
 
-// systemInfo is what an upstream says about itself.
-type systemInfo struct {
-	Name            string    `json:"name,omitempty"`
-	Version         string    `json:"version,omitempty"`
-	Queue           queueInfo `json:"queue"`
-	ActiveThreads   *int64    `json:"active_threads,omitempty"`
-	FreeDiskSpaceMB *int64    `json:"free_disk_space_mb,omitempty"`
-}
-
-// queueInfo has the numbers of tasks that the upstream states. A broker states only those in its queue.
-type queueInfo struct {
-	Active    *int64 `json:"active,omitempty"`
-	Queued    *int64 `json:"queued,omitempty"`
-	Completed *int64 `json:"completed,omitempty"`
-}
+// systemInfo is what an upstream says about itself, as the admin API shows it.
+type systemInfo = cli.SystemInfo
 
 // maxInfo is how much is read of what an upstream says about itself or about a submission, in bytes.
 const maxInfo = 64 << 10
@@ -329,7 +317,7 @@ func readSystemInfo(body io.Reader) (systemInfo, error) {
 	}
 	info := systemInfo{Name: short(doc.VersionInfo.Name), Version: short(doc.VersionInfo.Version)}
 	info.ActiveThreads, info.FreeDiskSpaceMB = whole(doc.ActiveThreads), whole(doc.FreeDiscSpaceInMb)
-	info.Queue = queueInfo{
+	info.Queue = cli.QueueInfo{
 		Active:    whole(doc.QueueInfo.ActiveCount),
 		Queued:    whole(doc.QueueInfo.QueueCount),
 		Completed: whole(doc.QueueInfo.CompletedCount),

@@ -6,6 +6,7 @@ import (
 	"time"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/cli"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
 )
 
@@ -75,9 +76,9 @@ func (rg *registry) stats() stats {
 		}
 		s.upstreams = append(s.upstreams, one)
 	}
-	s.caches = make(map[string]cacheStats)
+	s.caches = make(map[string]cli.Cache)
 	for _, rs := range rg.all() { // during a reload, two resolvers may share one cache
-		one := cacheStats{memoryStats: rs.shared.stats()}
+		one := rs.shared.stats()
 		if rs.archive != nil {
 			stats := rs.archive.Stats()
 			one.Storage = &stats
