@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"fmt"
 	"net/http"
 
 	"github.com/spf13/cobra"
@@ -15,7 +14,7 @@ var giveUpFlags = []parameterFlag{
 }
 
 func giveUpCommand() *cobra.Command {
-	cmd := adminCommand(&cobra.Command{
+	return adminCommand(&cobra.Command{
 		Use:   "give-up {--submit-id <value> | --app-server-id <value> --task-id <value>}",
 		Short: "Ends the following of a submission or a task",
 		Long: `
@@ -24,11 +23,7 @@ not fetched any longer unless somebody asks for it.
 `,
 		Example: `  caddy fsbroker give-up --submit-id 7f6c5a0e
   caddy fsbroker give-up --app-server-id node-1 --task-id 42`,
-	}, runGiveUp)
-	for _, f := range giveUpFlags {
-		cmd.Flags().String(f.name, "", f.usage)
-	}
-	return cmd
+	}, runGiveUp, giveUpFlags...)
 }
 
 // runGiveUp is `caddy fsbroker give-up`.
@@ -42,10 +37,5 @@ func runGiveUp(c *invocation) error {
 	if err != nil {
 		return err
 	}
-	if c.Bool("json") {
-		_, err = c.out.Write(body)
-		return err
-	}
-	_, err = fmt.Fprintln(c.out, "given up")
-	return err
+	return c.print(body, "given up\n")
 }

@@ -43,14 +43,17 @@ type invocation struct {
 	out, errOut io.Writer
 }
 
-// adminCommand completes a subcommand that uses the admin API.
-func adminCommand(cmd *cobra.Command, run func(*invocation) error) *cobra.Command {
+// adminCommand completes a subcommand that uses the admin API, with the flags that it has besides those of all.
+func adminCommand(cmd *cobra.Command, run func(*invocation) error, flags ...parameterFlag) *cobra.Command {
 	cmd.Long += addressHelp + exitCodesHelp
 	cmd.Args = noArguments
 	cmd.Flags().StringP("config", "c", "", "Configuration file that says where the admin API is")
 	cmd.Flags().StringP("adapter", "a", "", "Name of config adapter to apply")
 	cmd.Flags().String("address", "", "Address of the administration listener, if different from config")
 	cmd.Flags().Bool("json", false, "Print the answer in JSON format, as the admin API returns it")
+	for _, f := range flags {
+		cmd.Flags().String(f.name, "", f.usage)
+	}
 	cmd.RunE = withExitCode(func(fl caddycmd.Flags) error {
 		address, err := adminAddress(fl)
 		if err != nil {
@@ -176,7 +179,25 @@ func (c *invocation) explain(err error) error {
 	return fmt.Errorf("the admin API at %s: %s", c.address, refusal.Message)
 }
 
-// errNotLoaded is the error if the admin API works, but knows no handler of a kind.
-func (c *invocation) errNotLoaded(handler string) error {
-	return fmt.Errorf("no %s is loaded in Caddy at %s: load a config that has one, or give the --address of another Caddy", handler, c.address)
+// state is what an endpoint returns. It is empty if there is no handler of a kind.
+type state interface {
+	[]Node | map[string]Cache | map[string][]Pending
+}
+
+// get requests what an endpoint returns. It is an error if there is no handler of a kind.
+func get[T state](c *invocation, path, handler string) (value T, body []byte, err error) {
+	body, err = c.request(http.MethodGet, path, &value)
+	if err == nil && len(value) == 0 {
+		err = fmt.Errorf("no %s is loaded in Caddy at %s: load a config that has one, or give the --address of another Caddy", handler, c.address)
+	}
+	return value, body, err
+}
+
+// print prints an answer: the JSON with --json, or else the text.
+func (c *invocation) print(body []byte, text string) error {
+	if c.Bool("json") {
+		text = string(body)
+	}
+	_, err := io.WriteString(c.out, text)
+	return err
 }

@@ -44,10 +44,7 @@ If it fails or is interrupted, run it again: what is removed stays removed.
 		Example: `  caddy fsbroker purge --app-server-id node-1 --task-id 42
   caddy fsbroker purge --older-than 30d
   caddy fsbroker purge --all --json`,
-	}, runPurge)
-	for _, f := range purgeFlags {
-		cmd.Flags().String(f.name, "", f.usage)
-	}
+	}, runPurge, purgeFlags...)
 	cmd.Flags().Bool("all", false, "Purge everything")
 	return cmd
 }
@@ -58,12 +55,8 @@ func runPurge(c *invocation) error {
 	if err != nil {
 		return err
 	}
-	var caches map[string]Cache
-	if _, err := c.request(http.MethodGet, CachePath, &caches); err != nil {
+	if _, _, err := get[map[string]Cache](c, CachePath, "fsbroker_task"); err != nil {
 		return err
-	}
-	if len(caches) == 0 {
-		return c.errNotLoaded("fsbroker_task")
 	}
 	removed, err := c.purge(query)
 	if err != nil && removed != (Purged{}) {
@@ -72,11 +65,11 @@ func runPurge(c *invocation) error {
 	if err != nil {
 		return err
 	}
-	if c.Bool("json") {
-		return json.NewEncoder(c.out).Encode(removed)
+	body, err := json.Marshal(removed)
+	if err != nil {
+		return err
 	}
-	_, err = fmt.Fprintln(c.out, removed)
-	return err
+	return c.print(append(body, '\n'), fmt.Sprintln(removed))
 }
 
 // purgeQuery returns what to purge as the query of the admin API. An empty query purges everything, so it must have been

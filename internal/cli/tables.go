@@ -1,10 +1,9 @@
 package cli
 
 import (
+	"cmp"
 	"fmt"
-	"io"
 	"maps"
-	"net/http"
 	"slices"
 	"strconv"
 	"strings"
@@ -16,39 +15,30 @@ import (
 )
 
 // show returns a subcommand that shows what an endpoint returns, as a table or as JSON. The first row of the table is the
-// header. The table is nil if there is no handler of a kind.
-func show[T any](path, handler string, table func(T) [][]string) func(*invocation) error {
+// header.
+func show[T state](path, handler string, table func(T) [][]string) func(*invocation) error {
 	return func(c *invocation) error {
-		var value T
-		body, err := c.request(http.MethodGet, path, &value)
+		value, body, err := get[T](c, path, handler)
 		if err != nil {
 			return err
 		}
-		rows := table(value)
-		if rows == nil {
-			return c.errNotLoaded(handler)
-		}
-		if c.Bool("json") {
-			_, err = c.out.Write(body)
-			return err
-		}
-		return writeTable(c.out, rows)
+		return c.print(body, tableText(table(value)))
 	}
 }
 
-// writeTable writes rows with aligned columns.
-func writeTable(w io.Writer, rows [][]string) error {
-	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+// tableText returns rows with aligned columns.
+func tableText(rows [][]string) string {
+	var text strings.Builder
+	table := tabwriter.NewWriter(&text, 0, 0, 2, ' ', 0)
 	for _, row := range rows {
 		cells := make([]string, len(row))
 		for i, cell := range row {
 			cells[i] = printable(cell)
 		}
-		if _, err := fmt.Fprintln(table, strings.Join(cells, "\t")); err != nil {
-			return err
-		}
+		fmt.Fprintln(table, strings.Join(cells, "\t"))
 	}
-	return table.Flush()
+	_ = table.Flush() // nothing fails in memory
+	return text.String()
 }
 
 // printable returns text for a terminal: upstreams sent some of it. What is empty becomes a dash, so that each row has all
@@ -66,15 +56,9 @@ func printable(text string) string {
 }
 
 func nodesTable(nodes []Node) [][]string {
-	if len(nodes) == 0 {
-		return nil
-	}
 	rows := [][]string{{"NAMESPACE", "ROLE", "NODE", "ADDRESS", "STATE", "REQUESTS", "VERSION", "ACTIVE", "QUEUED", "COMPLETED", "DISK FREE", "PROBLEM"}}
 	for _, n := range nodes {
-		info := SystemInfo{}
-		if n.SystemInfo != nil {
-			info = *n.SystemInfo
-		}
+		info := cmp.Or(n.SystemInfo, new(SystemInfo))
 		rows = append(rows, []string{
 			n.Namespace, n.Role, n.Node, n.Address, n.State, strconv.FormatInt(n.Questions, 10), info.Version,
 			optionalNumber(info.Queue.Active, ""), optionalNumber(info.Queue.Queued, ""), optionalNumber(info.Queue.Completed, ""),
@@ -105,9 +89,6 @@ func optionalNumber(n *int64, unit string) string {
 }
 
 func cacheTable(caches map[string]Cache) [][]string {
-	if len(caches) == 0 {
-		return nil
-	}
 	rows := [][]string{{"NAMESPACE", "MEMORY", "LIMIT", "ENTRIES", "EVICTIONS", "WAITING", "STORAGE", "QUEUED", "QUEUE SIZE", "PROBLEM"}}
 	for _, namespace := range slices.Sorted(maps.Keys(caches)) {
 		cache := caches[namespace]
@@ -128,9 +109,6 @@ func cacheTable(caches map[string]Cache) [][]string {
 }
 
 func pendingTable(all map[string][]Pending) [][]string {
-	if len(all) == 0 {
-		return nil
-	}
 	rows := [][]string{{"NAMESPACE", "CLIENT", "SUBMISSION", "NODE", "TASK", "AGE", "STATE", "QUESTIONS", "NOTED", "PROBLEM", "FILE"}}
 	for _, namespace := range slices.Sorted(maps.Keys(all)) {
 		for _, p := range all[namespace] {
