@@ -12,6 +12,7 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/term"
 
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 
@@ -133,11 +134,7 @@ type progress struct {
 
 func newProgress(w io.Writer) *progress {
 	file, ok := w.(*os.File)
-	if !ok {
-		return &progress{w: w}
-	}
-	info, err := file.Stat()
-	return &progress{w: w, terminal: err == nil && info.Mode()&os.ModeCharDevice != 0}
+	return &progress{w: w, terminal: ok && term.IsTerminal(int(file.Fd()))}
 }
 
 // show shows that a part of the whole is done. What cannot be shown does not end the purge.
