@@ -1,7 +1,6 @@
 package examples_test
 
 import (
-	"bufio"
 	"bytes"
 	"fmt"
 	"io"
@@ -20,6 +19,7 @@ import (
 // TestBackup runs the commands of docs/BACKUP.md. Caddy stores a report and stops. Then the storage is backed up, lost and
 // restored, and Caddy returns the report, which the node does not know any more.
 func TestBackup(t *testing.T) {
+	t.Parallel()
 	if runtime.GOOS == "windows" {
 		t.Skip("the commands are those of a Unix shell")
 	}
@@ -145,18 +145,7 @@ func (b *backup) lose(t *testing.T) {
 // body of the response.
 func (b *backup) report(t *testing.T, status int, cacheStatus string) string {
 	t.Helper()
-	command := caddyCommand(t.Context(), t, nil, "run", "--config", filepath.Join(b.dir, "etc/caddy/Caddyfile"))
-	stderr, err := command.StderrPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := command.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = command.Process.Kill() })
-	log := output{bufio.NewScanner(stderr)}
-	log.waitFor(t, "serving initial configuration")
-
+	caddy := startCaddy(t, nil, filepath.Join(b.dir, "etc/caddy/Caddyfile"))
 	response := get(t, b.site+"/task?appServerID=node-1&taskID=1", "the-secret", "")
 	if got := response.Header.Get("Cache-Status"); response.StatusCode != status || got != cacheStatus {
 		t.Errorf("the response is %d with %q, want %d with %q: %s", response.StatusCode, got, status, cacheStatus, response.body)
@@ -167,9 +156,7 @@ func (b *backup) report(t *testing.T, status int, cacheStatus string) string {
 		t.Fatal(err)
 	}
 	stop.Body.Close()
-	log.waitFor(t, "shutdown complete")
-	if err := command.Wait(); err != nil {
-		t.Errorf("Caddy ended with %v", err)
-	}
+	caddy.waitFor("shutdown complete")
+	caddy.wantEnd()
 	return response.body
 }

@@ -5,16 +5,16 @@ import (
 	"encoding/json"
 	"net"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"runtime"
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testenv"
 )
 
 // TestDemo runs the demo's backend and Caddy without containers, with the paths and addresses of the test in place of those
@@ -23,6 +23,7 @@ func TestDemo(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("the commands are for a Unix shell")
 	}
+	t.Parallel()
 	dir, data := t.TempDir(), t.TempDir()
 	site, metrics, admin, broker, node := freeAddress(t), freeAddress(t), freeAddress(t), freeAddress(t), freeAddress(t)
 	port := func(address string) string {
@@ -36,7 +37,8 @@ func TestDemo(t *testing.T) {
 	here := strings.NewReplacer(
 		"/run/demo", dir,
 		"/data/", data+"/",
-		"persist_config off", "persist_config off\n\thttp_port "+port(freeAddress(t)),
+		"persist_config off", "persist_config off\n\thttp_port "+port(freeAddress(t))+
+			"\n\tservers {\n\t\tprotocols h1 h2\n\t}", // no port is reserved for HTTP/3
 		"https://localhost:8443", "https://localhost:"+port(site),
 		"backend:23001", broker,
 		"backend:22001", node,
@@ -47,8 +49,12 @@ func TestDemo(t *testing.T) {
 	config := filepath.Join(t.TempDir(), "Caddyfile")
 	writeFile(t, config, here.Replace(string(readFile(t, "demo/Caddyfile"))))
 	env := []string{"CADDY_ADMIN=" + admin, "XDG_DATA_HOME=" + data}
-	startWith(t, env, "run", "--config", config).waitFor(t, "serving initial configuration")
-	awaitTLS(t, site)
+	caddy := startCaddy(t, env, config)
+	caddy.eventually("the site has its certificate", func() bool { // Caddy obtains it in the background
+		dialer := tls.Dialer{Config: &tls.Config{ServerName: "localhost", InsecureSkipVerify: true}}
+		conn, err := dialer.DialContext(testenv.Context(t), "tcp", site)
+		return err == nil && conn.Close() == nil
+	})
 
 	shell := newShell(t, env...)
 	shell.add("docker", `shift 4; exec "$@"`) // docker compose exec -T <service> …
@@ -82,45 +88,18 @@ func TestDemo(t *testing.T) {
 	}
 }
 
-// awaitTLS waits until a site has its certificate, which Caddy obtains in the background.
-func awaitTLS(t *testing.T, address string) {
-	t.Helper()
-	dialer := tls.Dialer{Config: &tls.Config{ServerName: "localhost", InsecureSkipVerify: true}}
-	var err error
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
-		var conn net.Conn
-		if conn, err = dialer.DialContext(t.Context(), "tcp", address); err == nil {
-			_ = conn.Close()
-			return
-		}
-	}
-	t.Fatal(err)
-}
-
 // startDemoBackend builds and runs the demo's backend, and waits until it is ready.
 func startDemoBackend(t *testing.T, dir, broker, node string) {
 	t.Helper()
 	program := filepath.Join(t.TempDir(), "backend")
-	if output, err := exec.CommandContext(t.Context(), "go", "build", "-o", program, "./demo/backend").CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, output)
-	}
-	command := exec.CommandContext(t.Context(), program, "-dir", dir, "-broker", broker, "-node", node)
-	command.Stderr = os.Stderr
-	if err := command.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = command.Process.Kill()
-		_ = command.Wait() // killed
+	build := programCommand(t, "go", "build", "-o", program, "./demo/backend")
+	build.Env = nil // Go's caches are in the user's home
+	outputOf(t, build)
+	backend := startProcess(t, programCommand(t, program, "-dir", dir, "-broker", broker, "-node", node))
+	backend.eventually("it has written its certificate", func() bool {
+		_, err := os.Stat(filepath.Join(dir, "upstreams.crt"))
+		return err == nil
 	})
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		if _, err := os.Stat(filepath.Join(dir, "upstreams.crt")); err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			t.Fatal("the backend does not start")
-		}
-	}
 }
 
 // TestDemoPrometheus checks the demo's configuration of Prometheus beside the alert rules, as it is mounted.
@@ -130,9 +109,7 @@ func TestDemoPrometheus(t *testing.T) {
 	for _, name := range []string{"demo/prometheus.yaml", "prometheus/alerts.yaml"} {
 		writeFile(t, filepath.Join(dir, filepath.Base(name)), string(readFile(t, name)))
 	}
-	if output, err := exec.CommandContext(t.Context(), "promtool", "check", "config", filepath.Join(dir, "prometheus.yaml")).CombinedOutput(); err != nil {
-		t.Errorf("%v: %s", err, output)
-	}
+	outputOf(t, programCommand(t, "promtool", "check", "config", filepath.Join(dir, "prometheus.yaml")))
 }
 
 // compose is what the tests need of a Compose file.

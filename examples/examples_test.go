@@ -3,7 +3,6 @@
 package examples_test
 
 import (
-	"bufio"
 	"bytes"
 	"cmp"
 	"context"
@@ -17,39 +16,21 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
-	"time"
 
-	caddycmd "github.com/caddyserver/caddy/v2/cmd"
-	_ "github.com/caddyserver/caddy/v2/modules/standard"
-
-	_ "github.com/caddy-fsbroker/caddy-fsbroker"
 	"github.com/caddy-fsbroker/caddy-fsbroker/examples/quickstart/backend"
-	_ "github.com/caddy-fsbroker/caddy-fsbroker/examples/webhook"
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testenv"
 )
-
-// beCaddy is the environment variable that makes this test binary run as Caddy with the module. So the tests need no
-// separate build of Caddy, and the race detector covers it too.
-const beCaddy = "FSBROKER_TEST_BE_CADDY"
-
-func TestMain(m *testing.M) {
-	if os.Getenv(beCaddy) != "" {
-		caddycmd.Main()
-		return
-	}
-	m.Run()
-}
 
 func TestExamples(t *testing.T) {
 	for _, path := range configs(t) {
 		t.Run(path, func(t *testing.T) {
+			t.Parallel()
 			if filepath.Base(path) == "Caddyfile" {
 				testCaddyfile(t, path)
 			} else {
@@ -152,6 +133,7 @@ func startUpstream(t *testing.T, handler http.HandlerFunc) *httptest.Server {
 // TestProduction runs the production example with a domain that needs no certificate, and a broker. There are no nodes, so
 // it sends only requests that do not reach them.
 func TestProduction(t *testing.T) {
+	t.Parallel()
 	address := freeAddress(t)
 	env := []string{"FSBROKER_DOMAIN=http://" + address}
 	broker := startUpstream(t, func(w http.ResponseWriter, r *http.Request) {
@@ -163,8 +145,7 @@ func TestProduction(t *testing.T) {
 	adapted := caddy(t, env, "adapt", "--config", absolute(t, "production/Caddyfile"))
 	adapted = bytes.ReplaceAll(adapted, []byte("10.0.0.10:23001"), []byte(strings.TrimPrefix(broker.URL, "https://")))
 	config, secrets := withSecrets(t, adapted)
-	log := start(t, "run", "--config", config)
-	log.waitFor(t, "serving initial configuration")
+	site := startCaddy(t, nil, config)
 
 	for _, test := range []struct {
 		path   string
@@ -186,7 +167,7 @@ func TestProduction(t *testing.T) {
 		{"/", "", http.StatusNotFound},
 	} {
 		for _, spelling := range []string{"serect", "secret"} {
-			request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, "http://"+address+test.path, nil)
+			request, err := http.NewRequestWithContext(testenv.Context(t), http.MethodGet, "http://"+address+test.path, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -204,7 +185,7 @@ func TestProduction(t *testing.T) {
 			if response.StatusCode != test.status {
 				t.Errorf("%s with the secret of %q: got %d, want %d", test.path, test.client, response.StatusCode, test.status)
 			}
-			logged := log.waitFor(t, "handled request")
+			logged := site.waitFor("handled request")
 			if test.client != "" && !strings.Contains(logged, spelling+"=REDACTED") {
 				t.Errorf("%s with the secret of %q: the secret is not redacted in %s", test.path, test.client, logged)
 			}
@@ -214,6 +195,7 @@ func TestProduction(t *testing.T) {
 
 // TestRateLimit checks that fail2ban counts exactly the requests without a valid secret.
 func TestRateLimit(t *testing.T) {
+	t.Parallel()
 	filter := regexp.MustCompile(`(?m)^failregex = (.*)$`).FindSubmatch(readFile(t, "rate-limit/fail2ban/filter.d/caddy-fsbroker.conf"))
 	if filter == nil {
 		t.Fatal("the filter has no failregex")
@@ -238,10 +220,11 @@ func TestRateLimit(t *testing.T) {
 		}
 	}
 	var lines []string
-	for deadline := time.Now().Add(5 * time.Second); len(lines) < len(requests) && time.Now().Before(deadline); {
+	testenv.Eventually(t, "the access log", func() bool {
 		log := readFile(t, filepath.Join(logs, "fsbroker.log"))
 		lines = slices.Collect(strings.Lines(string(log)))
-	}
+		return len(lines) == len(requests)
+	})
 	for i, line := range lines {
 		match := counted.FindStringSubmatch(line)
 		if wrong := requests[i].status == http.StatusUnauthorized; wrong != (match != nil) || wrong && match[1] != "127.0.0.1" {
@@ -258,6 +241,7 @@ func TestRateLimit(t *testing.T) {
 
 // TestMigration sends the same requests to the site before and after the migration.
 func TestMigration(t *testing.T) {
+	t.Parallel()
 	start := func(name string) *httptest.Server {
 		return startUpstream(t, func(w http.ResponseWriter, r *http.Request) {
 			_, _ = fmt.Fprintf(w, `{"result":{"from":"%s","path":"%s"}}`, name, r.URL.Path)
@@ -329,6 +313,7 @@ var waysIn = []struct{ query, name, value string }{
 // TestNoSecretIsLogged runs every example with all loggers at level DEBUG, sends requests with secrets in all ways, and
 // searches all logs for them. The requests are answered by all kinds of handlers, with a broker that answers and without.
 func TestNoSecretIsLogged(t *testing.T) {
+	t.Parallel()
 	for _, path := range configs(t) {
 		t.Run(path, func(t *testing.T) {
 			t.Parallel()
@@ -342,6 +327,7 @@ func TestNoSecretIsLogged(t *testing.T) {
 		}
 		sites++
 		t.Run(fmt.Sprintf("README.md:%d", block.line), func(t *testing.T) {
+			t.Parallel()
 			path := filepath.Join(t.TempDir(), "Caddyfile")
 			writeFile(t, path, string(block.code))
 			testCaddyfile(t, path)
@@ -363,14 +349,8 @@ func testNoSecretIsLogged(t *testing.T, path string) {
 	})
 	e := prepare(t, path, strings.TrimPrefix(broker.URL, "https://"))
 
-	var stderr bytes.Buffer
-	command := caddyCommand(t.Context(), t, nil, "run", "--config", e.config)
-	command.Stderr = &stderr
-	if err := command.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { _ = command.Process.Kill() })
-	e.await(t, &stderr)
+	site := startProcess(t, caddyCommand(t, nil, "run", "--config", e.config))
+	e.await(t, site)
 
 	statuses := make(map[int]int)
 	for range 2 {
@@ -395,11 +375,9 @@ func testNoSecretIsLogged(t *testing.T, path string) {
 		sent += count
 	}
 	e.stop(t)
-	if err := command.Wait(); err != nil {
-		t.Errorf("Caddy ended with %v: %s", err, &stderr)
-	}
+	site.wantEnd()
 
-	logs := stderr.String()
+	logs := site.log.String()
 	files, err := filepath.Glob(filepath.Join(e.logs, "*"))
 	if err != nil {
 		t.Fatal(err)
@@ -501,6 +479,7 @@ func prepare(t *testing.T, path, broker string) *example {
 			continue
 		}
 		server["listen"] = []string{"127.0.0.1:" + httpsPort}
+		server["protocols"] = []string{"h1", "h2"} // no port is reserved for HTTP/3
 		host := routes[0].(map[string]any)["match"].([]any)[0].(map[string]any)["host"].([]any)[0].(string)
 		e.site = "https://" + net.JoinHostPort(host, httpsPort)
 		if options, _ := server["automatic_https"].(map[string]any); options["disable_redirects"] != true {
@@ -536,7 +515,6 @@ func prepare(t *testing.T, path, broker string) *example {
 				return dialer.DialContext(ctx, network, "127.0.0.1:"+port)
 			},
 		},
-		Timeout: 20 * time.Second,
 	}
 	t.Cleanup(e.client.CloseIdleConnections)
 	return e
@@ -544,21 +522,16 @@ func prepare(t *testing.T, path, broker string) *example {
 
 // await waits until the site responds. Caddy obtains its certificate in the background. Nothing is requested before Caddy
 // has started: a TLS handshake during the start is a data race inside Caddy, which the race detector would report.
-func (e *example) await(t *testing.T, stderr fmt.Stringer) {
+func (e *example) await(t *testing.T, site *process) {
 	t.Helper()
-	started := false
-	for deadline := time.Now().Add(30 * time.Second); time.Now().Before(deadline); time.Sleep(20 * time.Millisecond) {
-		if !started {
-			log, _ := os.ReadFile(filepath.Join(e.logs, "default"))
-			started = bytes.Contains(log, []byte("serving initial configuration"))
-			continue
-		}
-		if response, err := e.client.Get(e.site + "/error"); err == nil {
-			response.Body.Close()
-			return
-		}
-	}
-	t.Fatalf("the site does not respond, Caddy has started: %t\n%s", started, stderr)
+	site.eventually("Caddy's start", func() bool {
+		log, _ := os.ReadFile(filepath.Join(e.logs, "default"))
+		return bytes.Contains(log, []byte("serving initial configuration"))
+	})
+	site.eventually("a response of the site", func() bool {
+		_, err := e.try(t, http.MethodGet, e.site+"/error", nil)
+		return err == nil
+	})
 }
 
 // sendSecrets sends requests with a wrong and a configured secret in all ways, and counts the statuses.
@@ -596,17 +569,25 @@ func (e *example) stop(t *testing.T) {
 
 func (e *example) do(t *testing.T, method, url string, header http.Header) *http.Response {
 	t.Helper()
-	request, err := http.NewRequestWithContext(t.Context(), method, url, nil)
+	response, err := e.try(t, method, url, header)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return response
+}
+
+func (e *example) try(t *testing.T, method, url string, header http.Header) (*http.Response, error) {
+	t.Helper()
+	request, err := http.NewRequestWithContext(testenv.Context(t), method, url, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	request.Header = header
 	response, err := e.client.Do(request)
 	if err != nil {
-		t.Fatal(err)
+		return nil, err
 	}
-	response.Body.Close()
-	return response
+	return response, response.Body.Close()
 }
 
 // response is an HTTP response with its body.
@@ -618,7 +599,17 @@ type response struct {
 // get sends a GET request, with a secret and a User-Agent unless they are empty.
 func get(t *testing.T, url, secret, userAgent string) response {
 	t.Helper()
-	request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, url, nil)
+	r, err := tryGet(t, url, secret, userAgent)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
+// tryGet is like get, and returns the error.
+func tryGet(t *testing.T, url, secret, userAgent string) (response, error) {
+	t.Helper()
+	request, err := http.NewRequestWithContext(testenv.Context(t), http.MethodGet, url, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -630,14 +621,11 @@ func get(t *testing.T, url, secret, userAgent string) response {
 	}
 	r, err := http.DefaultClient.Do(request)
 	if err != nil {
-		t.Fatal(err)
+		return response{}, err
 	}
 	defer r.Body.Close()
 	body, err := io.ReadAll(r.Body)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return response{r, string(body)}
+	return response{r, string(body)}, err
 }
 
 // startExample runs an example with the given environment variables. It sets $SITE, and returns the site's URL.
@@ -645,7 +633,7 @@ func startExample(t *testing.T, path string, env ...string) (site string, secret
 	t.Helper()
 	site = "http://" + freeAddress(t)
 	config, secrets := withSecrets(t, caddy(t, append(env, "SITE="+site), "adapt", "--config", absolute(t, path)))
-	start(t, "run", "--config", config).waitFor(t, "serving initial configuration")
+	startCaddy(t, nil, config)
 	return site, secrets
 }
 
@@ -684,76 +672,6 @@ func TestSecretsAreGiven(t *testing.T) {
 	}
 }
 
-// output reads the log of a running Caddy, line by line.
-type output struct{ *bufio.Scanner }
-
-// start starts Caddy. It is killed when the test ends, or after a minute.
-func start(t *testing.T, args ...string) output {
-	t.Helper()
-	return startWith(t, nil, args...)
-}
-
-// startWith is like start, with environment variables.
-func startWith(t *testing.T, env []string, args ...string) output {
-	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	command := caddyCommand(ctx, t, env, args...)
-	stderr, err := command.StderrPipe()
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := command.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		cancel()
-		_ = command.Wait() // killed
-	})
-	return output{bufio.NewScanner(stderr)}
-}
-
-// waitFor returns the next line of the log that contains message.
-func (o output) waitFor(t *testing.T, message string) string {
-	t.Helper()
-	for o.Scan() {
-		if line := o.Text(); strings.Contains(line, message) {
-			return line
-		} else if strings.Contains(line, `"level":"error"`) {
-			t.Error(line)
-		}
-	}
-	t.Fatalf("Caddy ended without logging %q", message)
-	return ""
-}
-
-// caddy runs a Caddy command, which must succeed, and returns its output.
-func caddy(t *testing.T, env []string, args ...string) []byte {
-	t.Helper()
-	command := caddyCommand(t.Context(), t, env, args...)
-	var stderr bytes.Buffer
-	command.Stderr = &stderr
-	stdout, err := command.Output()
-	if err != nil {
-		t.Fatalf("caddy %s: %v\n%s", strings.Join(args, " "), err, &stderr)
-	}
-	return stdout
-}
-
-// caddyCommand returns a command that runs Caddy with a separate environment and directory. So the examples see no
-// variables of the test process, and leave no files in the source tree.
-func caddyCommand(ctx context.Context, t *testing.T, env []string, args ...string) *exec.Cmd {
-	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	home := t.TempDir()
-	command := exec.CommandContext(ctx, self, args...)
-	command.Dir = home
-	command.Env = append([]string{beCaddy + "=1", "CADDY_ADMIN=127.0.0.1:0", "HOME=" + home, "AppData=" + home}, env...)
-	return command
-}
-
 // TestDockerfile checks that the image has the versions of go.mod, and is built like Caddy in the checks.
 func TestDockerfile(t *testing.T) {
 	dockerfile := string(readFile(t, "../Dockerfile"))
@@ -779,36 +697,5 @@ func TestDockerfile(t *testing.T) {
 				t.Error(err)
 			}
 		}
-	}
-}
-
-// freeAddress returns a loopback address on which no process listens.
-func freeAddress(t *testing.T) string {
-	t.Helper()
-	return fmt.Sprintf("127.0.0.1:%d", testsite.FreePort(t))
-}
-
-func absolute(t *testing.T, path string) string {
-	t.Helper()
-	path, err := filepath.Abs(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return path
-}
-
-func readFile(t *testing.T, path string) []byte {
-	t.Helper()
-	content, err := os.ReadFile(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return content
-}
-
-func writeFile(t *testing.T, path, content string) {
-	t.Helper()
-	if err := os.WriteFile(path, []byte(content), 0o600); err != nil {
-		t.Fatal(err)
 	}
 }

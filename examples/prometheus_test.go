@@ -3,17 +3,17 @@ package examples_test
 import (
 	"encoding/json"
 	"fmt"
-	"maps"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
-	"time"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testenv"
 )
 
 // needProgram skips the test if a program is missing.
@@ -26,11 +26,12 @@ func needProgram(t *testing.T, name string) {
 
 // TestAlertRules checks the alert rules and runs their unit tests.
 func TestAlertRules(t *testing.T) {
+	t.Parallel()
 	needProgram(t, "promtool")
 	for _, args := range [][]string{
 		{"check", "rules", "alerts.yaml"}, {"test", "rules", "alerts_test.yaml"}, {"check", "config", "prometheus.yaml"},
 	} {
-		command := exec.CommandContext(t.Context(), "promtool", args...)
+		command := programCommand(t, "promtool", args...)
 		command.Dir = "prometheus"
 		if output, err := command.CombinedOutput(); err != nil {
 			t.Errorf("promtool %q: %v\n%s", args, err, output)
@@ -42,6 +43,7 @@ func TestAlertRules(t *testing.T) {
 // one node that works and one that is down. The alert about that node fires, and that about a report which is given up. All
 // queries of the dashboard return something.
 func TestPrometheus(t *testing.T) {
+	t.Parallel()
 	needProgram(t, "prometheus")
 	caddy := startMonitored(t)
 	prometheus := startPrometheus(t, caddy.admin)
@@ -56,13 +58,14 @@ func TestPrometheus(t *testing.T) {
 		t.Errorf("the alert is about something else: %+v", alert)
 	}
 
-	missing := dashboardQueries(t)
-	for deadline := time.Now().Add(20 * time.Second); len(missing) > 0 && time.Now().Before(deadline); time.Sleep(200 * time.Millisecond) {
-		caddy.traffic(t) // a rate needs counters that grow
-		maps.DeleteFunc(missing, func(_, query string) bool { return len(prometheus.query(t, query)) > 0 })
-	}
-	for place, query := range missing {
-		t.Errorf("%s: Prometheus has nothing for %s", place, query)
+	for place, query := range dashboardQueries(t) {
+		testenv.Eventually(t, fmt.Sprintf("a result of %s: %s", place, query), func() bool {
+			found := len(prometheus.query(t, query)) > 0
+			if !found {
+				caddy.traffic(t) // a rate needs counters that grow
+			}
+			return found
+		})
 	}
 }
 
@@ -94,7 +97,7 @@ func startMonitored(t *testing.T) monitored {
 	}
 }
 `, m.admin, m.site, node.URL, freeAddress(t), filepath.ToSlash(t.TempDir())))
-	start(t, "run", "--config", config).waitFor(t, "serving initial configuration")
+	startCaddy(t, nil, config)
 	return m
 }
 
@@ -138,28 +141,14 @@ func startPrometheus(t *testing.T, target string) prometheus {
 		writeFile(t, filepath.Join(dir, name), strings.Replace(text, "[localhost:9180]", `["`+target+`"]`, 1))
 	}
 	address := freeAddress(t)
-	command := exec.CommandContext(t.Context(), "prometheus", "--config.file="+filepath.Join(dir, "prometheus.yaml"),
-		"--storage.tsdb.path="+filepath.Join(dir, "data"), "--web.listen-address="+address, "--log.level=warn")
-	command.Stderr = os.Stderr
-	if err := command.Start(); err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = command.Process.Kill()
-		_ = command.Wait() // killed
-	})
+	process := startProcess(t, programCommand(t, "prometheus", "--config.file="+filepath.Join(dir, "prometheus.yaml"),
+		"--storage.tsdb.path="+filepath.Join(dir, "data"), "--web.listen-address="+address, "--log.level=warn"))
 	p := prometheus("http://" + address)
-	for deadline := time.Now().Add(20 * time.Second); ; time.Sleep(50 * time.Millisecond) {
-		if response, err := http.Get(string(p) + "/-/ready"); err == nil {
-			response.Body.Close()
-			if response.StatusCode == http.StatusOK {
-				return p
-			}
-		}
-		if time.Now().After(deadline) {
-			t.Fatal("Prometheus does not start")
-		}
-	}
+	process.eventually("Prometheus is ready", func() bool {
+		response, err := tryGet(t, string(p)+"/-/ready", "", "")
+		return err == nil && response.StatusCode == http.StatusOK
+	})
+	return p
 }
 
 // api requests what the path of the API returns, and decodes its data.
@@ -196,19 +185,19 @@ type alert struct {
 }
 
 // waitForAlert waits until an alert fires.
-func (p prometheus) waitForAlert(t *testing.T, name string) alert {
+func (p prometheus) waitForAlert(t *testing.T, name string) (found alert) {
 	t.Helper()
-	var data struct{ Alerts []alert }
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(100 * time.Millisecond) {
+	testenv.Eventually(t, "the alert "+name, func() bool {
+		var data struct{ Alerts []alert }
 		p.api(t, "alerts", &data)
-		for _, a := range data.Alerts {
-			if a.Labels["alertname"] == name && a.State == "firing" {
-				return a
-			}
+		i := slices.IndexFunc(data.Alerts, func(a alert) bool { return a.Labels["alertname"] == name && a.State == "firing" })
+		if i < 0 {
+			return false
 		}
-	}
-	t.Fatalf("%s does not fire. There are the alerts %+v", name, data.Alerts)
-	return alert{}
+		found = data.Alerts[i]
+		return true
+	})
+	return found
 }
 
 // dashboardQueries returns the queries of the dashboard's panels and variables, by their places.

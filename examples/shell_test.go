@@ -1,12 +1,13 @@
 package examples_test
 
 import (
-	"bytes"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
+	"slices"
 	"testing"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testenv"
 )
 
 // shell runs commands of the READMEs.
@@ -20,11 +21,7 @@ type shell struct {
 func newShell(t *testing.T, env ...string) shell {
 	t.Helper()
 	s := shell{t, t.TempDir(), t.TempDir(), env}
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	s.add("caddy", fmt.Sprintf(`%s=1 exec '%s' "$@"`, beCaddy, self))
+	s.add("caddy", fmt.Sprintf(`%s=1 exec '%s' "$@"`, beCaddy, self(t)))
 	return s
 }
 
@@ -39,14 +36,9 @@ func (s shell) add(name, script string) {
 // run runs commands, which must succeed, and returns their output.
 func (s shell) run(commands string) (output string) {
 	s.t.Helper()
-	command := exec.CommandContext(s.t.Context(), "sh", "-euc", commands)
+	command := programCommand(s.t, "sh", "-euc", commands)
 	command.Dir = s.home
-	command.Env = append([]string{"PATH=" + s.bin + string(os.PathListSeparator) + os.Getenv("PATH"), "HOME=" + s.home}, s.env...)
-	var stderr bytes.Buffer
-	command.Stderr = &stderr
-	stdout, err := command.Output()
-	if err != nil {
-		s.t.Fatalf("%s: %v: %s", commands, err, &stderr)
-	}
-	return string(stdout)
+	path := "PATH=" + s.bin + string(os.PathListSeparator) + os.Getenv("PATH")
+	command.Env = slices.Concat([]string{path}, testenv.Home(s.home), s.env)
+	return string(outputOf(s.t, command))
 }

@@ -17,6 +17,7 @@ func TestSystemd(t *testing.T) {
 	if runtime.GOOS == "windows" {
 		t.Skip("systemd does not run on Windows")
 	}
+	t.Parallel()
 	dir, err := os.MkdirTemp("", "fsbroker") // the path of a socket must be short
 	if err != nil {
 		t.Fatal(err)
@@ -44,7 +45,7 @@ func TestSystemd(t *testing.T) {
 	for _, name := range []string{"portal", "node-1", "node-2", "broker"} {
 		writeFile(t, filepath.Join(secrets, name), configuredMark+name+"\n")
 	}
-	startWith(t, []string{"SECRETS=" + secrets}, "run", "--config", config).waitFor(t, "serving initial configuration")
+	startCaddy(t, []string{"SECRETS=" + secrets}, config)
 	for range 2 {
 		if status := get(t, "http://"+site+"/task?appServerID=node-1&taskID=42", configuredMark+"portal", "").StatusCode; status != http.StatusOK {
 			t.Fatalf("the site answers %d", status)

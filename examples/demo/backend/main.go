@@ -67,12 +67,20 @@ func run(ctx context.Context, dir, brokerAddress, nodeAddress string) error {
 	for _, file := range []struct{ name, content string }{
 		{"portal", rand.Text()}, {"node-1", node.Secret}, {"broker", broker.Secret}, {certificateFile, string(certificate.PEM)},
 	} {
-		if err := os.WriteFile(filepath.Join(dir, file.name), []byte(file.content+"\n"), 0o600); err != nil {
+		if err := write(filepath.Join(dir, file.name), file.content+"\n"); err != nil {
 			return err
 		}
 	}
 	broker.Run(ctx)
 	return nil
+}
+
+// write writes a file that is complete as soon as it is there.
+func write(path, content string) error {
+	if err := os.WriteFile(path+".new", []byte(content), 0o600); err != nil {
+		return err
+	}
+	return os.Rename(path+".new", path)
 }
 
 // serve starts a server and returns its port.
