@@ -2,7 +2,6 @@
 package clients_test
 
 import (
-	"context"
 	"encoding/json"
 	"fmt"
 	"os"
@@ -14,6 +13,8 @@ import (
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testenv"
 )
 
 // The commands that generate and compile the clients, as docs/CLIENTS.md has them.
@@ -29,8 +30,9 @@ const (
 	trustStoreOptions = `export JDK_JAVA_OPTIONS="-Djavax.net.ssl.trustStore=trust.p12 -Djavax.net.ssl.trustStorePassword=changeit"`
 )
 
-// checked is how long an analysis takes that the generated clients are checked with: longer than their first wait.
-const checked = 5 * time.Second
+// checked is how long an analysis takes that the generated clients are checked with: much longer than their first wait, and much
+// shorter than their second one.
+const checked = 8 * time.Second
 
 var openAPI = filepath.Join("..", "..", "openapi.yaml")
 
@@ -40,7 +42,9 @@ func need(t *testing.T, what string, args []string, commands ...string) string {
 	t.Helper()
 	var failure error
 	for _, command := range commands {
-		if failure = exec.CommandContext(t.Context(), command, args...).Run(); failure == nil {
+		check := exec.CommandContext(testenv.Context(t), command, args...)
+		check.Env = append(os.Environ(), testenv.Home(t.TempDir())...)
+		if failure = check.Run(); failure == nil {
 			return command
 		}
 	}
@@ -98,10 +102,8 @@ func trustStore(t *testing.T, s *site) string {
 // run runs a command. It returns the standard output, and what went wrong with the standard error.
 func run(t *testing.T, dir string, env []string, command ...string) (stdout string, err error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, command[0], command[1:]...)
-	cmd.Dir, cmd.Env, cmd.WaitDelay = dir, append(os.Environ(), env...), time.Second
+	cmd := exec.CommandContext(testenv.Context(t), command[0], command[1:]...)
+	cmd.Dir, cmd.Env = dir, slices.Concat(os.Environ(), homeFor(t, command[0]), env)
 	var out, stderr strings.Builder
 	cmd.Stdout, cmd.Stderr = &out, &stderr
 	began := time.Now()
@@ -110,6 +112,15 @@ func run(t *testing.T, dir string, env []string, command ...string) (stdout stri
 	}
 	t.Logf("%.1fs: %s", time.Since(began).Seconds(), strings.Join(command, " "))
 	return out.String(), err
+}
+
+// homeFor returns the variables of a home of its own for a program, unless it has its caches of packages in the user's.
+func homeFor(t *testing.T, program string) []string {
+	t.Helper()
+	if program == "go" || program == "npm" {
+		return nil
+	}
+	return testenv.Home(t.TempDir())
 }
 
 // mustRun is like run, for a command that must succeed.

@@ -7,6 +7,7 @@ import (
 	"crypto/tls"
 	_ "embed"
 	"encoding/json"
+	"fmt"
 	"io"
 	"mime/multipart"
 	"net"
@@ -23,6 +24,7 @@ import (
 
 	_ "github.com/caddy-fsbroker/caddy-fsbroker"
 	"github.com/caddy-fsbroker/caddy-fsbroker/examples/quickstart/backend"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testenv"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
@@ -33,6 +35,7 @@ var caddyfile []byte
 type site struct {
 	url    string
 	ca     string // the file of the certificate that a client must trust
+	log    string // the file of the access log
 	secret string
 	client *http.Client
 
@@ -48,7 +51,7 @@ type site struct {
 func startSite(t *testing.T, analysis time.Duration) *site {
 	t.Helper()
 	dir := t.TempDir()
-	s := &site{ca: filepath.Join(dir, "cert.pem"), secret: rand.Text(), uploader: rand.Text()}
+	s := &site{ca: filepath.Join(dir, "cert.pem"), log: filepath.Join(dir, "access.log"), secret: rand.Text(), uploader: rand.Text()}
 	for name, content := range map[string][]byte{"cert.pem": testsite.Localhost().PEM, "key.pem": testsite.Localhost().Key} {
 		if err := os.WriteFile(filepath.Join(dir, name), content, 0o600); err != nil {
 			t.Fatal(err)
@@ -82,7 +85,7 @@ func startSite(t *testing.T, analysis time.Duration) *site {
 		}
 	}))
 
-	port := strconv.Itoa(testsite.FreePort(t))
+	port := strconv.Itoa(testenv.Port(t))
 	s.url = "https://localhost:" + port
 	for name, value := range map[string]string{
 		"CLIENTS_DIR": filepath.ToSlash(dir), "CLIENTS_PORT": port, "XDG_DATA_HOME": dir, // Caddy writes its instance ID there
@@ -94,7 +97,7 @@ func startSite(t *testing.T, analysis time.Duration) *site {
 	testsite.Run(t, caddyfile)
 	transport := &http.Transport{TLSClientConfig: testsite.ClientConfig()}
 	t.Cleanup(transport.CloseIdleConnections)
-	s.client = &http.Client{Transport: transport, Timeout: time.Minute}
+	s.client = &http.Client{Transport: transport}
 	return s
 }
 
@@ -116,7 +119,7 @@ func (s *site) submit(t *testing.T) string {
 	if err := writer.Close(); err != nil {
 		t.Fatal(err)
 	}
-	request, err := http.NewRequestWithContext(t.Context(), http.MethodPost, s.url+"/submit", &form)
+	request, err := http.NewRequestWithContext(testenv.Context(t), http.MethodPost, s.url+"/submit", &form)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -140,6 +143,12 @@ func (s *site) submit(t *testing.T) string {
 	return answer.AcceptedFiles[0].ID
 }
 
+// failures returns how many requests have failed so far. Any goroutine may call it.
+func (s *site) failures() int {
+	log, _ := os.ReadFile(s.log)
+	return bytes.Count(log, []byte(`"status":50`))
+}
+
 // upstream is a server that can be stopped, and started again at the same address.
 type upstream struct {
 	address     string
@@ -150,7 +159,7 @@ type upstream struct {
 
 func startUpstream(t *testing.T, certificate *backend.Certificate, handler http.Handler) *upstream {
 	t.Helper()
-	u := &upstream{address: "127.0.0.1:0", certificate: certificate, handler: handler}
+	u := &upstream{address: fmt.Sprintf("127.0.0.1:%d", testenv.Port(t)), certificate: certificate, handler: handler}
 	if err := u.start(); err != nil {
 		t.Fatal(err)
 	}

@@ -41,7 +41,7 @@ func TestGenerated(t *testing.T) {
 	}
 
 	// Waiting, as both the parameter and the header. The first wait is too short for the analysis.
-	short, prefer := 1, "wait=20"
+	short, prefer := 1, "wait=50"
 	waiting := submission
 	waiting.Wait = &short
 	r = get(waiting, bearer)
@@ -57,7 +57,7 @@ func TestGenerated(t *testing.T) {
 	waiting = submission
 	waiting.Prefer = &prefer
 	r = get(waiting, bearer)
-	if r.StatusCode() != http.StatusOK || *r.JSON200.Result.TaskReference.State != "SUCCESS" || *r.Headers200.PreferenceApplied != "wait=20" {
+	if r.StatusCode() != http.StatusOK || *r.JSON200.Result.TaskReference.State != "SUCCESS" || *r.Headers200.PreferenceApplied != "wait=50" {
 		t.Fatalf("%s %s %v", r.Status(), r.Body, r.HTTPResponse.Header)
 	}
 	if len(*r.JSON200.Result.SubtaskReferences) == 0 || r.JSON200.Result.AdditionalProperties["overallState"] != "success" {

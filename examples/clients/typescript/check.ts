@@ -28,7 +28,7 @@ const short = await getTask({ client, query: { submitID }, headers: { Prefer: "w
 assert(short.response?.status === 204 || short.response?.status === 200);
 assert.equal(short.response.headers.get("Cache-Control"), "no-store");
 assert.equal(short.response.headers.get("Preference-Applied"), "wait=1");
-const report = await getTask({ client, query: { submitID, wait: 20 } });
+const report = await getTask({ client, query: { submitID, wait: 50 } });
 assert.equal(report.response?.status, 200);
 assert.equal(report.data?.result.taskReference?.state, "SUCCESS");
 assert.equal(report.data.result.overallState, "success");

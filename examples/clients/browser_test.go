@@ -1,49 +1,41 @@
-// Package cors_test runs the example with a real Caddy, and opens pages of two origins in a real browser.
-package cors_test
+package clients_test
 
 import (
 	"bytes"
-	"context"
 	"crypto/rand"
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"html"
-	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
-	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
-	"time"
 
-	"github.com/caddyserver/caddy/v2"
-	_ "github.com/caddyserver/caddy/v2/modules/standard"
-
-	_ "github.com/caddy-fsbroker/caddy-fsbroker"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testenv"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
+	"github.com/caddyserver/caddy/v2"
 )
 
 const (
-	task       = "/task?appServerID=node-1&taskID=1" // its report is finished when the node is asked again
-	unfinished = "/task?appServerID=node-1&taskID=2"
+	corsTask       = "/task?appServerID=node-1&taskID=1" // its report is finished when the node is asked again
+	corsUnfinished = "/task?appServerID=node-1&taskID=2"
 )
 
-// site is a Caddy that runs the example, in front of a node.
-type site struct {
+// corsSite is a Caddy that runs examples/cors, in front of a node.
+type corsSite struct {
 	url    string
 	secret string
 	log    string // the file
-	client *http.Client
 }
 
-// startSite starts the example, which allows the given origin. It runs until the test ends.
-func startSite(t *testing.T, origin string) *site {
+// startCORS starts the example, which allows the given origin. It runs until the test ends.
+func startCORS(t *testing.T, origin string) *corsSite {
 	t.Helper()
 	var requests atomic.Int32 // for the first task
 	node := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -56,9 +48,10 @@ func startSite(t *testing.T, origin string) *site {
 	t.Cleanup(node.Close)
 
 	dir := filepath.ToSlash(t.TempDir())
-	s := &site{url: fmt.Sprintf("https://localhost:%d", testsite.FreePort(t)), secret: rand.Text(), log: dir + "/caddy.log"}
+	s := &corsSite{url: fmt.Sprintf("https://localhost:%d", testenv.Port(t)), secret: rand.Text(), log: dir + "/caddy.log"}
 	for name, value := range map[string]string{
-		"SITE": s.url, "ORIGIN": origin, "PORTAL_SECRET": s.secret, "NODE_1_SECRET": rand.Text(), "XDG_DATA_HOME": dir, // Caddy writes its instance ID there
+		"SITE": s.url, "ORIGIN": origin, "NODE_1": node.Listener.Addr().String(), "PORTAL_SECRET": s.secret, "NODE_1_SECRET": rand.Text(),
+		"XDG_DATA_HOME": dir, // Caddy writes its instance ID there
 	} {
 		t.Setenv(name, value)
 	}
@@ -68,26 +61,22 @@ func startSite(t *testing.T, origin string) *site {
 			t.Fatal(err)
 		}
 	}
-	testsite.Run(t, caddyfile(t, dir, node.URL))
-	transport := &http.Transport{TLSClientConfig: testsite.ClientConfig()}
-	t.Cleanup(transport.CloseIdleConnections)
-	s.client = &http.Client{Transport: transport, Timeout: 20 * time.Second}
+	testsite.Run(t, corsCaddyfile(t, dir))
 	return s
 }
 
-// caddyfile returns the example's Caddyfile with what it needs to run anywhere. What it does about CORS stays as it is.
-func caddyfile(t *testing.T, dir, node string) []byte {
+// corsCaddyfile returns the example's Caddyfile with what it needs to run anywhere. What it does about CORS stays as it is.
+func corsCaddyfile(t *testing.T, dir string) []byte {
 	t.Helper()
-	content, err := os.ReadFile("Caddyfile")
+	content, err := os.ReadFile(filepath.Join(corsExample, "Caddyfile"))
 	if err != nil {
 		t.Fatal(err)
 	}
 	text := string(content)
 	for _, edit := range [][2]string{
 		{"\n{\n", "\n{\n\tadmin off\n\tpersist_config off\n\tauto_https disable_redirects\n\tgrace_period 3s\n\tstorage file_system \"" + dir + "\"\n"},
-		{"\tlog {\n", "\tlog {\n\t\toutput file \"" + dir + "/caddy.log\"\n"},
+		{"\tlog {\n", "\tservers {\n\t\tprotocols h1 h2\n\t}\n\tlog {\n\t\toutput file \"" + dir + "/caddy.log\"\n"}, // no port is reserved for HTTP/3
 		{"\tlog\n", "\tlog\n\tbind 127.0.0.1\n\ttls \"" + dir + "/cert.pem\" \"" + dir + "/key.pem\"\n"},
-		{"https://10.0.0.11:22001", node},
 		{"/etc/caddy/upstreams.crt", dir + "/upstreams.crt"},
 	} {
 		if strings.Count(text, edit[0]) != 1 {
@@ -98,77 +87,8 @@ func caddyfile(t *testing.T, dir, node string) []byte {
 	return []byte(text)
 }
 
-// TestHeader checks the header fields of CORS without a browser.
-func TestHeader(t *testing.T) {
-	const portal, soc = "https://portal.example.com", "https://soc.example.com"
-	s := startSite(t, portal)
-	for _, test := range []struct {
-		name, method, path string
-		secret, origin     string
-		status             int
-		allowed            bool
-	}{
-		{"preflight", http.MethodOptions, task, "", portal, 204, true},
-		{"preflight of the second origin", http.MethodOptions, task, "", soc, 204, true},
-		{"report", http.MethodGet, unfinished, s.secret, portal, 200, true},
-		{"report for the second origin", http.MethodGet, unfinished, s.secret, soc, 200, true},
-		{"problem", http.MethodGet, unfinished, "wrong", portal, 401, true},
-		{"another path", http.MethodGet, "/", "", portal, 200, true},
-
-		{"preflight of another origin", http.MethodOptions, task, "", portal + ".example.org", 204, false},
-		{"preflight of another scheme", http.MethodOptions, task, "", "http://portal.example.com", 204, false},
-		{"preflight of a sandboxed page", http.MethodOptions, task, "", "null", 204, false},
-		{"report for another origin", http.MethodGet, unfinished, s.secret, "https://example.org", 200, false},
-		{"report for a program", http.MethodGet, unfinished, s.secret, "", 200, false},
-	} {
-		t.Run(test.name, func(t *testing.T) {
-			request, err := http.NewRequestWithContext(t.Context(), test.method, s.url+test.path, nil)
-			if err != nil {
-				t.Fatal(err)
-			}
-			want := make(map[string]string)
-			if test.allowed {
-				want["Access-Control-Allow-Origin"] = test.origin
-				want["Access-Control-Expose-Headers"] = "ETag, Retry-After, Cache-Status, Age, Preference-Applied"
-			}
-			if test.method == http.MethodOptions {
-				request.Header.Set("Access-Control-Request-Method", http.MethodGet)
-				request.Header.Set("Access-Control-Request-Headers", "authorization,prefer")
-				if test.allowed {
-					want["Access-Control-Allow-Methods"] = "GET, HEAD"
-					want["Access-Control-Allow-Headers"] = "Authorization, Prefer, If-None-Match"
-					want["Access-Control-Max-Age"] = "3600"
-				}
-			}
-			if test.secret != "" {
-				request.Header.Set("Authorization", "Bearer "+test.secret)
-			}
-			if test.origin != "" {
-				request.Header.Set("Origin", test.origin)
-			}
-			response, err := s.client.Do(request)
-			if err != nil {
-				t.Fatal(err)
-			}
-			response.Body.Close()
-			if response.StatusCode != test.status {
-				t.Errorf("got %s, want %d", response.Status, test.status)
-			}
-			got := make(map[string]string)
-			for name, values := range response.Header {
-				if strings.HasPrefix(name, "Access-Control-") {
-					got[name] = strings.Join(values, " and ")
-				}
-			}
-			if !maps.Equal(got, want) {
-				t.Errorf("got %q, want %q", got, want)
-			}
-			if vary := response.Header.Values("Vary"); !slices.Contains(vary, "Origin") {
-				t.Errorf("Vary is %q, want Origin in it", vary)
-			}
-		})
-	}
-}
+// corsExample is the folder of the example.
+var corsExample = filepath.Join("..", "cors")
 
 // request is a call of fetchReport.
 type request struct {
@@ -195,16 +115,16 @@ type result struct {
 	}
 }
 
-// TestBrowser opens the same page at two origins. Only one of them is allowed.
+// TestBrowser opens the page of examples/cors at two origins. Only one of them is allowed.
 func TestBrowser(t *testing.T) {
 	browser := needChromium(t)
 	var requests []request
 	mux := http.NewServeMux()
-	mux.Handle("/", http.FileServer(http.Dir(".")))
+	mux.Handle("/", http.FileServer(http.Dir(corsExample)))
 	mux.HandleFunc("/requests.json", func(w http.ResponseWriter, _ *http.Request) { _ = json.NewEncoder(w).Encode(requests) })
 	allowedServer, otherServer := httptest.NewUnstartedServer(mux), httptest.NewUnstartedServer(mux)
 	allowed, other := "http://"+allowedServer.Listener.Addr().String(), "http://"+otherServer.Listener.Addr().String()
-	s := startSite(t, allowed)
+	s := startCORS(t, allowed)
 
 	tests := []struct {
 		name    string
@@ -216,27 +136,27 @@ func TestBrowser(t *testing.T) {
 		fields  map[string]string
 	}{
 		{
-			"waiting", task, options{Secret: s.secret, Wait: 20}, 200, "SUCCESS", "",
+			"waiting", corsTask, options{Secret: s.secret, Wait: 20}, 200, "SUCCESS", "",
 			map[string]string{"etag": `^"`, "cache-status": "^fsbroker; ", "preference-applied": "^wait=20$", "content-type": "^application/json$"},
 		},
 		{
-			"cached", task, options{Secret: s.secret}, 200, "SUCCESS", "",
+			"cached", corsTask, options{Secret: s.secret}, 200, "SUCCESS", "",
 			map[string]string{"etag": `^"`, "cache-status": "^fsbroker; hit$", "age": "^[0-9]+$"},
 		},
 		{
-			"unchanged", task, options{Secret: s.secret, ETag: "*"}, 304, "", "",
+			"unchanged", corsTask, options{Secret: s.secret, ETag: "*"}, 304, "", "",
 			map[string]string{"etag": `^"`},
 		},
 		{
-			"unfinished", unfinished, options{Secret: s.secret}, 200, "IN_PROGRESS", "",
+			"unfinished", corsUnfinished, options{Secret: s.secret}, 200, "IN_PROGRESS", "",
 			map[string]string{"retry-after": "^[0-9]+$", "cache-control": "^no-store$"},
 		},
 		{
-			"without preflight", task + "&secret=" + s.secret, options{}, 200, "SUCCESS", "",
+			"without preflight", corsTask + "&secret=" + s.secret, options{}, 200, "SUCCESS", "",
 			map[string]string{"etag": `^"`},
 		},
 		{
-			"wrong secret", task, options{Secret: "wrong"}, 401, "", "unauthorized",
+			"wrong secret", corsTask, options{Secret: "wrong"}, 401, "", "unauthorized",
 			map[string]string{"content-type": `^application/problem\+json$`},
 		},
 		{
@@ -338,7 +258,7 @@ func countRequests(t *testing.T, file string) map[logged]int {
 	return counts
 }
 
-// needChromium returns the command of Chromium or Chrome. It skips the test if there is none.
+// needChromium returns the command of Chromium or Chrome. It does not run it, which would write into the user's home.
 func needChromium(t *testing.T) string {
 	t.Helper()
 	names := []string{"chromium", "chromium-browser", "google-chrome"}
@@ -361,15 +281,12 @@ func open(t *testing.T, browser, url string) (results []result) {
 	}
 	defer func() { _ = os.RemoveAll(profile) }()
 
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	defer cancel()
 	// Virtual time stands still while a response is pending. The browser trusts the site's certificate, and no other
 	// self-signed certificate. It would not cache a response if it ignored all errors of certificates.
-	command := exec.CommandContext(ctx, browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+	command := exec.CommandContext(testenv.Context(t), browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
 		"--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
 		"--user-data-dir="+profile, "--ignore-certificate-errors-spki-list="+testsite.Localhost().KeyHash, "--virtual-time-budget=10000", "--dump-dom", url)
-	command.Env = append(os.Environ(), "HOME="+profile)
-	command.WaitDelay = 5 * time.Second
+	command.Env = append(os.Environ(), testenv.Home(profile)...)
 	var stderr bytes.Buffer
 	command.Stderr = &stderr
 	dom, err := command.Output()
