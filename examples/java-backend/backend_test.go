@@ -4,7 +4,6 @@ package javabackend_test
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
@@ -18,8 +17,11 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testenv"
 )
 
 const secret = "of the broker and the node"
@@ -29,56 +31,81 @@ type server struct {
 	broker, node string // URLs
 	appServerID  string
 	client       *http.Client // trusts its certificate alone
-	certificate  string       // the file of the certificate, for a Caddyfile
 }
 
-// needJDK skips the test where there is no JDK.
-func needJDK(t *testing.T) {
+// built is the folder of what build makes. TestMain removes it.
+var built string
+
+func TestMain(m *testing.M) {
+	var err error
+	if built, err = os.MkdirTemp("", "java-backend"); err != nil {
+		panic(err)
+	}
+	code := m.Run()
+	_ = os.RemoveAll(built)
+	os.Exit(code)
+}
+
+// build compiles Backend.java, and makes a keystore and its certificate. It does so once for all tests.
+var build = sync.OnceValues(func() (output []byte, err error) {
+	for _, command := range [][]string{
+		{"javac", "-J-XX:TieredStopAtLevel=1", "--release", "11", "-d", built, "Backend.java"},
+		{
+			"keytool", "-genkeypair", "-alias", "backend", "-keyalg", "RSA", "-keysize", "2048", "-validity", "2", "-dname", "CN=localhost",
+			"-ext", "san=dns:localhost,ip:127.0.0.1", "-storetype", "PKCS12", "-keystore", keystore(), "-storepass", "changeit",
+		},
+		{"keytool", "-exportcert", "-rfc", "-alias", "backend", "-keystore", keystore(), "-storepass", "changeit", "-file", certificate()},
+	} {
+		build := exec.Command(command[0], command[1:]...)
+		build.Env = append(os.Environ(), testenv.Home(built)...)
+		if output, err = build.CombinedOutput(); err != nil {
+			return output, fmt.Errorf("%s: %w", command[0], err)
+		}
+	}
+	return nil, nil
+})
+
+func keystore() string    { return filepath.Join(built, "backend.p12") }
+func certificate() string { return filepath.Join(built, "backend.crt") }
+
+// javaCommand returns a command that runs the server. It skips the test with -short, and where there is no JDK.
+func javaCommand(t *testing.T, args ...string) *exec.Cmd {
 	t.Helper()
-	for _, tool := range []string{"java", "keytool"} {
+	if testing.Short() {
+		t.Skip("it starts processes")
+	}
+	for _, tool := range []string{"java", "javac", "keytool"} {
 		if _, err := exec.LookPath(tool); err != nil {
 			t.Skipf("needs a JDK of version 11 or later: %v", err)
 		}
 	}
-	modules, err := exec.CommandContext(t.Context(), "java", "--list-modules").CombinedOutput()
-	if err != nil || !bytes.Contains(modules, []byte("jdk.compiler")) || !bytes.Contains(modules, []byte("jdk.httpserver")) {
-		t.Skipf("needs a JDK of version 11 or later: java has no compiler or no HTTP server (%v)", err)
+	if output, err := build(); bytes.Contains(output, []byte("invalid flag: --release")) {
+		t.Skip("needs a JDK of version 11 or later")
+	} else if err != nil {
+		t.Fatalf("%v: %s", err, output)
 	}
+	command := exec.CommandContext(testenv.Context(t), "java", append([]string{"-XX:TieredStopAtLevel=1", "-cp", built, "Backend"}, args...)...)
+	command.Env = append(os.Environ(), testenv.Home(t.TempDir())...)
+	return command
 }
 
-// start makes a keystore and runs Backend.java with it until the test ends.
+// start runs the server until the test ends, or stop is called.
 func start(t *testing.T, analysis, forget time.Duration) *server {
 	t.Helper()
-	needJDK(t)
-	dir := t.TempDir()
-	keystore, certificate := filepath.Join(dir, "backend.p12"), filepath.Join(dir, "backend.crt")
-	keytool(t, "-genkeypair", "-alias", "backend", "-keyalg", "RSA", "-keysize", "2048", "-validity", "2", "-dname", "CN=localhost",
-		"-ext", "san=dns:localhost,ip:127.0.0.1", "-storetype", "PKCS12", "-keystore", keystore, "-storepass", "changeit")
-	keytool(t, "-exportcert", "-rfc", "-alias", "backend", "-keystore", keystore, "-storepass", "changeit", "-file", certificate)
-	pem, err := os.ReadFile(certificate)
-	if err != nil {
-		t.Fatal(err)
-	}
-	pool := x509.NewCertPool()
-	if !pool.AppendCertsFromPEM(pem) {
-		t.Fatalf("no certificate in %s", pem)
-	}
-	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}}
-	t.Cleanup(transport.CloseIdleConnections)
-
-	ctx, cancel := context.WithCancel(context.Background())
-	cmd := exec.CommandContext(ctx, "java", "Backend.java", "--keystore", keystore, "--password", "changeit", "--secret", secret,
-		"--broker-port", "0", "--node-port", "0",
+	command := javaCommand(t, "--keystore", keystore(), "--password", "changeit", "--secret", secret, "--broker-port", "0", "--node-port", "0",
 		"--analysis", fmt.Sprint(analysis.Milliseconds()), "--forget", fmt.Sprint(forget.Milliseconds()))
-	cmd.Stderr = os.Stderr
-	stdout, err := cmd.StdoutPipe()
+	command.Stderr = t.Output()
+	stdout, err := command.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := cmd.Start(); err != nil {
+	if err := command.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { cancel(); _ = cmd.Wait() })
+	t.Cleanup(func() {
+		_ = command.Process.Kill()
+		_ = command.Wait() // killed
+	})
 	line, err := bufio.NewReader(stdout).ReadBytes('\n')
 	if err != nil {
 		t.Fatalf("it does not start: %v", err)
@@ -90,26 +117,29 @@ func start(t *testing.T, analysis, forget time.Duration) *server {
 	if err := json.Unmarshal(line, &ready); err != nil {
 		t.Fatalf("%v: %s", err, line)
 	}
+
+	pem, err := os.ReadFile(certificate())
+	if err != nil {
+		t.Fatal(err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(pem) {
+		t.Fatalf("no certificate in %s", pem)
+	}
+	transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}}
+	t.Cleanup(transport.CloseIdleConnections)
 	return &server{
 		broker:      fmt.Sprintf("https://127.0.0.1:%d", ready.BrokerPort),
 		node:        fmt.Sprintf("https://localhost:%d", ready.NodePort),
 		appServerID: ready.AppServerID,
-		client:      &http.Client{Transport: transport, Timeout: 30 * time.Second},
-		certificate: certificate,
-	}
-}
-
-func keytool(t *testing.T, args ...string) {
-	t.Helper()
-	if out, err := exec.CommandContext(t.Context(), "keytool", args...).CombinedOutput(); err != nil {
-		t.Fatalf("keytool: %v: %s", err, out)
+		client:      &http.Client{Transport: transport},
 	}
 }
 
 // do sends a request and returns the status and the answer.
 func (s *server) do(t *testing.T, method, target string, header http.Header, body io.Reader) (status int, answer string, contentType string) {
 	t.Helper()
-	request, err := http.NewRequestWithContext(t.Context(), method, target, body)
+	request, err := http.NewRequestWithContext(testenv.Context(t), method, target, body)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -178,18 +208,10 @@ func part(document map[string]any, path string) any {
 	return value
 }
 
-func eventually(t *testing.T, done func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(30 * time.Second); !done(); time.Sleep(20 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("waited too long")
-		}
-	}
-}
-
 // TestRequests checks answers that do not depend on a submission's state.
 func TestRequests(t *testing.T) {
-	s := start(t, time.Minute, time.Minute)
+	t.Parallel()
+	s := start(t, time.Hour, time.Hour)
 	right := http.Header{"Secret": {secret}}
 	for _, test := range []struct {
 		method, target string
@@ -243,65 +265,102 @@ func TestRequests(t *testing.T) {
 	}
 }
 
-// TestSubmission follows a submission from the queue until it is deleted.
+// TestSubmission looks at a submission in each of its states. Those that pass are looked for again with another submission if the
+// machine was too slow to see them.
 func TestSubmission(t *testing.T) {
-	s := start(t, 3*time.Second, 3*time.Second)
-	name, content := `the "sämple".bin`, []byte("\x00\xff\r\n--not the boundary\r\n\r\n\x80")
-	accepted := s.submit(t, name, content)
-	sum := sha256.Sum256(content)
-	if accepted["sha256"] != hex.EncodeToString(sum[:]) || accepted["submitName"] != name || part(accepted, "mediaType.string") == nil {
-		t.Errorf("%v", accepted)
-	}
-	target := fmt.Sprint(s.broker, "/task?submitID=", accepted["ID"])
-
-	status, document := s.get(t, target)
-	if status != http.StatusNoContent || document != nil {
-		t.Errorf("queued: status %d, %v", status, document)
-	}
-	status, document = s.get(t, fmt.Sprint(s.broker, "/submit-result?submitID=", accepted["ID"]))
-	if status != http.StatusOK || document["fileSize"] != float64(len(content)) || part(document, "digests.SHA-256") != accepted["sha256"] || len(document) != 4 {
-		t.Errorf("/submit-result: status %d, %v", status, document)
-	}
-
-	eventually(t, func() bool { status, document = s.get(t, target); return status == http.StatusOK })
-	if part(document, "result.taskReference.state") != "IN_PROGRESS" || part(document, "result.finalVerdict") != nil {
-		t.Errorf("in progress: %v", document)
-	}
-	eventually(t, func() bool {
-		status, document = s.get(t, target)
-		return part(document, "result.taskReference.state") == "SUCCESS"
-	})
-	if part(document, "result.file.hash") != accepted["sha256"] || part(document, "result.finalVerdict.verdict") != "UNKNOWN" || part(document, "result.resources") != nil {
-		t.Errorf("finished: %v", document)
-	}
-	taskID := part(document, "result.taskReference.ID")
-	pair := fmt.Sprintf("%s/task?appServerID=%s&taskID=%s", s.broker, s.appServerID, taskID)
-	if status, document = s.get(t, pair+"&all=true"); status != http.StatusOK || part(document, "result.resources") == nil {
-		t.Errorf("the complete report: status %d, %v", status, document)
-	}
-	ofNode := fmt.Sprint(s.node, "/task?taskID=", taskID)
-	if status, document = s.get(t, ofNode); status != http.StatusOK || part(document, "result.file.hash") != accepted["sha256"] || part(document, "result.finalVerdict") != nil {
-		t.Errorf("of the node: status %d, %v", status, document)
-	}
-
-	eventually(t, func() bool { status, _ = s.get(t, target); return status == http.StatusNotFound })
-	for _, target := range []string{pair, ofNode} {
-		if status, _ = s.get(t, target); status != http.StatusNotFound {
-			t.Errorf("%s: status %d after the deletion", target, status)
+	t.Parallel()
+	t.Run("queued", func(t *testing.T) {
+		s := start(t, time.Hour, time.Hour)
+		name, content := `the "sämple".bin`, []byte("\x00\xff\r\n--not the boundary\r\n\r\n\x80")
+		accepted := s.submit(t, name, content)
+		sum := sha256.Sum256(content)
+		if accepted["sha256"] != hex.EncodeToString(sum[:]) || accepted["submitName"] != name || part(accepted, "mediaType.string") == nil {
+			t.Errorf("%v", accepted)
 		}
-	}
+		if status, document := s.get(t, s.bySubmission(accepted)); status != http.StatusNoContent || document != nil {
+			t.Errorf("status %d, %v", status, document)
+		}
+		status, document := s.get(t, fmt.Sprint(s.broker, "/submit-result?submitID=", accepted["ID"]))
+		if status != http.StatusOK || document["fileSize"] != float64(len(content)) || part(document, "digests.SHA-256") != accepted["sha256"] || len(document) != 4 {
+			t.Errorf("/submit-result: status %d, %v", status, document)
+		}
+	})
+	t.Run("in progress", func(t *testing.T) {
+		s := start(t, 2*time.Second, time.Hour)
+		testenv.Eventually(t, "a report in progress", func() bool {
+			target := s.bySubmission(s.submit(t, "sample.txt", []byte("a small text")))
+			var document map[string]any
+			testenv.Eventually(t, "a report", func() bool {
+				var status int
+				status, document = s.get(t, target)
+				return status == http.StatusOK
+			})
+			if part(document, "result.taskReference.state") != "IN_PROGRESS" {
+				return false
+			}
+			if part(document, "result.finalVerdict") != nil {
+				t.Errorf("%v", document)
+			}
+			return true
+		})
+	})
+	t.Run("finished", func(t *testing.T) {
+		s := start(t, 0, time.Hour)
+		accepted := s.submit(t, "sample.txt", []byte("a small text"))
+		status, document := s.get(t, s.bySubmission(accepted))
+		if status != http.StatusOK || part(document, "result.taskReference.state") != "SUCCESS" || part(document, "result.file.hash") != accepted["sha256"] ||
+			part(document, "result.finalVerdict.verdict") != "UNKNOWN" || part(document, "result.resources") != nil {
+			t.Errorf("status %d, %v", status, document)
+		}
+		pair, ofNode := s.byTask(document)
+		if status, document = s.get(t, pair+"&all=true"); status != http.StatusOK || part(document, "result.resources") == nil {
+			t.Errorf("the complete report: status %d, %v", status, document)
+		}
+		if status, document = s.get(t, ofNode); status != http.StatusOK || part(document, "result.file.hash") != accepted["sha256"] || part(document, "result.finalVerdict") != nil {
+			t.Errorf("of the node: status %d, %v", status, document)
+		}
+	})
+	t.Run("deleted", func(t *testing.T) {
+		s := start(t, 0, time.Second)
+		var target string
+		var report map[string]any
+		testenv.Eventually(t, "a report that is not deleted", func() bool {
+			target = s.bySubmission(s.submit(t, "sample.txt", []byte("a small text")))
+			var status int
+			status, report = s.get(t, target)
+			return status == http.StatusOK
+		})
+		testenv.Eventually(t, "the deletion", func() bool { status, _ := s.get(t, target); return status == http.StatusNotFound })
+		pair, ofNode := s.byTask(report)
+		for _, target := range []string{pair, ofNode} {
+			if status, _ := s.get(t, target); status != http.StatusNotFound {
+				t.Errorf("%s: status %d", target, status)
+			}
+		}
+	})
+}
+
+// bySubmission returns the broker's URL of a submission's report.
+func (s *server) bySubmission(accepted map[string]any) string {
+	return fmt.Sprint(s.broker, "/task?submitID=", accepted["ID"])
+}
+
+// byTask returns the URLs of a report by its task, at the broker and at the node.
+func (s *server) byTask(report map[string]any) (pair, ofNode string) {
+	taskID := part(report, "result.taskReference.ID")
+	return fmt.Sprintf("%s/task?appServerID=%s&taskID=%s", s.broker, s.appServerID, taskID), fmt.Sprint(s.node, "/task?taskID=", taskID)
 }
 
 // TestArguments checks that a wrong argument ends the program with an error that names it.
 func TestArguments(t *testing.T) {
-	needJDK(t)
+	t.Parallel()
 	for want, args := range map[string][]string{
 		"unexpected argument --port":              {"--port", "1"},
 		"--password is missing\nusage: java":      {"--keystore", "README.md", "--secret", "x"},
 		"the keystore README.md cannot be read: ": {"--keystore", "README.md", "--secret", "x", "--password", "x"},
 		`--forget "1s" is no number`:              {"--keystore", "README.md", "--secret", "x", "--password", "x", "--forget", "1s"},
 	} {
-		out, err := exec.CommandContext(t.Context(), "java", append([]string{"Backend.java"}, args...)...).CombinedOutput()
+		out, err := javaCommand(t, args...).CombinedOutput()
 		text := strings.ReplaceAll(string(out), "\r\n", "\n")
 		if err == nil || !strings.HasPrefix(text, want) {
 			t.Errorf("%v: %v, want %s: %s", args, err, want, text)

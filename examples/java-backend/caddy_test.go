@@ -13,6 +13,7 @@ import (
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 
 	_ "github.com/caddy-fsbroker/caddy-fsbroker"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testenv"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
@@ -23,7 +24,7 @@ const callerSecret = "of the callers"
 // are a line for the broker and one for the node.
 func startCaddy(t *testing.T, upstreams string) string {
 	t.Helper()
-	site := fmt.Sprintf("http://127.0.0.1:%d", testsite.FreePort(t))
+	site := fmt.Sprintf("http://127.0.0.1:%d", testenv.Port(t))
 	dir := t.TempDir()
 	t.Setenv("XDG_DATA_HOME", dir) // Caddy writes its instance ID there
 	t.Setenv("CALLER_SECRET", callerSecret)
@@ -57,18 +58,18 @@ func (s *server) upstreams(secret, transport string) string {
 
 // pinned is the transport that trusts the server's certificate alone.
 func (s *server) pinned() string {
-	return fmt.Sprintf("transport http {\ntls_trust_pool file \"%s\"\n}", filepath.ToSlash(s.certificate))
+	return fmt.Sprintf("transport http {\ntls_trust_pool file \"%s\"\n}", filepath.ToSlash(certificate()))
 }
 
 // getTask sends a request to Caddy.
 func getTask(t *testing.T, site, query string) (response *http.Response, body string) {
 	t.Helper()
-	request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, site+"/task?"+query, nil)
+	request, err := http.NewRequestWithContext(testenv.Context(t), http.MethodGet, site+"/task?"+query, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	request.Header.Set("Authorization", "Bearer "+callerSecret)
-	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: 30 * time.Second}
+	client := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
 	response, err = client.Do(request)
 	if err != nil {
 		t.Fatal(err)
@@ -85,25 +86,34 @@ func getTask(t *testing.T, site, query string) (response *http.Response, body st
 func TestReportsThroughCaddy(t *testing.T) {
 	s := start(t, time.Second, 3*time.Second)
 	site := startCaddy(t, s.upstreams("{env.UPSTREAM_SECRET}", s.pinned()))
-	accepted := s.submit(t, "sample.txt", []byte("a small text"))
-	bySubmission := fmt.Sprint("submitID=", accepted["ID"])
-
-	response, report := getTask(t, site, bySubmission+"&wait=20")
-	var document map[string]any
-	if err := json.Unmarshal([]byte(report), &document); err != nil || response.StatusCode != http.StatusOK {
-		t.Fatalf("status %d: %s (%v)", response.StatusCode, report, err)
-	}
-	if part(document, "result.file.hash") != accepted["sha256"] || part(document, "result.finalVerdict.verdict") != "UNKNOWN" {
-		t.Errorf("the report is not that of the broker: %s", report)
-	}
-	byTask := fmt.Sprintf("appServerID=%s&taskID=%s", s.appServerID, part(document, "result.taskReference.ID"))
-	response, ofNode := getTask(t, site, byTask)
-	if response.StatusCode != http.StatusOK || strings.Contains(ofNode, "finalVerdict") {
-		t.Errorf("the report is not that of the node: status %d: %s", response.StatusCode, ofNode)
-	}
+	var bySubmission, byTask, report, ofNode string
+	// Again if the server has deleted a report before the test could ask for it.
+	testenv.Eventually(t, "both reports", func() bool {
+		accepted := s.submit(t, "sample.txt", []byte("a small text"))
+		bySubmission = fmt.Sprint("submitID=", accepted["ID"])
+		var response *http.Response
+		if response, report = getTask(t, site, bySubmission+"&wait=50"); response.StatusCode == http.StatusNotFound {
+			return false
+		}
+		var document map[string]any
+		if err := json.Unmarshal([]byte(report), &document); err != nil || response.StatusCode != http.StatusOK {
+			t.Fatalf("status %d: %s (%v)", response.StatusCode, report, err)
+		}
+		if part(document, "result.file.hash") != accepted["sha256"] || part(document, "result.finalVerdict.verdict") != "UNKNOWN" {
+			t.Errorf("the report is not that of the broker: %s", report)
+		}
+		byTask = fmt.Sprintf("appServerID=%s&taskID=%s", s.appServerID, part(document, "result.taskReference.ID"))
+		if response, ofNode = getTask(t, site, byTask); response.StatusCode == http.StatusNotFound {
+			return false
+		}
+		if response.StatusCode != http.StatusOK || strings.Contains(ofNode, "finalVerdict") {
+			t.Fatalf("the report is not that of the node: status %d: %s", response.StatusCode, ofNode)
+		}
+		return true
+	})
 
 	for _, target := range []string{s.broker + "/task?" + bySubmission, s.node + "/task?" + byTask} {
-		eventually(t, func() bool { status, _ := s.get(t, target); return status == http.StatusNotFound })
+		testenv.Eventually(t, "the deletion", func() bool { status, _ := s.get(t, target); return status == http.StatusNotFound })
 	}
 	for query, want := range map[string]string{bySubmission: report, byTask: ofNode} {
 		response, kept := getTask(t, site, query)
@@ -125,7 +135,7 @@ func wantProblem(t *testing.T, site, query string, status int, code string) {
 
 // TestMistakes makes the mistakes of a first configuration. Each has a problem of its own.
 func TestMistakes(t *testing.T) {
-	s := start(t, time.Minute, time.Minute)
+	s := start(t, time.Hour, time.Hour)
 	overHTTP := strings.ReplaceAll(s.upstreams("{env.UPSTREAM_SECRET}", ""), "https://", "http://")
 	for name, test := range map[string]struct{ upstreams, problem string }{
 		"a wrong secret":                 {s.upstreams("wrong", s.pinned()), "rejected_request"},
