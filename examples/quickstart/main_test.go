@@ -3,10 +3,11 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"flag"
+	"fmt"
 	"io"
 	"net"
 	"os"
@@ -17,20 +18,21 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testenv"
 )
 
-// TestProgram builds the program, and runs it as a user does.
-func TestProgram(t *testing.T) {
-	program := filepath.Join(t.TempDir(), "quickstart")
-	if runtime.GOOS == "windows" {
-		program += ".exe"
+// beQuickstart is the environment variable that makes this test binary run as the quickstart.
+const beQuickstart = "FSBROKER_TEST_BE_QUICKSTART"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(beQuickstart) != "" {
+		main()
+		return
 	}
-	if out, err := exec.CommandContext(t.Context(), "go", "build", "-o", program, ".").CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
-	t.Run("Commands", func(t *testing.T) { testCommands(t, program) })
-	t.Run("Signals", func(t *testing.T) { testSignals(t, program) })
+	flag.Parse()
+	_ = flag.Set("test.parallel", "8") // they mostly wait
+	m.Run()
 }
 
 // quickstart is a running quickstart.
@@ -56,16 +58,22 @@ func (s *stderr) Write(p []byte) (int, error) {
 	return s.text.Write(p)
 }
 
-// start runs the program until stop is called, for a minute at most.
-func start(t *testing.T, program string, args ...string) *quickstart {
+// start runs the program as a user does, until stop is called. The site has a port that is reserved, because the program gives
+// it back for a moment before Caddy listens.
+func start(t *testing.T, args ...string) *quickstart {
 	t.Helper()
+	if testing.Short() {
+		t.Skip("it starts processes")
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
 	q := &quickstart{temp: t.TempDir(), home: t.TempDir(), log: stderr{begun: make(chan struct{})}}
-	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
-	t.Cleanup(cancel)
-	q.cmd = exec.CommandContext(ctx, program, append(args, "-port=0", "-broker-port=0", "-node-1-port=0", "-node-2-port=0")...)
-	q.cmd.Env = append(os.Environ(), "TMPDIR="+q.temp, "TMP="+q.temp, "HOME="+q.home)
-	q.cmd.Stderr = &q.log
-	var err error
+	site := fmt.Sprintf("-port=%d", testenv.Port(t))
+	q.cmd = program(t, q.home, self, append(args, site, "-broker-port=0", "-node-1-port=0", "-node-2-port=0")...)
+	q.cmd.Env = append(q.cmd.Env, beQuickstart+"=1", "TMPDIR="+q.temp, "TMP="+q.temp)
+	q.cmd.Stderr = io.MultiWriter(&q.log, t.Output())
 	if q.stdout, err = q.cmd.StdoutPipe(); err != nil {
 		t.Fatal(err)
 	}
@@ -73,7 +81,19 @@ func start(t *testing.T, program string, args ...string) *quickstart {
 	if err := q.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() {
+		_ = q.cmd.Process.Kill() // if stop was not called
+		_ = q.cmd.Wait()
+	})
 	return q
+}
+
+// program returns a command with a home of its own.
+func program(t *testing.T, home, name string, args ...string) *exec.Cmd {
+	t.Helper()
+	command := exec.CommandContext(testenv.Context(t), name, args...)
+	command.Env = append(os.Environ(), testenv.Home(home)...)
+	return command
 }
 
 // command returns the next command that the program prints.
@@ -107,26 +127,47 @@ func (q *quickstart) stop(t *testing.T, signal os.Signal) {
 	}
 }
 
-// testCommands runs the printed commands in each shell, and commands like them that fail.
-func testCommands(t *testing.T, program string) {
-	if _, err := exec.LookPath("curl"); err != nil {
-		t.Skip("the printed commands need curl")
-	}
-	q := start(t, program, "-analysis=1s", "-forget=4s")
-	submit := q.command(t)
+// TestCommands runs the printed commands in each shell, and commands like them that fail.
+func TestCommands(t *testing.T) {
+	t.Parallel()
 	for _, shell := range []string{"sh", "bash", "zsh", "pwsh", "powershell"} {
 		t.Run(shell, func(t *testing.T) {
+			t.Parallel()
 			if _, err := exec.LookPath(shell); err != nil {
 				t.Skip(err)
 			}
-			testShell(t, shell, q, submit)
+			q := startFast(t)
+			testShell(t, shell, q, q.command(t))
+			q.stop(t, os.Interrupt)
 		})
 	}
-	t.Run("nobody asks", func(t *testing.T) { testUnasked(t, q, submit) })
-	site := siteOf(submit)
+	t.Run("nobody asks", func(t *testing.T) {
+		t.Parallel()
+		q := startFast(t)
+		testUnasked(t, q, q.command(t))
+		q.stop(t, os.Interrupt)
+	})
+	t.Run("failing", func(t *testing.T) {
+		t.Parallel()
+		testFailing(t, startFast(t))
+	})
+}
+
+// startFast starts a program whose nodes are fast. They keep a task for much longer than it takes to get its reports.
+func startFast(t *testing.T) *quickstart {
+	t.Helper()
+	if _, err := exec.LookPath("curl"); err != nil {
+		t.Skip("the printed commands need curl")
+	}
+	return start(t, "-analysis=1s", "-forget=15s")
+}
+
+// testFailing runs commands that fail, and checks that no secret is logged.
+func testFailing(t *testing.T, q *quickstart) {
+	site := siteOf(q.command(t))
 	config := only(t, filepath.Join(q.temp, "*", "curl.conf"))
 	secret := secretOf(t, config)
-	testFailing(t, site, config, secret)
+	testErrors(t, site, config, secret)
 
 	index := curl(t, "-K", config, "-i", site+"/")
 	for _, want := range []string{"content-type: text/plain", "/submit ", "/submit-result?", "/task?", "UNKNOWN"} {
@@ -135,7 +176,7 @@ func testCommands(t *testing.T, program string) {
 		}
 	}
 
-	plantSecrets(t.Context(), t, q.temp, site)
+	plantSecrets(t, q.temp, site)
 	checkAccessLog(t, q.temp, secret)
 	q.stop(t, os.Interrupt)
 	if log := q.log.text.String(); strings.Contains(log, planted) || strings.Contains(log, secret) {
@@ -150,7 +191,7 @@ func testShell(t *testing.T, shell string, q *quickstart, submit string) {
 		if runtime.GOOS != "windows" && strings.ContainsAny(command, "$`!'\\;|#") {
 			t.Errorf("%s: shells differ in what its characters mean", command)
 		}
-		out, err := exec.CommandContext(t.Context(), shell, "-c", command).CombinedOutput()
+		out, err := program(t, t.TempDir(), shell, "-c", command).CombinedOutput()
 		if err != nil {
 			t.Fatalf("%s: %v: %s", command, err, out)
 		}
@@ -181,7 +222,7 @@ func testShell(t *testing.T, shell string, q *quickstart, submit string) {
 
 // testUnasked submits a file, and asks for its reports only when the node has deleted them.
 func testUnasked(t *testing.T, q *quickstart, submit string) {
-	out, err := exec.CommandContext(t.Context(), "sh", "-c", submit).Output()
+	out, err := program(t, t.TempDir(), "sh", "-c", submit).Output()
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -196,9 +237,8 @@ func testUnasked(t *testing.T, q *quickstart, submit string) {
 	}
 }
 
-// testFailing checks that the commands end with an error if the submission is unknown, the secret is wrong or the file is
-// too large.
-func testFailing(t *testing.T, site, config, secret string) {
+// testErrors checks that the commands get an error if the submission is unknown, the secret is wrong or the file is too large.
+func testErrors(t *testing.T, site, config, secret string) {
 	wrong := filepath.Join(t.TempDir(), "curl.conf")
 	content, err := os.ReadFile(config)
 	if err != nil {
@@ -220,7 +260,7 @@ func testFailing(t *testing.T, site, config, secret string) {
 		{"submit with a wrong secret", "HTTP/2 401", []string{"-K", wrong, "-F", "file=@" + config, site + "/submit"}},
 		{"large file", "HTTP/2 413", []string{"-K", config, "-F", "file=@" + large, site + "/submit"}},
 	} {
-		if out := curl(t, append(test.args, "-i", "--max-time", "10")...); !strings.HasPrefix(out, test.want) {
+		if out := curl(t, append(test.args, "-i")...); !strings.HasPrefix(out, test.want) {
 			t.Errorf("%s: %s, want %s", test.name, out, test.want)
 		}
 	}
@@ -244,7 +284,7 @@ func submissionID(t *testing.T, response string) string {
 // curl runs curl, which must get a response.
 func curl(t *testing.T, args ...string) string {
 	t.Helper()
-	out, err := exec.CommandContext(t.Context(), "curl", args...).CombinedOutput()
+	out, err := program(t, t.TempDir(), "curl", args...).CombinedOutput()
 	if err != nil {
 		t.Fatalf("curl %q: %v: %s", args, err, out)
 	}
@@ -273,17 +313,20 @@ func secretOf(t *testing.T, config string) string {
 	return secret
 }
 
-// testSignals ends the program in all ways.
-func testSignals(t *testing.T, program string) {
+// TestSignals ends the program in all ways.
+func TestSignals(t *testing.T) {
+	t.Parallel()
 	for _, signal := range []os.Signal{os.Interrupt, syscall.SIGTERM, syscall.SIGHUP, syscall.SIGQUIT} {
 		t.Run(signal.String(), func(t *testing.T) {
-			q := start(t, program)
+			t.Parallel()
+			q := start(t)
 			q.command(t)
 			q.stop(t, signal)
 		})
 	}
 	t.Run("during the start", func(t *testing.T) {
-		q := start(t, program)
+		t.Parallel()
+		q := start(t)
 		<-q.log.begun // by Caddy
 		q.stop(t, syscall.SIGHUP)
 	})
@@ -291,7 +334,8 @@ func testSignals(t *testing.T, program string) {
 		if _, err := exec.LookPath("curl"); err != nil {
 			t.Skip("submitting needs curl")
 		}
-		q := start(t, program, "-analysis=100ms")
+		t.Parallel()
+		q := start(t, "-analysis=100ms")
 		site := siteOf(q.command(t))
 		if err := q.stdout.Close(); err != nil {
 			t.Fatal(err)
@@ -310,7 +354,7 @@ const planted = "planted-secret"
 const planter = "planter/1.0"
 
 // plantSecrets sends requests with the planted secret in all ways to the site.
-func plantSecrets(ctx context.Context, t *testing.T, temp, site string) {
+func plantSecrets(t *testing.T, temp, site string) {
 	t.Helper()
 	authority := only(t, filepath.Join(temp, "*", "pki", "authorities", "local", "root.crt"))
 	send := func(path string, header ...string) {
@@ -318,9 +362,7 @@ func plantSecrets(ctx context.Context, t *testing.T, temp, site string) {
 		for _, field := range header {
 			arguments = append(arguments, "-H", field)
 		}
-		if out, err := exec.CommandContext(ctx, "curl", arguments...).CombinedOutput(); err != nil {
-			t.Fatalf("curl: %v: %s", err, out)
-		}
+		curl(t, arguments...)
 	}
 	for _, path := range []string{"/task", "/submit", "/elsewhere"} {
 		send(path+"?secret="+planted+"&%73erect="+planted,
@@ -333,15 +375,14 @@ func checkAccessLog(t *testing.T, temp, secret string) {
 	t.Helper()
 	path := only(t, filepath.Join(temp, "*", "access.log"))
 	var log string
-	for deadline := time.Now().Add(5 * time.Second); strings.Count(log, planter) < 3; time.Sleep(10 * time.Millisecond) {
+	testenv.Eventually(t, "the requests in the access log", func() bool {
 		content, err := os.ReadFile(path)
 		if err != nil {
 			t.Fatal(err)
 		}
-		if log = string(content); time.Now().After(deadline) {
-			t.Fatalf("the access log does not have the requests: %s", log)
-		}
-	}
+		log = string(content)
+		return strings.Count(log, planter) >= 3
+	})
 	if !strings.Contains(log, "secret=REDACTED") || len(secret) != 26 || strings.Contains(log, secret) || strings.Contains(log, planted) {
 		t.Errorf("the access log is wrong, or has the secret %q or %q: %s", secret, planted, log)
 	}

@@ -25,7 +25,10 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testenv"
 )
 
 func TestAnalyse(t *testing.T) {
@@ -279,12 +282,18 @@ func upload(t *testing.T, field string, content []byte) (body io.Reader, content
 // call sends a request and returns the status and, if the answer is JSON, its document.
 func call(t *testing.T, method, target string, body io.Reader, contentType string) (status int, answer map[string]any) {
 	t.Helper()
+	return callWith(t, http.DefaultClient, method, target, body, contentType)
+}
+
+// callWith is like call, with a client.
+func callWith(t *testing.T, client *http.Client, method, target string, body io.Reader, contentType string) (status int, answer map[string]any) {
+	t.Helper()
 	request, err := http.NewRequestWithContext(t.Context(), method, target, body)
 	if err != nil {
 		t.Fatal(err)
 	}
 	request.Header.Set("Content-Type", contentType)
-	return do(t, http.DefaultClient, request)
+	return do(t, client, request)
 }
 
 func do(t *testing.T, client *http.Client, request *http.Request) (status int, answer map[string]any) {
@@ -310,8 +319,28 @@ func serve(t *testing.T, handler http.Handler) (address string) {
 	return server.URL
 }
 
-func TestNode(t *testing.T) {
-	node := serve(t, NewNode("hush", 100*time.Millisecond, 300*time.Millisecond))
+// handlers is a transport that calls the handler of the host. It needs no connections, so time can be virtual.
+type handlers map[string]http.Handler
+
+func (h handlers) RoundTrip(r *http.Request) (*http.Response, error) {
+	r = r.Clone(r.Context())
+	if r.Body == nil {
+		r.Body = http.NoBody // as a server has it
+	}
+	recorder := httptest.NewRecorder()
+	h[r.URL.Host].ServeHTTP(recorder, r)
+	return recorder.Result(), nil
+}
+
+func TestNode(t *testing.T) { synctest.Test(t, testNode) }
+
+func testNode(t *testing.T) {
+	const node = "http://node"
+	client := &http.Client{Transport: handlers{"node": NewNode("hush", 100*time.Millisecond, 300*time.Millisecond)}}
+	call := func(t *testing.T, method, target string, body io.Reader, contentType string) (status int, answer map[string]any) {
+		t.Helper()
+		return callWith(t, client, method, target, body, contentType)
+	}
 	for target, want := range map[string]int{
 		"/task?taskID=x":                       400,
 		"/task?taskID=x&secret=wrong":          400,
@@ -351,18 +380,18 @@ func TestNode(t *testing.T) {
 	if states := statesOf(answer); !slices.Contains(states, "IN_PROGRESS") || !strings.Contains(fmt.Sprint(answer), sha256OfText) {
 		t.Errorf("at first it is %v, in %v", states, answer)
 	}
-	eventually(t, func() bool {
-		_, answer = call(t, "GET", target+"&all=true", nil, "")
-		result, ok := answer["result"].(map[string]any)
-		return ok && result["overallState"] == "success" && result["resources"] != nil
-	})
+	time.Sleep(100 * time.Millisecond)
+	_, answer = call(t, "GET", target+"&all=true", nil, "")
+	if result := answer["result"].(map[string]any); result["overallState"] != "success" || result["resources"] == nil {
+		t.Errorf("after the analysis it is %v", answer)
+	}
 	if states := statesOf(answer); len(states) != 3 || slices.Contains(states, "IN_PROGRESS") {
 		t.Errorf("in the end it is %v", states)
 	}
-	eventually(t, func() bool {
-		status, _ := call(t, "GET", target, nil, "")
-		return status == 404
-	})
+	time.Sleep(300 * time.Millisecond)
+	if status, _ := call(t, "GET", target, nil, ""); status != 404 {
+		t.Errorf("after the deletion: status %d", status)
+	}
 	_, answer = call(t, "GET", node+"/system-info?secret=hush", nil, "")
 	if threads, ok := answer["activeThreads"].(float64); !ok || threads < 1 {
 		t.Errorf("active threads: %v", answer["activeThreads"])
@@ -384,20 +413,17 @@ func statesOf(answer map[string]any) (states []string) {
 	return states
 }
 
-func eventually(t *testing.T, done func() bool) {
-	t.Helper()
-	for deadline := time.Now().Add(10 * time.Second); !done(); time.Sleep(time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatal("waited too long")
-		}
-	}
-}
-
 // submit submits a file to a broker.
 func submit(t *testing.T, broker string) (status int, accepted map[string]any) {
 	t.Helper()
+	return submitWith(t, http.DefaultClient, broker)
+}
+
+// submitWith is like submit, with a client.
+func submitWith(t *testing.T, client *http.Client, broker string) (status int, accepted map[string]any) {
+	t.Helper()
 	body, contentType := upload(t, "file", []byte("a small text"))
-	status, answer := call(t, "POST", broker+"/submit?secret=own", body, contentType)
+	status, answer := callWith(t, client, "POST", broker+"/submit?secret=own", body, contentType)
 	if status == 200 {
 		accepted = answer["acceptedFiles"].([]any)[0].(map[string]any)
 	}
@@ -423,7 +449,7 @@ func TestBroker(t *testing.T) {
 				t.Fatalf("status %d, %v", status, accepted)
 			}
 			var answer map[string]any
-			eventually(t, func() bool {
+			testenv.Eventually(t, "the node's answer", func() bool {
 				_, answer = call(t, "GET", broker+"/submit-result?serect=own&submitID="+accepted["ID"].(string), nil, "")
 				return answer["state"] != "QUEUED"
 			})
@@ -473,7 +499,7 @@ func TestQueue(t *testing.T) {
 	ended := make(chan struct{})
 	go func() { b.Run(ctx); close(ended) }()
 	for i, id := range ids {
-		eventually(t, func() bool { return result(id)["state"] == "SUCCESS" })
+		testenv.Eventually(t, "the submission to be at a node", func() bool { return result(id)["state"] == "SUCCESS" })
 		if got, want := result(id)["appServerID"], []string{"node-1", "node-2"}[i%2]; got != want {
 			t.Errorf("submission %d is at %v, want %s", i, got, want)
 		}
@@ -562,7 +588,7 @@ func TestSubmitResult(t *testing.T) {
 				t.Errorf("queued: status %d, %v", status, answer)
 			}
 			go b.Run(t.Context())
-			eventually(t, func() bool { return b.dispatchedNow() == 1 })
+			testenv.Eventually(t, "the node's answer", func() bool { return b.dispatchedNow() == 1 })
 			status, answer = call(t, "GET", target, nil, "")
 			want := slices.DeleteFunc(slices.Concat(test.fields, test.more), func(name string) bool { return name == "positionInQueue" })
 			slices.Sort(want)
@@ -620,35 +646,39 @@ func (c *counter) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // TestBrokerTask follows a submission from the queue until it is deleted.
-func TestBrokerTask(t *testing.T) {
-	node := NewNode("hush", 500*time.Millisecond, 2*time.Second)
+func TestBrokerTask(t *testing.T) { synctest.Test(t, testBrokerTask) }
+
+func testBrokerTask(t *testing.T) {
+	const analysis = time.Second
+	node := NewNode("hush", analysis, time.Minute)
 	node.SecretIn = []SecretPlace{SecretInHeader}
 	counted := &counter{Handler: node}
-	b := NewBroker("own", NodeRef{"node-1", serve(t, counted), "hush"})
-	b.Forget = 4 * time.Second
-	broker := serve(t, b)
-	_, accepted := submit(t, broker)
-	target := broker + "/task?secret=own&submitID=" + accepted["ID"].(string)
-	get := func(target string) (int, map[string]any) { return call(t, "GET", target, nil, "") }
+	b := NewBroker("own", NodeRef{"node-1", "http://node", "hush"})
+	b.Forget = time.Hour
+	client := &http.Client{Transport: handlers{"broker": b, "node": counted}}
+	b.NodeClient = client
+	_, accepted := submitWith(t, client, "http://broker")
+	target := "http://broker/task?secret=own&submitID=" + accepted["ID"].(string)
+	get := func(target string) (int, map[string]any) { return callWith(t, client, "GET", target, nil, "") }
 
 	if status, _ := get(target); status != 204 {
 		t.Errorf("queued: status %d", status)
 	}
 	go b.Run(t.Context())
-	var status int
-	var answer map[string]any
-	eventually(t, func() bool { status, answer = get(target); return status != 204 })
+	synctest.Wait()
+	status, answer := get(target)
 	if states := statesOf(answer); status != 200 || states[0] != "IN_PROGRESS" || answer["result"].(map[string]any)["finalVerdict"] != nil {
 		t.Errorf("in progress: status %d, %v", status, answer)
 	}
-	eventually(t, func() bool { status, answer = get(target); return statesOf(answer)[0] == "SUCCESS" })
+	time.Sleep(analysis)
+	_, answer = get(target)
 	result := answer["result"].(map[string]any)
-	if verdict := result["finalVerdict"].(map[string]any)["verdict"]; verdict != "UNKNOWN" || answer["processTime"] == nil || result["resources"] != nil {
+	if verdict := result["finalVerdict"].(map[string]any)["verdict"]; statesOf(answer)[0] != "SUCCESS" || verdict != "UNKNOWN" || answer["processTime"] == nil || result["resources"] != nil {
 		t.Errorf("finished: %v", answer)
 	}
 
 	asked := counted.tasks.Load()
-	pair := broker + "/task?secret=own&appServerID=node-1&taskID=" + result["taskReference"].(map[string]any)["ID"].(string)
+	pair := "http://broker/task?secret=own&appServerID=node-1&taskID=" + result["taskReference"].(map[string]any)["ID"].(string)
 	for _, target := range []string{target, pair} {
 		if _, again := get(target); !reflect.DeepEqual(again, answer) {
 			t.Errorf("%s: %v, want %v", target, again, answer)
@@ -664,13 +694,15 @@ func TestBrokerTask(t *testing.T) {
 		t.Errorf("the complete report: %v", complete)
 	}
 
-	eventually(t, func() bool { status, _ = get(target + "&nocache=true"); return status == 404 })
-	if status, _ = get(target); status != 200 {
-		t.Errorf("the node has deleted the task, the broker answers with status %d", status)
+	time.Sleep(time.Minute)
+	for target, want := range map[string]int{target: 200, target + "&nocache=true": 404} {
+		if status, _ := get(target); status != want {
+			t.Errorf("%s: status %d after the node has deleted the task, want %d", target, status, want)
+		}
 	}
-	eventually(t, func() bool { status, _ = get(target); return status == 404 })
-	for _, target := range []string{pair, pair + "&all=true", broker + "/submit-result?secret=own&submitID=" + accepted["ID"].(string)} {
-		if status, _ = get(target); status != 404 {
+	time.Sleep(time.Hour - time.Minute)
+	for _, target := range []string{target, pair, pair + "&all=true", "http://broker/submit-result?secret=own&submitID=" + accepted["ID"].(string)} {
+		if status, _ := get(target); status != 404 {
 			t.Errorf("%s: status %d after the deletion", target, status)
 		}
 	}
@@ -684,7 +716,7 @@ func TestBrokerTaskErrors(t *testing.T) {
 	go b.Run(t.Context())
 	broker := serve(t, b)
 	_, failed := submit(t, broker)
-	eventually(t, func() bool { return b.dispatchedNow() == 1 })
+	testenv.Eventually(t, "the node's answer", func() bool { return b.dispatchedNow() == 1 })
 	for query, want := range map[string]int{
 		"":                                   400,
 		"&taskID=x":                          400,
@@ -764,7 +796,7 @@ func TestTLS(t *testing.T) {
 			go b.Run(t.Context())
 			for _, host := range []string{"127.0.0.1", "localhost"} {
 				address := strings.Replace(broker, "127.0.0.1", host, 1)
-				eventually(t, func() bool {
+				testenv.Eventually(t, "the report", func() bool {
 					request, err := http.NewRequestWithContext(t.Context(), http.MethodGet, address+"/task?secret=own&submitID="+submitted, nil)
 					if err != nil {
 						t.Fatal(err)
