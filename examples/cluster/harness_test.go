@@ -31,7 +31,7 @@ import (
 	_ "github.com/caddy-fsbroker/caddy-fsbroker/examples/cluster/internal/redisstorage"
 	"github.com/caddy-fsbroker/caddy-fsbroker/examples/cluster/internal/redistest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/examples/quickstart/backend"
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testenv"
 )
 
 // beCaddy is the environment variable that makes this test binary run as Caddy with the module and the test's storage.
@@ -53,6 +53,7 @@ const caddyfile = "Caddyfile.redis"
 // cluster is what several instances of Caddy share: a Redis database, a broker and two nodes.
 type cluster struct {
 	t       *testing.T
+	ctx     context.Context // of requests
 	redis   *redistest.Server
 	secrets map[string]string // by environment variable
 	env     []string          // of the instances
@@ -117,14 +118,14 @@ func (u *upstream) stop() { u.servers.Stop() }
 // finish a task at once, and keep it. The options are for Redis.
 func newCluster(t *testing.T, options ...string) *cluster {
 	t.Helper()
-	t.Parallel()
 	return newTimedCluster(t, timing{forget: time.Hour}, options...)
 }
 
-// newTimedCluster is like newCluster, but the nodes take their time, and the test runs alone unless it is parallel.
+// newTimedCluster is like newCluster, but the nodes take their time.
 func newTimedCluster(t *testing.T, timing timing, options ...string) *cluster {
 	t.Helper()
-	c := &cluster{t: t, redis: redistest.Start(t, options...), timing: timing}
+	t.Parallel()
+	c := &cluster{t: t, ctx: testenv.Context(t), redis: redistest.Start(t, options...), timing: timing}
 	c.secrets = map[string]string{"REDIS_PASSWORD": c.redis.Password}
 	for _, name := range []string{"PORTAL_SECRET", "NODE_1_SECRET", "NODE_2_SECRET", "BROKER_SECRET"} {
 		c.secrets[name] = rand.Text()
@@ -141,7 +142,7 @@ func newTimedCluster(t *testing.T, timing timing, options ...string) *cluster {
 	t.Cleanup(c.pinned.CloseIdleConnections)
 
 	for _, u := range []*upstream{&c.broker, &c.node1, &c.node2} {
-		u.address, u.tls = fmt.Sprintf("127.0.0.1:%d", testsite.FreePort(t)), certificate.ServerConfig()
+		u.address, u.tls = fmt.Sprintf("127.0.0.1:%d", testenv.Port(t)), certificate.ServerConfig()
 		u.asked = make(map[question]int)
 		u.start(t)
 		t.Cleanup(u.stop)
@@ -149,10 +150,9 @@ func newTimedCluster(t *testing.T, timing timing, options ...string) *cluster {
 	c.forget()
 	t.Cleanup(func() { c.stopBroker() })
 
-	c.env = []string{
-		beCaddy + "=1", "REDIS_ADDRESS=" + c.redis.Address, "UPSTREAMS_CRT=" + pem,
-		"BROKER=" + c.broker.address, "NODE_1=" + c.node1.address, "NODE_2=" + c.node2.address,
-	}
+	c.env = append(testenv.Home(t.TempDir()),
+		beCaddy+"=1", "REDIS_ADDRESS="+c.redis.Address, "UPSTREAMS_CRT="+pem,
+		"BROKER="+c.broker.address, "NODE_1="+c.node1.address, "NODE_2="+c.node2.address)
 	for name, secret := range c.secrets {
 		c.env = append(c.env, name+"="+secret)
 	}
@@ -249,7 +249,7 @@ func (c *cluster) upload(url, secret string, file []byte, answer any) error {
 	if err := writer.Close(); err != nil {
 		return err
 	}
-	req, err := http.NewRequest(http.MethodPost, url, &form)
+	req, err := http.NewRequestWithContext(c.ctx, http.MethodPost, url, &form)
 	if err != nil {
 		return err
 	}
@@ -303,11 +303,11 @@ func (c *cluster) startWith(directives []string, options ...string) *instance {
 	dir := c.t.TempDir()
 	i := &instance{
 		c: c, directives: directives, log: filepath.Join(dir, "log"),
-		client: &http.Client{Timeout: time.Minute, Transport: new(http.Transport)},
+		client: &http.Client{Transport: new(http.Transport)},
 	}
-	site, admin := fmt.Sprintf("127.0.0.1:%d", testsite.FreePort(c.t)), fmt.Sprintf("127.0.0.1:%d", testsite.FreePort(c.t))
+	site, admin := fmt.Sprintf("127.0.0.1:%d", testenv.Port(c.t)), fmt.Sprintf("127.0.0.1:%d", testenv.Port(c.t))
 	i.site, i.admin = "http://"+site, "http://"+admin
-	i.env = append(slices.Clone(c.env), "FSBROKER_SITE="+i.site, "CADDY_ADMIN="+admin, "XDG_DATA_HOME="+dir, "XDG_CONFIG_HOME="+dir)
+	i.env = slices.Concat(c.env, testenv.Home(dir), []string{"FSBROKER_SITE=" + i.site, "CADDY_ADMIN=" + admin})
 	i.args = []string{"run", "--config", filepath.Join(dir, "Caddyfile")}
 	i.configure(options...)
 	c.t.Cleanup(func() {
@@ -429,7 +429,7 @@ func (i *instance) getKept(path string) (r response, err error) {
 }
 
 func (i *instance) do(method, url string, headers ...string) (r response, err error) {
-	req, err := http.NewRequest(method, url, nil)
+	req, err := http.NewRequestWithContext(i.c.ctx, method, url, nil)
 	if err != nil {
 		return r, err
 	}
@@ -528,12 +528,14 @@ func (i *instance) logged(text string) bool {
 	return bytes.Contains(log, []byte(text))
 }
 
-// eventually waits until done returns true.
+// eventually waits until done returns true. It looks less often than others: these tests run beside each other.
 func eventually(t *testing.T, what string, done func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(60 * time.Second); !done(); time.Sleep(50 * time.Millisecond) {
-		if time.Now().After(deadline) {
-			t.Fatalf("waited too long for %s", what)
+	testenv.Eventually(t, what, func() bool {
+		if done() {
+			return true
 		}
-	}
+		time.Sleep(50 * time.Millisecond)
+		return false
+	})
 }

@@ -26,11 +26,15 @@ func TestSweep(t *testing.T) {
 	// The sweeps begin meanwhile.
 	for time.Since(began) < 2*retention {
 		path := c.mustScan(1, text(1))
+		begun := time.Now()
 		one.collect(path)
 		one.wantStored()
 		c.forget()
 		for range 5 {
-			other.want(path, http.StatusOK, fromStorage)
+			r, err := other.get(path)
+			if young := time.Since(begun) < retention; err != nil || young && r.status != http.StatusOK {
+				t.Errorf("a report that is younger than the retention: status %d, %v", r.status, err)
+			}
 			time.Sleep(retention / 20)
 		}
 	}
@@ -41,7 +45,7 @@ func TestSweep(t *testing.T) {
 // While an instance with a longer retention runs, that one counts.
 func TestTwoRetentions(t *testing.T) {
 	c := newCluster(t)
-	long := c.start("retention 40s", "max_size 1B")
+	long := c.start("retention 2m", "max_size 1B")
 	eventually(t, "the record of an instance", func() bool { return len(c.redis.Keys("*/instances/*")) == 1 })
 	short := c.start("retention 4s", "max_size 1B")
 	path := c.mustScan(1, text(1))

@@ -2,18 +2,16 @@
 package redistest
 
 import (
-	"bytes"
 	"cmp"
 	cryptorand "crypto/rand"
 	"os/exec"
 	"strconv"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/redis/go-redis/v9"
 
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testenv"
 )
 
 // Server is a Redis server that has a password, listens on a loopback port only, and keeps its files in a temporary
@@ -34,12 +32,12 @@ func Start(t testing.TB, options ...string) *Server {
 	if _, err := exec.LookPath("redis-server"); err != nil {
 		t.Skipf("SKIPPED: redis-server is missing (%v)", err)
 	}
-	port := strconv.Itoa(testsite.FreePort(t))
+	port := strconv.Itoa(testenv.Port(t))
 	s := &Server{Address: "127.0.0.1:" + port, Password: cryptorand.Text(), t: t}
 	s.options = append([]string{
 		"--bind", "127.0.0.1", "--port", port, "--requirepass", s.Password, "--dir", t.TempDir(), "--save", "", "--loglevel", "warning",
 	}, options...)
-	s.Client = redis.NewClient(&redis.Options{Addr: s.Address, Password: s.Password, ReadTimeout: time.Minute, MaxRetries: -1})
+	s.Client = redis.NewClient(&redis.Options{Addr: s.Address, Password: s.Password, ReadTimeout: -1, MaxRetries: -1})
 	t.Cleanup(func() {
 		_ = s.Client.Close()
 		s.Kill()
@@ -51,20 +49,12 @@ func Start(t testing.TB, options ...string) *Server {
 // Restart starts the server again after Kill.
 func (s *Server) Restart() {
 	s.t.Helper()
-	var log bytes.Buffer
 	s.cmd = exec.Command("redis-server", s.options...) //nolint:gosec,noctx // a test has chosen the options and ends it
-	s.cmd.Stdout, s.cmd.Stderr = &log, &log
+	s.cmd.Stdout, s.cmd.Stderr = s.t.Output(), s.t.Output()
 	if err := s.cmd.Start(); err != nil {
 		s.t.Fatal(err)
 	}
-	var err error
-	for deadline := time.Now().Add(20 * time.Second); time.Now().Before(deadline); time.Sleep(10 * time.Millisecond) {
-		if err = s.Client.Ping(s.t.Context()).Err(); err == nil {
-			return
-		}
-	}
-	s.Kill() // before its log is read
-	s.t.Fatalf("Redis does not answer: %v\n%s", err, &log)
+	testenv.Eventually(s.t, "Redis to answer", func() bool { return s.Client.Ping(s.t.Context()).Err() == nil })
 }
 
 // Kill ends the server at once.
