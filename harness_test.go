@@ -20,10 +20,7 @@ import (
 	"testing"
 	"time"
 
-	"go.uber.org/goleak"
-
 	"github.com/caddyserver/caddy/v2"
-	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
@@ -38,40 +35,6 @@ const (
 )
 
 var allSecrets = []string{callerSecret, nodeSecret, brokerSecret}
-
-// beCaddy is the environment variable that makes this test binary a Caddy with the module. Tests with more than one
-// process use it.
-const beCaddy = "FSBROKER_TEST_BE_CADDY"
-
-func TestMain(m *testing.M) {
-	if os.Getenv(beCaddy) != "" {
-		caddycmd.Main()
-		return
-	}
-	for name, secret := range map[string]string{"CALLER": callerSecret, "NODE": nodeSecret, "BROKER": brokerSecret} {
-		if err := os.Setenv(name+"_SECRET", secret); err != nil {
-			panic(err)
-		}
-	}
-	data, err := os.MkdirTemp("", "caddy-data") // has the instance's name and locks
-	if err != nil {
-		panic(err)
-	}
-	if err := os.Setenv("XDG_DATA_HOME", data); err != nil {
-		panic(err)
-	}
-	goleak.VerifyTestMain(m,
-		goleak.Cleanup(func(code int) {
-			_ = os.RemoveAll(data)
-			os.Exit(code)
-		}),
-		// Caddy and its libraries start these once in a process.
-		goleak.IgnoreAnyFunction("github.com/caddyserver/caddy/v2.trapSignalsCrossPlatform.func1"),
-		goleak.IgnoreAnyFunction("github.com/caddyserver/certmagic.(*Cache).maintainAssets"),
-		goleak.IgnoreAnyFunction("github.com/golang/glog.(*fileSink).flushDaemon"),
-		goleak.IgnoreAnyFunction("github.com/caddyserver/certmagic.keepLockfileFresh"),
-	)
-}
 
 // site is a Caddy that serves the handler over TLS.
 type site struct {
