@@ -13,69 +13,69 @@ import (
 	"strconv"
 	"strings"
 	"testing"
-	"time"
+	"testing/synctest"
+
+	"github.com/caddyserver/caddy/v2"
 )
 
 func TestAdminNodes(t *testing.T) {
-	g := newGate()
-	well := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
-		r.URL.Path = strings.TrimPrefix(r.URL.Path, "/base")
-		if r.URL.Path == "/task" {
-			g.then(systemInfo)(w, r)
-			return
+	inBubble(t, func(t *testing.T) {
+		g := newGate()
+		well := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+			r.URL.Path = strings.TrimPrefix(r.URL.Path, "/base")
+			if r.URL.Path == "/task" {
+				g.then(systemInfo)(w, r)
+				return
+			}
+			systemInfo(w, r)
+		})
+		old := newBackend(t, responds(http.StatusNotFound, ""))
+		slow := newBackend(t, func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
+		gone := newBackend(t, nil)
+		gone.Close()
+		broker := newBackend(t, responds(http.StatusInternalServerError, ""))
+		s := startWithAdmin(t, fmt.Sprintf(`fsbroker_task {
+			secret {env.CALLER_SECRET}
+			node a-well %s/base {env.NODE_SECRET}
+			node b-old %s
+			node c-slow %s
+			node d-gone %s
+			broker %s {env.BROKER_SECRET}
+			health_timeout 300ms
 		}
-		systemInfo(w, r)
+		fsbroker_task /other {
+			secret {env.CALLER_SECRET}
+			node a-well %[1]s/base {env.NODE_SECRET}
+			cache {
+				namespace other
+			}
+		}`, well.URL, old.URL, slow.URL, gone.URL, broker.URL), "")
+
+		s.get("/task?submitID=s1").wantProblem(t, http.StatusBadGateway, "broker_bad_answer")
+		held := s.goGet("/task?appServerID=a-well&taskID=t1")
+		within(t, "the request", g.entered)
+		host := func(b *backend) string { return strings.TrimPrefix(b.URL, "http://") }
+		s.wantAdmin(http.MethodGet, "/fsbroker/nodes", http.StatusOK, fmt.Sprintf(`[`+
+			`{"namespace":"default","role":"node","node":"a-well","address":"%s","state":"healthy","questions":1,`+
+			`"system_info":{"name":"fsTransform","version":"2.1.0","queue":{"active":3,"queued":2,"completed":12345}}},`+
+			`{"namespace":"default","role":"node","node":"b-old","address":"%s","state":"degraded","questions":0,"system_info_problem":"node_bad_answer"},`+
+			`{"namespace":"default","role":"node","node":"c-slow","address":"%s","state":"degraded","last_problem":{"code":"node_timeout","cause":"the node did not answer within 300ms","at":"…"},"questions":0,"system_info_problem":"node_timeout"},`+
+			`{"namespace":"default","role":"node","node":"d-gone","address":"%[4]s","state":"down","last_problem":{"code":"node_unreachable","cause":"dial tcp %[4]s: connect: connection refused","at":"…"},"questions":0,"system_info_problem":"node_unreachable"},`+
+			`{"namespace":"default","role":"broker","address":"%[5]s","state":"degraded","last_problem":{"code":"broker_bad_answer","cause":"the broker answered with the unexpected status 500","at":"…"},"questions":0,"system_info_problem":"broker_bad_answer"},`+
+			`{"namespace":"other","role":"node","node":"a-well","address":"%[1]s","state":"healthy","questions":0,`+
+			`"system_info":{"name":"fsTransform","version":"2.1.0","queue":{"active":3,"queued":2,"completed":12345}}}]`,
+			host(well), host(old), host(slow), host(gone), host(broker)))
+		if lines := s.logged("broker fails"); len(lines) != 1 || lines[0]["node"] != nil {
+			t.Errorf("the log has %v", lines)
+		}
+		close(g.open)
+		(<-held).wantStatus(t, http.StatusOK)
+
+		if _, body := s.requestAdmin(http.MethodGet, "/fsbroker/nodes"); strings.Contains(body, `"questions":1`) {
+			t.Errorf("a request is still under way: %s", body)
+		}
+		s.wantNoSecretInLog()
 	})
-	old := newBackend(t, responds(http.StatusNotFound, ""))
-	slow := newBackend(t, func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() })
-	gone := newBackend(t, nil)
-	gone.Close()
-	broker := newBackend(t, responds(http.StatusInternalServerError, ""))
-	s := startWithAdmin(t, fmt.Sprintf(`fsbroker_task {
-		secret {env.CALLER_SECRET}
-		node a-well %s/base {env.NODE_SECRET}
-		node b-old %s
-		node c-slow %s
-		node d-gone %s
-		broker %s {env.BROKER_SECRET}
-		health_timeout 300ms
-	}
-	fsbroker_task /other {
-		secret {env.CALLER_SECRET}
-		node a-well %[1]s/base {env.NODE_SECRET}
-		cache {
-			namespace other
-		}
-	}`, well.URL, old.URL, slow.URL, gone.URL, broker.URL), "")
-
-	s.get("/task?submitID=s1").wantProblem(t, http.StatusBadGateway, "broker_bad_answer")
-	held := s.goGet("/task?appServerID=a-well&taskID=t1")
-	within(t, "the request", g.entered)
-	host := func(b *backend) string { return strings.TrimPrefix(b.URL, "http://") }
-	begin := time.Now()
-	s.wantAdmin(http.MethodGet, "/fsbroker/nodes", http.StatusOK, fmt.Sprintf(`[`+
-		`{"namespace":"default","role":"node","node":"a-well","address":"%s","state":"healthy","questions":1,`+
-		`"system_info":{"name":"fsTransform","version":"2.1.0","queue":{"active":3,"queued":2,"completed":12345}}},`+
-		`{"namespace":"default","role":"node","node":"b-old","address":"%s","state":"degraded","questions":0,"system_info_problem":"node_bad_answer"},`+
-		`{"namespace":"default","role":"node","node":"c-slow","address":"%s","state":"degraded","last_problem":{"code":"node_timeout","cause":"the node did not answer within 300ms","at":"…"},"questions":0,"system_info_problem":"node_timeout"},`+
-		`{"namespace":"default","role":"node","node":"d-gone","address":"%[4]s","state":"down","last_problem":{"code":"node_unreachable","cause":"dial tcp %[4]s: connect: connection refused","at":"…"},"questions":0,"system_info_problem":"node_unreachable"},`+
-		`{"namespace":"default","role":"broker","address":"%[5]s","state":"degraded","last_problem":{"code":"broker_bad_answer","cause":"the broker answered with the unexpected status 500","at":"…"},"questions":0,"system_info_problem":"broker_bad_answer"},`+
-		`{"namespace":"other","role":"node","node":"a-well","address":"%[1]s","state":"healthy","questions":0,`+
-		`"system_info":{"name":"fsTransform","version":"2.1.0","queue":{"active":3,"queued":2,"completed":12345}}}]`,
-		host(well), host(old), host(slow), host(gone), host(broker)))
-	if took := time.Since(begin); took > 5*time.Second {
-		t.Errorf("the response took %s", took)
-	}
-	if lines := s.logged("broker fails"); len(lines) != 1 || lines[0]["node"] != nil {
-		t.Errorf("the log has %v", lines)
-	}
-	close(g.open)
-	(<-held).wantStatus(t, http.StatusOK)
-
-	if _, body := s.requestAdmin(http.MethodGet, "/fsbroker/nodes"); strings.Contains(body, `"questions":1`) {
-		t.Errorf("a request is still under way: %s", body)
-	}
-	s.wantNoSecretInLog()
 }
 
 func TestAdminCache(t *testing.T) {
@@ -99,7 +99,7 @@ func TestAdminCache(t *testing.T) {
 		return strings.Contains(body, `"queued":0`)
 	})
 	s.wantAdmin(http.MethodGet, "/fsbroker/cache", http.StatusOK,
-		`{"default":{"bytes":0,"sending":0,"reading":0,"limit":1,"entries":0,"evictions":1,"waiters":0,"storage":{"module":"file_system","queued":0,"queued_bytes":0,"failing":false}}}`)
+		`{"default":{"bytes":0,"sending":0,"reading":0,"limit":1,"entries":0,"evictions":1,"waiters":0,"storage":{"module":"folder","queued":0,"queued_bytes":0,"failing":false}}}`)
 
 	s.load("respond 404") // without the handler, there is nothing to show
 	s.wantAdmin(http.MethodGet, "/fsbroker/cache", http.StatusOK, `{}`)
@@ -256,53 +256,55 @@ func TestPurgeOfATaskPurgesItsSubmissions(t *testing.T) {
 
 // A purge removes what is queued for the storage, and what a write that is under way stores.
 func TestPurgeOfTheQueue(t *testing.T) {
-	fault.dir = t.TempDir()
-	node := newBackend(t, systemInfo)
-	s := startWithAdmin(t, options(node, "cache {\n storage faulty\n }"), "")
-	t.Cleanup(func() { setFault(nil, nil, false) })
+	inBubble(t, func(t *testing.T) {
+		fault.dir = storageDir(t)
+		node := newBackend(t, systemInfo)
+		s := startWithAdmin(t, options(node, "cache {\n storage faulty\n }"), "")
+		t.Cleanup(func() { setFault(nil, nil, false) })
 
-	setFault(errors.New("storage is away"), nil, false)
-	for _, task := range []string{"t1", "t1&all", "t2", "t3"} {
-		s.get("/task?appServerID=node-1&taskID="+task).wantStatus(t, http.StatusOK)
-	}
-	// Nobody knows what a storage has that is away, so that is no success. Memory and the queue are purged nevertheless.
-	const away = `{"error":"memory is purged, but the storage is not, or only in part: try again with from=0: the storage faulty: it does not work: storage is away"}`
-	s.wantAdmin(http.MethodDelete, "/fsbroker/cache?appServerID=node-1&taskID=t1", http.StatusBadGateway, away)
-	if _, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache"); !strings.Contains(body, `"entries":2`) || !strings.Contains(body, `"queued":2`) {
-		t.Errorf("after a purge of a task: %s", body)
-	}
-	s.wantAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusBadGateway, away)
-	if _, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache"); !strings.Contains(body, `"entries":0`) || !strings.Contains(body, `"queued":0,"queued_bytes":0`) {
-		t.Errorf("after a purge of everything: %s", body)
-	}
-
-	hang := make(chan struct{})
-	setFault(nil, nil, false)
-	beforeEach(t, func(operation, key string, _ int) error {
-		if operation == "Store" && isReport(key) {
-			<-hang
+		setFault(errors.New("storage is away"), nil, false)
+		for _, task := range []string{"t1", "t1&all", "t2", "t3"} {
+			s.get("/task?appServerID=node-1&taskID="+task).wantStatus(t, http.StatusOK)
 		}
-		return nil
+		// Nobody knows what a storage has that is away, so that is no success. Memory and the queue are purged nevertheless.
+		const away = `{"error":"memory is purged, but the storage is not, or only in part: try again with from=0: the storage faulty: it does not work: storage is away"}`
+		s.wantAdmin(http.MethodDelete, "/fsbroker/cache?appServerID=node-1&taskID=t1", http.StatusBadGateway, away)
+		if _, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache"); !strings.Contains(body, `"entries":2`) || !strings.Contains(body, `"queued":2`) {
+			t.Errorf("after a purge of a task: %s", body)
+		}
+		s.wantAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusBadGateway, away)
+		if _, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache"); !strings.Contains(body, `"entries":0`) || !strings.Contains(body, `"queued":0,"queued_bytes":0`) {
+			t.Errorf("after a purge of everything: %s", body)
+		}
+
+		hang := make(chan struct{})
+		setFault(nil, nil, false)
+		beforeEach(t, func(operation, key string, _ int) error {
+			if operation == "Store" && isReport(key) {
+				<-hang
+			}
+			return nil
+		})
+		before := writes()
+		node.setHandler(responds(http.StatusOK, reportOf("t4", "SUCCESS")))
+		s.get("/task?appServerID=node-1&taskID=t4&nocache").wantStatus(t, http.StatusOK)
+		eventually(t, "the write to begin", func() bool { return writes() > before })
+		purged := make(chan error, 1)
+		go func() {
+			purged <- s.checkAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusOK, `{"memory":1,"queue":1,"storage":1}`)
+		}()
+		synctest.Wait() // for the purge to wait for the write
+		close(hang)
+		if err := <-purged; err != nil {
+			t.Error(err)
+		}
+		if err := caddy.Stop(); err != nil { // which waits for what is left to be written, and would bring the value back
+			t.Fatal(err)
+		}
+		if left := storedIn(t, fault.dir); len(left) != 0 {
+			t.Errorf("there are still the values %v", left)
+		}
 	})
-	before := writes()
-	node.setHandler(responds(http.StatusOK, reportOf("t4", "SUCCESS")))
-	s.get("/task?appServerID=node-1&taskID=t4&nocache").wantStatus(t, http.StatusOK)
-	eventually(t, "the write to begin", func() bool { return writes() > before })
-	purged := make(chan error, 1)
-	go func() {
-		purged <- s.checkAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusOK, `{"memory":1,"queue":1,"storage":1}`)
-	}()
-	eventually(t, "the purge to wait for the write", func() bool {
-		return goroutines(t, "select", "archive.(*Archive).purgeQueue(") == 1
-	})
-	close(hang)
-	if err := <-purged; err != nil {
-		t.Error(err)
-	}
-	time.Sleep(50 * time.Millisecond) // nothing shows that no write is left, which would bring the value back
-	if left := storedIn(t, fault.dir); len(left) != 0 {
-		t.Errorf("there are still the values %v", left)
-	}
 }
 
 // The documented requests to the admin API work.

@@ -13,7 +13,7 @@ func TestSubmissions(t *testing.T) {
 	ofBroker, ofNode := reportOf("of the broker", "SUCCESS"), reportOf("of the node", "SUCCESS")
 	node := newBackend(t, responds(http.StatusOK, ofNode))
 	broker := newBackend(t, nil)
-	s := startSite(t, options(node, brokerOption(broker)+"\npoll_interval 200ms\ntimeout 500ms"))
+	s := startSite(t, options(node, brokerOption(broker)+"\npoll_interval 200ms"))
 	unused := func(http.ResponseWriter, *http.Request) { t.Error("/submit-result is asked, although /task answers") }
 	unknown := responds(404, "")
 
@@ -41,7 +41,6 @@ func TestSubmissions(t *testing.T) {
 		"as in the manual":            {unknown, responds(200, `{"processTime":1,"fileSize":2,"mediaType":{},"digests":{}}`), 404, "unknown_submission"},
 		"unreadable":                  {unknown, responds(200, `<html>`), 404, "unknown_submission"},
 		"empty":                       {unknown, responds(200, ``), 404, "unknown_submission"},
-		"the explanation is late":     {unknown, func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }, 504, "broker_timeout"},
 		"no explanation for now":      {unknown, responds(503, ""), 503, "broker_overloaded"},
 		"the explanation is refused":  {unknown, responds(403, ""), 404, "unknown_submission"},
 		"the explanation fails":       {unknown, responds(500, ""), 404, "unknown_submission"},
@@ -73,35 +72,45 @@ func TestSubmissions(t *testing.T) {
 	s.wantNoSecretInLog()
 }
 
+func TestLateExplanation(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		broker := newBackend(t, brokerResponds(responds(404, ""), func(_ http.ResponseWriter, r *http.Request) { <-r.Context().Done() }))
+		s := startSite(t, fmt.Sprintf("fsbroker_task {\n secret {env.CALLER_SECRET}\n %s\n}", brokerOption(broker)))
+		s.get("/task?submitID=s1").wantProblem(t, 504, "broker_timeout")
+	})
+}
+
 func TestSubmissionsAreKept(t *testing.T) {
-	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
-	broker := newBackend(t, explains(`{"state":"QUEUED"}`))
-	s := startSite(t, options(node, brokerOption(broker)+"\npoll_interval 1s"))
-	const submitted = "/task?submitID=s1"
+	inBubble(t, func(t *testing.T) {
+		node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+		broker := newBackend(t, explains(`{"state":"QUEUED"}`))
+		s := startSite(t, options(node, brokerOption(broker)+"\npoll_interval 1s"))
+		const submitted = "/task?submitID=s1"
 
-	s.get(submitted).wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
-	s.get(submitted).wantHeader(t, "Cache-Status", "fsbroker; hit")
-	broker.wantRequests(t, 2) // its report, and why there is none
-	s.get(submitted+"&nocache").wantStatus(t, http.StatusNoContent)
-	broker.wantRequests(t, 4)
+		s.get(submitted).wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
+		s.get(submitted).wantHeader(t, "Cache-Status", "fsbroker; hit")
+		broker.wantRequests(t, 2) // its report, and why there is none
+		s.get(submitted+"&nocache").wantStatus(t, http.StatusNoContent)
+		broker.wantRequests(t, 4)
 
-	broker.setHandler(explains(`{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
-	s.getUntil(submitted, "the report", func(r reply) bool { return r.status != http.StatusNoContent }).wantStatus(t, http.StatusOK)
-	broker.wantRequests(t, 6)
-	node.wantRequests(t, 1)
-	broker.setHandler(responds(http.StatusNotFound, ""))
-	s.get(submitted).wantHeader(t, "Cache-Status", "fsbroker; hit")
-	fresh := s.get(submitted + "&nocache")
-	fresh.wantProblem(t, http.StatusNotFound, "unknown_submission")
-	if !strings.Contains(string(fresh.body), "without nocache") {
-		t.Errorf("the problem does not mention the kept report: %s", fresh.body)
-	}
+		broker.setHandler(explains(`{"state":"SUCCESS","appServerID":"node-1","taskID":"t1"}`))
+		s.getUntil(submitted, "the report", func(r reply) bool { return r.status != http.StatusNoContent }).wantStatus(t, http.StatusOK)
+		broker.wantRequests(t, 6)
+		node.wantRequests(t, 1)
+		broker.setHandler(responds(http.StatusNotFound, ""))
+		s.get(submitted).wantHeader(t, "Cache-Status", "fsbroker; hit")
+		fresh := s.get(submitted + "&nocache")
+		fresh.wantProblem(t, http.StatusNotFound, "unknown_submission")
+		if !strings.Contains(string(fresh.body), "without nocache") {
+			t.Errorf("the problem does not mention the kept report: %s", fresh.body)
+		}
 
-	// submitID wins over the pair, which is ignored.
-	s.get("/task?submitID=s1&appServerID=node-7").wantStatus(t, http.StatusOK)
-	// The pair finds the report that was fetched from the node.
-	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
-	node.wantRequests(t, 1)
+		// submitID wins over the pair, which is ignored.
+		s.get("/task?submitID=s1&appServerID=node-7").wantStatus(t, http.StatusOK)
+		// The pair finds the report that was fetched from the node.
+		s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
+		node.wantRequests(t, 1)
+	})
 }
 
 // A report that is named by its node and task comes from the node, and else from the broker.

@@ -6,7 +6,6 @@ import (
 	"net/http"
 	"strings"
 	"testing"
-	"time"
 )
 
 // sumA and sumB are SHA-256 sums of files.
@@ -140,7 +139,7 @@ func TestByFileOnEveryInstance(t *testing.T) {
 
 // While the storage is away, what memory and the queue have is found.
 func TestByFileWhileTheStorageIsAway(t *testing.T) {
-	fault.dir = t.TempDir()
+	fault.dir = storageDir(t)
 	node := filesNode(t)
 	s := startWithAdmin(t, options(node, "cache {\n storage faulty\n max_size 1MiB\n }"), "")
 	t.Cleanup(func() { setFault(nil, nil, false) })
@@ -166,7 +165,7 @@ func TestByFileWhileTheStorageIsAway(t *testing.T) {
 
 // All callers of a file share one look into the storage.
 func TestByFileTogether(t *testing.T) {
-	fault.dir = t.TempDir()
+	fault.dir = storageDir(t)
 	node := filesNode(t)
 	s := startSite(t, options(node, "cache {\n storage faulty\n }"))
 	gate := make(chan struct{})
@@ -185,7 +184,7 @@ func TestByFileTogether(t *testing.T) {
 	<-lists
 	s.get(byTask("a1")).wantStatus(t, http.StatusOK)
 	own := s.goGet(byFile(sumA)) // joins a call that began before its report was kept
-	time.Sleep(50 * time.Millisecond)
+	wantHeld(t, 21)
 	close(gate)
 	if r := <-own; r.plain(t) != finishedOf(sumA, "a1", "false") {
 		t.Errorf("got status %d, %s", r.status, r.body)

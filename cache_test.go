@@ -88,28 +88,24 @@ func TestCacheKeepsWhatIsRequestedOften(t *testing.T) {
 }
 
 func TestCacheReplacesAndExpires(t *testing.T) {
-	c := newMemory(1 << 20)
-	defer c.close()
-	first, second := inflatedReport(10), inflatedReport(10)
-	c.put(numbered(1), first, time.Hour)
-	c.put(numbered(1), second, 50*time.Millisecond)
-	if e, ok := c.get(numbered(1)); !ok || e.report != second {
-		t.Error("the second has not replaced the first")
-	}
-	if c.used != int64(second.Size())+entryOverhead {
-		t.Errorf("one value uses %d bytes", c.used)
-	}
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(time.Millisecond) {
-		c.mu.Lock()
-		used, items := c.used, c.kept.ItemCount()
-		c.mu.Unlock()
-		if used == 0 && items == 0 {
-			break
+	synctest.Test(t, func(t *testing.T) {
+		c := newMemory(1 << 20)
+		defer c.close()
+		first, second := inflatedReport(10), inflatedReport(10)
+		c.put(numbered(1), first, time.Hour)
+		c.put(numbered(1), second, 50*time.Millisecond)
+		if e, ok := c.get(numbered(1)); !ok || e.report != second {
+			t.Error("the second has not replaced the first")
 		}
-		if time.Now().After(deadline) {
-			t.Fatalf("%d bytes in %d items are still there", used, items)
+		if c.used != int64(second.Size())+entryOverhead {
+			t.Errorf("one value uses %d bytes", c.used)
 		}
-	}
+		time.Sleep(50 * time.Millisecond)
+		synctest.Wait()
+		if c.used != 0 || c.kept.ItemCount() != 0 {
+			t.Errorf("%d bytes in %d items are still there", c.used, c.kept.ItemCount())
+		}
+	})
 }
 
 // Whatever is kept, renewed and removed, in any order, each entry leaves memory when its own TTL is over.
@@ -319,18 +315,20 @@ func TestWhatIsHeldIsNotEvicted(t *testing.T) {
 
 // The same document again keeps the bytes, and their place.
 func TestSameDocumentAgain(t *testing.T) {
-	m := newMemory(1 << 20)
-	defer m.close()
-	first := m.put(numbered(1), gzippedReport(t, 1000), 50*time.Millisecond)
-	before := m.stats()
-	again := m.put(numbered(1), gzippedReport(t, 1000), time.Hour)
-	if again != first || m.stats() != before {
-		t.Errorf("another entry: %+v, before %+v", m.stats(), before)
-	}
-	time.Sleep(100 * time.Millisecond) // beyond the first TTL
-	if e, ok := m.get(numbered(1)); !ok || e != first {
-		t.Error("it was not renewed")
-	}
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory(1 << 20)
+		defer m.close()
+		first := m.put(numbered(1), gzippedReport(t, 1000), 50*time.Millisecond)
+		before := m.stats()
+		again := m.put(numbered(1), gzippedReport(t, 1000), time.Hour)
+		if again != first || m.stats() != before {
+			t.Errorf("another entry: %+v, before %+v", m.stats(), before)
+		}
+		time.Sleep(100 * time.Millisecond) // beyond the first TTL
+		if e, ok := m.get(numbered(1)); !ok || e != first {
+			t.Error("it was not renewed")
+		}
+	})
 }
 
 // An upstream leaves as much as it takes, so one that stalls or floods does not keep out the others.
@@ -473,6 +471,7 @@ func TestCacheConcurrently(t *testing.T) {
 }
 
 func TestCacheBoundsHeap(t *testing.T) {
+	SkipUnlessSlow(t)
 	if raceDetector {
 		t.Skip("the race detector makes allocations larger")
 	}
@@ -499,6 +498,7 @@ func TestCacheBoundsHeap(t *testing.T) {
 // The overhead suffices for what entries cost at worst: go-cache's map is emptiest after this many have come and gone, and two
 // reports of each file cost more than one or three.
 func TestEntryOverhead(t *testing.T) {
+	SkipUnlessSlow(t)
 	if raceDetector {
 		t.Skip("the race detector makes allocations larger")
 	}

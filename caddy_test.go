@@ -204,46 +204,50 @@ func TestAllIsAnotherReport(t *testing.T) {
 }
 
 func TestUnfinishedReport(t *testing.T) {
-	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
-	s := startSite(t, options(node, "poll_interval 1s"))
+	inBubble(t, func(t *testing.T) {
+		node := newBackend(t, responds(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
+		s := startSite(t, options(node, "poll_interval 1s"))
 
-	for i, want := range []string{"fsbroker; fwd=uri-miss; stored", "fsbroker; hit", "fsbroker; hit"} {
-		r := s.get(pair)
-		r.wantStatus(t, http.StatusOK)
-		r.wantHeader(t, "Cache-Status", want)
-		r.wantHeader(t, "Cache-Control", "no-store")
-		r.wantHeader(t, "Retry-After", "1")
-		if i == 2 {
-			s.get(pair, "If-None-Match: "+r.header.Get("ETag")).wantStatus(t, http.StatusNotModified)
+		for i, want := range []string{"fsbroker; fwd=uri-miss; stored", "fsbroker; hit", "fsbroker; hit"} {
+			r := s.get(pair)
+			r.wantStatus(t, http.StatusOK)
+			r.wantHeader(t, "Cache-Status", want)
+			r.wantHeader(t, "Cache-Control", "no-store")
+			r.wantHeader(t, "Retry-After", "1")
+			if i == 2 {
+				s.get(pair, "If-None-Match: "+r.header.Get("ETag")).wantStatus(t, http.StatusNotModified)
+			}
 		}
-	}
-	node.wantRequests(t, 1)
+		node.wantRequests(t, 1)
 
-	refreshed := func(r reply) bool { return r.header.Get("Cache-Status") != "fsbroker; hit" }
-	node.setHandler(responds(http.StatusOK, reportOf("t1", "SUCCESS", "IN_PROGRESS")))
-	s.getUntil(pair, "a second request", refreshed).wantHeader(t, "Cache-Control", "no-store")
-	node.wantRequests(t, 2)
+		refreshed := func(r reply) bool { return r.header.Get("Cache-Status") != "fsbroker; hit" }
+		node.setHandler(responds(http.StatusOK, reportOf("t1", "SUCCESS", "IN_PROGRESS")))
+		s.getUntil(pair, "a second request", refreshed).wantHeader(t, "Cache-Control", "no-store")
+		node.wantRequests(t, 2)
 
-	node.setHandler(responds(http.StatusOK, reportOf("t1", "success_partial", "FAILED")))
-	s.getUntil(pair, "a third request", refreshed).wantHeader(t, "Cache-Control", "private, no-cache")
-	node.setHandler(responds(http.StatusNotFound, ""))
-	time.Sleep(1100 * time.Millisecond) // a finished report outlives the poll interval
-	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
-	node.wantRequests(t, 3)
+		node.setHandler(responds(http.StatusOK, reportOf("t1", "success_partial", "FAILED")))
+		s.getUntil(pair, "a third request", refreshed).wantHeader(t, "Cache-Control", "private, no-cache")
+		node.setHandler(responds(http.StatusNotFound, ""))
+		time.Sleep(1100 * time.Millisecond) // a finished report outlives the poll interval
+		s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
+		node.wantRequests(t, 3)
+	})
 }
 
 func TestNothingToReportYet(t *testing.T) {
-	node := newBackend(t, responds(http.StatusNoContent, ""))
-	s := startSite(t, options(node, "poll_interval 1500ms"))
-	for _, want := range []string{"fsbroker; fwd=uri-miss; stored", "fsbroker; hit"} {
-		r := s.get(pair)
-		r.wantStatus(t, http.StatusNoContent)
-		r.wantHeader(t, "Retry-After", "2")
-		r.wantHeader(t, "Cache-Control", "no-store")
-		r.wantHeader(t, "Cache-Status", want)
-		r.wantHeader(t, "ETag", "")
-	}
-	node.wantRequests(t, 1)
+	inBubble(t, func(t *testing.T) {
+		node := newBackend(t, responds(http.StatusNoContent, ""))
+		s := startSite(t, options(node, "poll_interval 1500ms"))
+		for _, want := range []string{"fsbroker; fwd=uri-miss; stored", "fsbroker; hit"} {
+			r := s.get(pair)
+			r.wantStatus(t, http.StatusNoContent)
+			r.wantHeader(t, "Retry-After", "2")
+			r.wantHeader(t, "Cache-Control", "no-store")
+			r.wantHeader(t, "Cache-Status", want)
+			r.wantHeader(t, "ETag", "")
+		}
+		node.wantRequests(t, 1)
+	})
 }
 
 func TestTooLargeToBeKept(t *testing.T) {
@@ -256,18 +260,20 @@ func TestTooLargeToBeKept(t *testing.T) {
 }
 
 func TestReportsExpire(t *testing.T) {
-	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
-	const ttl = 300 * time.Millisecond
-	s := startSite(t, options(node, fmt.Sprintf("cache {\n ttl %s\n }", ttl)))
-	start := time.Now()
-	s.get(pair)
-	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
-	expired := s.getUntil(pair, "the report to expire", func(r reply) bool { return r.header.Get("Cache-Status") != "fsbroker; hit" })
-	expired.wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
-	if took := time.Since(start); took < ttl {
-		t.Errorf("the report expired after %s", took)
-	}
-	node.wantRequests(t, 2)
+	inBubble(t, func(t *testing.T) {
+		node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+		const ttl = 300 * time.Millisecond
+		s := startSite(t, options(node, fmt.Sprintf("cache {\n ttl %s\n }", ttl)))
+		start := time.Now()
+		s.get(pair)
+		s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
+		expired := s.getUntil(pair, "the report to expire", func(r reply) bool { return r.header.Get("Cache-Status") != "fsbroker; hit" })
+		expired.wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
+		if took := time.Since(start); took < ttl {
+			t.Errorf("the report expired after %s", took)
+		}
+		node.wantRequests(t, 2)
+	})
 }
 
 func TestConditionalRequests(t *testing.T) {

@@ -1,8 +1,15 @@
 package fsbroker
 
 import (
+	"context"
+	"fmt"
+	"runtime"
+	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
+
+	"go.uber.org/zap"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
@@ -20,4 +27,35 @@ func TestPollingWhenTheClockStepsBack(t *testing.T) {
 			t.Errorf("the pause after a report of %s ago is %s", ago, pause)
 		}
 	}
+}
+
+// A poller has no goroutine between two polls.
+func TestPollersHaveNoGoroutine(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const reports, interval = 1000, 2 * time.Second
+		nothing := result{fetchResult: fetchResult{entry: unkept(task.NothingYet(time.Now()))}}
+		polls := 0
+		var mu sync.Mutex
+		ps := newPollers(func(context.Context, *query) (result, error) {
+			mu.Lock()
+			defer mu.Unlock()
+			polls++
+			return nothing, nil
+		}, interval, zap.NewNop())
+		before := runtime.NumGoroutine()
+		var waiting sync.WaitGroup
+		for i := range reports {
+			waiting.Go(func() { _, _ = ps.wait(t.Context(), query{submitID: fmt.Sprint(i)}, nothing, time.Hour) })
+		}
+		time.Sleep(10 * interval)
+		synctest.Wait()
+		if n := runtime.NumGoroutine() - before; n > reports+reports/10 {
+			t.Errorf("%d goroutines wait for %d reports", n, reports)
+		}
+		if polls < 9*reports {
+			t.Errorf("%d polls for %d reports", polls, reports)
+		}
+		ps.stop()
+		waiting.Wait()
+	})
 }

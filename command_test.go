@@ -35,7 +35,7 @@ func runCommandIn(t *testing.T, dir string, args ...string) ran {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), os.Args[0], append([]string{"fsbroker"}, args...)...)
 	cmd.Dir = dir
-	cmd.Env = append(os.Environ(), beCaddy+"=1", "XDG_DATA_HOME="+dir, "XDG_CONFIG_HOME="+dir, "CADDY_ADMIN="+nowhere(t))
+	cmd.Env = append(os.Environ(), beCaddy+"=1", "XDG_DATA_HOME="+dir, "XDG_CONFIG_HOME="+dir, "CADDY_ADMIN="+testsite.Refused(t))
 	var out, errOut bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errOut
 	err := cmd.Run()
@@ -49,12 +49,6 @@ func runCommandIn(t *testing.T, dir string, args ...string) ran {
 		}
 	}
 	return r
-}
-
-// nowhere returns an address on which no process listens.
-func nowhere(t *testing.T) string {
-	t.Helper()
-	return fmt.Sprintf("localhost:%d", testsite.FreePort(t))
 }
 
 // want checks the exit code, and that the output matches a regular expression: the standard output of a command that
@@ -105,7 +99,7 @@ func TestCommandCache(t *testing.T) {
 	s.get(pair).wantStatus(t, http.StatusOK)
 	s.wantValues(1)
 	runCommand(t, "cache", "--address", s.admin).want(t, 0, `^NAMESPACE +MEMORY +LIMIT +ENTRIES +EVICTIONS +WAITING +STORAGE +QUEUED +QUEUE SIZE +PROBLEM\n`+
-		`default +\d\.\d KiB +256 MiB +1 +0 +0 +file_system works +0 +0 B +-\n`+
+		`default +\d\.\d KiB +256 MiB +1 +0 +0 +folder works +0 +0 B +-\n`+
 		`other +0 B +256 MiB +0 +0 +0 +- +- +- +-\n$`)
 	_, body := s.requestAdmin(http.MethodGet, "/fsbroker/cache")
 	runCommand(t, "cache", "--address", s.admin, "--json").want(t, 0, "^"+regexp.QuoteMeta(body)+"$")
@@ -297,7 +291,7 @@ func TestCommandErrors(t *testing.T) {
 		return strings.TrimPrefix(server.URL, "http://")
 	}
 	for address, want := range map[string]string{
-		nowhere(t):                                                     "cannot be reached at .*: is Caddy running, is its admin API on, and is it there.*give --address or --config: .*connect",
+		testsite.Refused(t):                                            "cannot be reached at .*: is Caddy running, is its admin API on, and is it there.*give --address or --config: .*connect",
 		other(http.StatusOK, "<html>"):                                 "is not Caddy's admin API",
 		other(http.StatusTeapot, "<html>"):                             "is not Caddy's admin API, its status is 418: check --address",
 		other(http.StatusNotFound, "404 page not found"):               "has no fsbroker_task: build Caddy with this plugin",
@@ -316,6 +310,7 @@ func TestCommandAddress(t *testing.T) {
 	s := newAdminSite(t, "")
 	socket := filepath.Join(t.TempDir(), "admin.sock")
 	s.admin = "unix/" + socket + "|0220"
+	s.adminBind = s.admin
 	s.load(options(node, ""))
 	const nodes = `node +node-1 `
 	runCommand(t, "nodes", "--address", "unix/"+socket).want(t, 0, nodes)

@@ -37,19 +37,18 @@ func TestJSON(t *testing.T) {
 	s := newSite(t)
 	load := func(handler string) error {
 		config := fmt.Sprintf(`{
-			"admin": {"disabled": true, "config": {"persist": false}},
-			"storage": {"module": "file_system", "root": %q},
-			"logging": {"logs": {"default": {"level": "ERROR"}}},
+			`+quiet+`,
+			"storage": {"module": "folder", "dir": %q},
 			"apps": {
 				"tls": {"certificates": {"load_files": [{"certificate": %q, "key": %q}]}},
 				"http": {"servers": {"test": {
-					"listen": [":%d"],
+					"listen": [%q], "protocols": ["h1", "h2"],
 					"automatic_https": {"disable": true},
 					"tls_connection_policies": [{}],
 					"routes": [{"match": [{"host": ["localhost"], "path": ["/task"]}], "handle": [%s]}, {"match": [{"host": ["localhost"]}]}]
 				}}}
 			}
-		}`, s.dir, s.write("cert.pem", testsite.Localhost().PEM), s.write("key.pem", testsite.Localhost().Key), s.port, handler)
+		}`, s.dir, s.write("cert.pem", testsite.Localhost().PEM), s.write("key.pem", testsite.Localhost().Key), s.bind, handler)
 		return caddy.Load([]byte(config), true)
 	}
 	if err := load(fmt.Sprintf(`{

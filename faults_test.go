@@ -9,7 +9,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -39,15 +38,21 @@ func TestExplanationsDoNotChangeHealth(t *testing.T) {
 
 // A health check does not undo the diagnosis of a wrong scheme.
 func TestWrongSchemeStays(t *testing.T) {
-	tlsNode := httptest.NewTLSServer(responds(200, reportOf("t1", "SUCCESS")))
-	t.Cleanup(tlsNode.Close)
+	var conns atomic.Int64
+	tlsNode := newServer(t, responds(200, reportOf("t1", "SUCCESS")))
+	tlsNode.Config.ConnState = func(_ net.Conn, state http.ConnState) {
+		if state == http.StateNew {
+			conns.Add(1)
+		}
+	}
+	tlsNode.StartTLS()
 	s := startWithAdmin(t, fmt.Sprintf(`fsbroker_task {
 		secret {env.CALLER_SECRET}
 		node node-1 http://%s {env.NODE_SECRET}
 		fail_duration 1h
-		health_interval 100ms
+		health_interval 10ms
 	}`, tlsNode.Listener.Addr()), "")
-	time.Sleep(time.Second)
+	eventually(t, "checks", func() bool { return conns.Load() > 5 })
 	s.get(pair).wantProblem(t, 502, "node_wrong_scheme")
 	s.requestAdmin("GET", "/fsbroker/nodes")
 	for _, line := range s.logged("fails") {
@@ -59,8 +64,7 @@ func TestWrongSchemeStays(t *testing.T) {
 
 // Neither does the admin API.
 func TestWrongSchemeStaysWithoutChecks(t *testing.T) {
-	tlsNode := httptest.NewTLSServer(responds(200, reportOf("t1", "SUCCESS")))
-	t.Cleanup(tlsNode.Close)
+	tlsNode := startTLSServer(t, responds(200, reportOf("t1", "SUCCESS")))
 	s := startWithAdmin(t, fmt.Sprintf(`fsbroker_task {
 		secret {env.CALLER_SECRET}
 		node node-1 http://%s {env.NODE_SECRET}
@@ -78,10 +82,9 @@ func TestTLSAlert(t *testing.T) {
 		"a client certificate is wanted": {MaxVersion: tls.VersionTLS12, ClientAuth: tls.RequireAnyClientCert},
 	} {
 		t.Run(name, func(t *testing.T) {
-			node := httptest.NewUnstartedServer(responds(200, ""))
+			node := newServer(t, responds(200, ""))
 			node.TLS = config
 			node.StartTLS()
-			t.Cleanup(node.Close)
 			s := startSite(t, fmt.Sprintf("fsbroker_task {\nsecret {env.CALLER_SECRET}\nnode node-1 http://%s {env.NODE_SECRET}\n}", node.Listener.Addr()))
 			s.get(pair).wantProblem(t, 502, "node_wrong_scheme")
 		})
@@ -97,8 +100,7 @@ func TestNoProbeAfterPlainHTTP(t *testing.T) {
 		}
 		responds(200, reportOf("t1", "SUCCESS"))(w, r)
 	})
-	secure := httptest.NewTLSServer(plain.Config.Handler)
-	t.Cleanup(secure.Close)
+	secure := startTLSServer(t, plain.Config.Handler)
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
@@ -169,7 +171,6 @@ func TestAnswerFromBeforeADialFailure(t *testing.T) {
 	s := startWithAdmin(t, options(node, "fail_duration 1h"), recordEvents)
 	slow := s.goGet("/task?appServerID=node-1&taskID=slow")
 	<-headers
-	time.Sleep(200 * time.Millisecond)
 	_ = node.Listener.Close()
 	s.get(pair).wantProblem(t, 502, "node_unreachable")
 	close(finish)
@@ -190,14 +191,13 @@ func TestRetiredTransportKeepsNoConnection(t *testing.T) {
 	g := newGate()
 	var mu sync.Mutex
 	conns := map[net.Conn]http.ConnState{}
-	server := httptest.NewUnstartedServer(brokerResponds(g.then(responds(404, "")), responds(204, "")))
+	server := newServer(t, brokerResponds(g.then(responds(404, "")), responds(204, "")))
 	server.Config.ConnState = func(c net.Conn, state http.ConnState) {
 		mu.Lock()
 		defer mu.Unlock()
 		conns[c] = state
 	}
 	server.Start()
-	t.Cleanup(server.Close)
 	node := &backend{Server: server}
 	conf := func(more string) string {
 		return fmt.Sprintf("fsbroker_task {\n secret {env.CALLER_SECRET}\n %s\n %s\n}", brokerOption(node), more)
@@ -257,71 +257,77 @@ func TestEmptyUpstreamSecret(t *testing.T) {
 
 // A node that can be connected to again is not unreachable any more, whatever it answers.
 func TestReachableAgain(t *testing.T) {
-	node := newBackend(t, responds(200, ""))
-	address := node.Listener.Addr().String()
-	s := startWithAdmin(t, options(node, "fail_duration 1ms"), recordEvents)
-	node.Close()
-	s.get(pair).wantProblem(t, 502, "node_unreachable")
-	restartBackend(t, address, responds(500, ""))
-	for range 2 {
-		time.Sleep(50 * time.Millisecond)
-		s.get(pair).wantProblem(t, 502, "node_bad_answer")
-	}
-	wantEvents(t, "fsbroker_node_unhealthy of http.handlers.fsbroker_task: node node-1 at "+address+", since node_unreachable",
-		"fsbroker_node_healthy of http.handlers.fsbroker_task: node node-1 at "+address+", since node_unreachable")
-	_, body := s.requestAdmin("GET", "/fsbroker/nodes")
-	if strings.Contains(body, "unhealthy") || !strings.Contains(body, `"degraded","last_problem":{"code":"node_bad_answer"`) {
-		t.Errorf("unhealthy since node_unreachable, though every dial succeeds: %s", body)
-	}
+	inBubble(t, func(t *testing.T) {
+		node := newBackend(t, responds(200, ""))
+		address := node.Listener.Addr().String()
+		s := startWithAdmin(t, options(node, "fail_duration 1ms"), recordEvents)
+		node.Close()
+		s.get(pair).wantProblem(t, 502, "node_unreachable")
+		restartBackend(t, address, responds(500, ""))
+		for range 2 {
+			time.Sleep(50 * time.Millisecond)
+			s.get(pair).wantProblem(t, 502, "node_bad_answer")
+		}
+		wantEvents(t, "fsbroker_node_unhealthy of http.handlers.fsbroker_task: node node-1 at "+address+", since node_unreachable",
+			"fsbroker_node_healthy of http.handlers.fsbroker_task: node node-1 at "+address+", since node_unreachable")
+		_, body := s.requestAdmin("GET", "/fsbroker/nodes")
+		if strings.Contains(body, "unhealthy") || !strings.Contains(body, `"degraded","last_problem":{"code":"node_bad_answer"`) {
+			t.Errorf("unhealthy since node_unreachable, though every dial succeeds: %s", body)
+		}
+	})
 }
 
 // A 404 whose body never ends does not delay the next upstream.
 func TestUnknownWithoutAnEnd(t *testing.T) {
-	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
-		w.Header().Set("Content-Length", "100")
-		w.WriteHeader(http.StatusNotFound)
-		_ = http.NewResponseController(w).Flush()
-		<-r.Context().Done()
+	inBubble(t, func(t *testing.T) {
+		node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Content-Length", "100")
+			w.WriteHeader(http.StatusNotFound)
+			_ = http.NewResponseController(w).Flush()
+			<-r.Context().Done()
+		})
+		broker := newBackend(t, responds(200, reportOf("t1", "SUCCESS")))
+		s := startSite(t, options(node, brokerOption(broker)+"\ntimeout 3s"))
+		start := time.Now()
+		s.get(pair).wantStatus(t, 200)
+		if took := time.Since(start); took > time.Second {
+			t.Errorf("a 404 took %s", took)
+		}
 	})
-	broker := newBackend(t, responds(200, reportOf("t1", "SUCCESS")))
-	s := startSite(t, options(node, brokerOption(broker)+"\ntimeout 3s"))
-	start := time.Now()
-	s.get(pair).wantStatus(t, 200)
-	if took := time.Since(start); took > time.Second {
-		t.Errorf("a 404 took %s", took)
-	}
 }
 
 // A check that succeeds says nothing about a secret that requests found refused.
 func TestChecksDoNotHideARefusedSecret(t *testing.T) {
-	var info atomic.Int32
-	info.Store(200)
-	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == "/system-info" {
-			responds(int(info.Load()), "{}")(w, r)
-			return
-		}
-		w.WriteHeader(http.StatusForbidden)
-	})
-	s := startWithAdmin(t, options(node, "health_interval 50ms"), "")
-	time.Sleep(200 * time.Millisecond)
-	s.get(pair).wantProblem(t, 502, "node_refused_secret")
-	up := func() string {
-		for k, v := range s.scrape() {
-			if strings.Contains(k, "node_up") {
-				return v
+	inBubble(t, func(t *testing.T) {
+		var info atomic.Int32
+		info.Store(200)
+		node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Path == "/system-info" {
+				responds(int(info.Load()), "{}")(w, r)
+				return
 			}
+			w.WriteHeader(http.StatusForbidden)
+		})
+		s := startWithAdmin(t, options(node, "health_interval 50ms"), "")
+		time.Sleep(200 * time.Millisecond)
+		s.get(pair).wantProblem(t, 502, "node_refused_secret")
+		up := func() string {
+			for k, v := range s.scrape() {
+				if strings.Contains(k, "node_up") {
+					return v
+				}
+			}
+			return ""
 		}
-		return ""
-	}
-	if up() != "0" {
-		t.Fatal("up")
-	}
-	info.Store(500)
-	time.Sleep(300 * time.Millisecond)
-	info.Store(200)
-	time.Sleep(300 * time.Millisecond)
-	if up() != "0" {
-		t.Error("the node refuses the secret, was never asked successfully since, and node_up is 1")
-	}
+		if up() != "0" {
+			t.Fatal("up")
+		}
+		info.Store(500)
+		time.Sleep(300 * time.Millisecond)
+		info.Store(200)
+		time.Sleep(300 * time.Millisecond)
+		if up() != "0" {
+			t.Error("the node refuses the secret, was never asked successfully since, and node_up is 1")
+		}
+	})
 }

@@ -19,7 +19,7 @@ import (
 type adminSite struct {
 	*site
 	admin       string // host:port
-	global      string // global options
+	adminBind   string // that address, as Caddy knows it
 	adminClient *http.Client
 }
 
@@ -42,13 +42,15 @@ func startWithAdmin(t *testing.T, directives, global string) *adminSite {
 // newAdminSite returns a site with the admin API and global options that does not run yet.
 func newAdminSite(t *testing.T, global string) *adminSite {
 	t.Helper()
+	socket := newSocket(t)
 	s := &adminSite{
-		site: newSite(t), admin: fmt.Sprintf("localhost:%d", testsite.FreePort(t)), global: global,
-		adminClient: &http.Client{Transport: &http.Transport{DisableKeepAlives: true}},
+		site: newSite(t), admin: socket.Address, adminBind: socket.Bind,
+		adminClient: &http.Client{Transport: &http.Transport{DialContext: dial, DisableKeepAlives: true}},
 	}
+	s.global += "\n" + global
 	// caddy.Stop does not stop the admin API.
 	t.Cleanup(func() {
-		if err := caddy.Load([]byte(`{"admin": {"disabled": true}}`), true); err != nil {
+		if err := caddy.Load([]byte("{"+quiet+"}"), true); err != nil {
 			t.Error(err)
 		}
 	})
@@ -58,7 +60,7 @@ func newAdminSite(t *testing.T, global string) *adminSite {
 // load loads a configuration with directives. If the site runs already, this is a reload.
 func (s *adminSite) load(directives string) {
 	s.t.Helper()
-	text := strings.Replace(s.caddyfile(directives), "admin off", "admin "+s.admin+"\n"+s.global, 1)
+	text := strings.Replace(s.caddyfile(directives), "admin off", fmt.Sprintf("admin %s {\n origins %s\n }", s.adminBind, s.admin), 1)
 	if err := testsite.Load([]byte(text)); err != nil {
 		s.t.Fatal(err)
 	}

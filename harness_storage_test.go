@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -77,12 +78,108 @@ func wantStoredIn(t testing.TB, dir string, want int) {
 	eventually(t, fmt.Sprintf("%d values in the storage", want), func() bool { return len(storedIn(t, dir)) == want })
 }
 
+// folder is Caddy's own storage, in a folder of a test.
+type folder struct {
+	Dir string `json:"dir,omitempty"`
+
+	*certmagic.FileStorage `json:"-"`
+	usage                  *usage
+}
+
+// usage is what writes into a folder at the moment: operations hold it for reading.
+type usage struct {
+	sync.RWMutex
+	ended bool // the folder is to be removed
+}
+
+// usages has the usage of each folder.
+var usages sync.Map
+
+// storageDir returns a folder for storages of this process. Archives write on after Caddy has stopped: what they begin after the
+// end of the test fails.
+func storageDir(t testing.TB) string {
+	t.Helper()
+	dir, u := t.TempDir(), new(usage)
+	usages.Store(dir, u)
+	t.Cleanup(func() {
+		u.Lock()
+		defer u.Unlock()
+		u.ended = true
+	})
+	return dir
+}
+
+func init() {
+	caddy.RegisterModule(new(folder))
+	caddy.RegisterModule(new(faulty))
+}
+
+func (*folder) CaddyModule() caddy.ModuleInfo {
+	return caddy.ModuleInfo{ID: "caddy.storage.folder", New: func() caddy.Module { return new(folder) }}
+}
+
+// UnmarshalCaddyfile reads "folder <dir>".
+func (f *folder) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
+	d.Next()
+	if !d.Args(&f.Dir) {
+		return d.ArgErr()
+	}
+	return nil
+}
+
+func (f *folder) CertMagicStorage() (certmagic.Storage, error) {
+	f.open()
+	return f, nil
+}
+
+// open opens the folder. That of another process is not known here.
+func (f *folder) open() {
+	u, _ := usages.LoadOrStore(f.Dir, new(usage))
+	f.usage, f.FileStorage = u.(*usage), &certmagic.FileStorage{Path: f.Dir}
+}
+
+var errEnded = errors.New("the test has ended")
+
+// begin begins an operation, unless the test has ended. The caller must end it.
+func (u *usage) begin() (end func(), err error) {
+	if u.RLock(); u.ended {
+		u.RUnlock()
+		return nil, errEnded
+	}
+	return u.RUnlock, nil
+}
+
+func (f *folder) Store(ctx context.Context, k string, value []byte) error {
+	end, err := f.usage.begin()
+	if err != nil {
+		return err
+	}
+	defer end()
+	return f.FileStorage.Store(ctx, k, value)
+}
+
+func (f *folder) Lock(ctx context.Context, k string) error {
+	end, err := f.usage.begin()
+	if err != nil {
+		return err
+	}
+	defer end()
+	return f.FileStorage.Lock(ctx, k)
+}
+
+func (f *folder) TryLock(ctx context.Context, k string) (bool, error) {
+	end, err := f.usage.begin()
+	if err != nil {
+		return false, err
+	}
+	defer end()
+	return f.FileStorage.TryLock(ctx, k)
+}
+
 // faulty is a storage in a folder that is slow, and fails as fault says.
 type faulty struct {
-	Dir   string         `json:"dir,omitempty"`   // by default that of fault
+	folder
 	Delay caddy.Duration `json:"delay,omitempty"` // of each operation
-
-	certmagic.Storage `json:"-"`
 }
 
 // fault is how all faulty storages of the process fail.
@@ -123,8 +220,6 @@ func isReport(key string) bool {
 	return regexp.MustCompile(`/[0-9a-f]{3}/[0-9a-f]{16}/[0-9a-f]{64}(\.large)?$`).MatchString(key)
 }
 
-func init() { caddy.RegisterModule(new(faulty)) }
-
 func (*faulty) CaddyModule() caddy.ModuleInfo {
 	return caddy.ModuleInfo{ID: "caddy.storage.faulty", New: func() caddy.Module { return new(faulty) }}
 }
@@ -142,10 +237,10 @@ func (f *faulty) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 }
 
 func (f *faulty) CertMagicStorage() (certmagic.Storage, error) {
-	if f.Dir == "" {
+	if f.Dir == "" { // by default that of fault
 		f.Dir = fault.dir
 	}
-	f.Storage = &certmagic.FileStorage{Path: f.Dir}
+	f.open()
 	return f, nil
 }
 
@@ -174,7 +269,7 @@ func (f *faulty) Load(ctx context.Context, k string) ([]byte, error) {
 	if garbage && isReport(k) {
 		return []byte("garbage"), nil
 	}
-	return f.Storage.Load(ctx, k)
+	return f.folder.Load(ctx, k)
 }
 
 func (f *faulty) Store(ctx context.Context, k string, value []byte) error {
@@ -184,35 +279,42 @@ func (f *faulty) Store(ctx context.Context, k string, value []byte) error {
 	if err := f.fail("Store", k, len(value)); err != nil {
 		return err
 	}
-	return f.Storage.Store(ctx, k, value)
+	return f.folder.Store(ctx, k, value)
 }
 
 func (f *faulty) Delete(ctx context.Context, k string) error {
 	if err := f.fail("Delete", k, 0); err != nil {
 		return err
 	}
-	return f.Storage.Delete(ctx, k)
+	return f.folder.Delete(ctx, k)
 }
 
 func (f *faulty) List(ctx context.Context, k string, recursive bool) ([]string, error) {
 	if err := f.fail("List", k, 0); err != nil {
 		return nil, err
 	}
-	return f.Storage.List(ctx, k, recursive)
+	return f.folder.List(ctx, k, recursive)
 }
 
 func (f *faulty) Lock(ctx context.Context, k string) error {
 	if err := f.fail("Lock", k, 0); err != nil {
 		return err
 	}
-	return f.Storage.Lock(ctx, k)
+	return f.folder.Lock(ctx, k)
+}
+
+func (f *faulty) TryLock(ctx context.Context, k string) (bool, error) {
+	if err := f.fail("Lock", k, 0); err != nil {
+		return false, err
+	}
+	return f.folder.TryLock(ctx, k)
 }
 
 func (f *faulty) Unlock(ctx context.Context, k string) error {
 	if err := f.fail("Unlock", k, 0); err != nil {
 		return err
 	}
-	return f.Storage.Unlock(ctx, k)
+	return f.folder.Unlock(ctx, k)
 }
 
 // setFault changes how the faulty storages fail.
@@ -256,14 +358,4 @@ func overwrite(t testing.TB, name string, content []byte) {
 	if err := os.WriteFile(name, content, 0o600); err != nil {
 		t.Fatal(err)
 	}
-}
-
-// stopSweeping stops Caddy and waits for the sweep, for which Caddy does not wait. It must not write into a folder that is
-// being removed.
-func stopSweeping(t *testing.T) {
-	t.Helper()
-	if err := caddy.Stop(); err != nil {
-		t.Error(err)
-	}
-	eventually(t, "the sweep to end", func() bool { return goroutines(t, "", "archive.(*Archive).sweepAll(") == 0 })
 }

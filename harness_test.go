@@ -9,11 +9,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime/pprof"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -23,6 +24,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 
+	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
@@ -41,9 +43,24 @@ type site struct {
 	t      testing.TB
 	base   string
 	client *http.Client
-	port   int
+	socket *testsite.Socket
+	bind   string // the socket, as Caddy knows it
 	dir    string // has its storage and its log
+	plain  bool   // without TLS
+	global string // more global options
 	grace  string // the grace period; by default 5s
+}
+
+// newSiteIn returns a site without a Caddy.
+func newSiteIn(t testing.TB, dir string) *site {
+	t.Helper()
+	s := &site{t: t, socket: newSocket(t), dir: dir}
+	s.bind, s.base = s.socket.Bind, fmt.Sprintf("https://localhost:%d", s.socket.Port)
+	if bubble != nil {
+		s.servePlainly()
+		s.global = "pipes"
+	}
+	return s
 }
 
 // in returns the site for a subtest, so that the subtest reports what fails.
@@ -68,9 +85,9 @@ func newSite(t testing.TB) *site {
 	if err := caddy.Stop(); err != nil { // a test may start one site after another
 		t.Fatal(err)
 	}
-	port := testsite.FreePort(t)
-	s := &site{t: t, port: port, base: fmt.Sprintf("https://localhost:%d", port), dir: t.TempDir()}
+	s := newSiteIn(t, storageDir(t))
 	t.Cleanup(func() {
+		s.showLog()
 		if s.client != nil {
 			s.client.CloseIdleConnections()
 		}
@@ -79,6 +96,11 @@ func newSite(t testing.TB) *site {
 		}
 	})
 	return s
+}
+
+// servePlainly makes the site serve plain HTTP.
+func (s *site) servePlainly() {
+	s.plain, s.base = true, strings.Replace(s.base, "https:", "http:", 1)
 }
 
 // load loads a configuration with directives. If the site runs already, this is a reload.
@@ -96,12 +118,18 @@ func (s *site) tryLoad(directives string) error {
 
 // caddyfile returns a Caddyfile that has the directives in its one site. It needs nothing of the machine.
 func (s *site) caddyfile(directives string) string {
+	s.t.Helper()
+	certificate := ""
+	if !s.plain {
+		certificate = "tls " + s.write("cert.pem", testsite.Localhost().PEM) + " " + s.write("key.pem", testsite.Localhost().Key)
+	}
 	return fmt.Sprintf(`{
 	admin off
+	%[8]s
 	persist_config off
 	skip_install_trust
 	auto_https disable_redirects
-	storage file_system %[1]s
+	storage folder %[1]s
 	grace_period %[7]s
 	log {
 		output file %[2]s {
@@ -112,12 +140,27 @@ func (s *site) caddyfile(directives string) string {
 	}
 }
 
-https://localhost:%[3]d {
-	tls %[5]s %[6]s
+%[3]s {
+	bind %[6]s {
+		protocols h1 h2
+	}
+	%[5]s
 	log
 	%[4]s
-}`, filepath.ToSlash(s.dir), filepath.ToSlash(s.logFile()), s.port, directives,
-		s.write("cert.pem", testsite.Localhost().PEM), s.write("key.pem", testsite.Localhost().Key), cmp.Or(s.grace, "5s"))
+}`, filepath.ToSlash(s.dir), filepath.ToSlash(s.logFile()), s.base, directives, certificate, s.bind, cmp.Or(s.grace, "5s"), s.global)
+}
+
+// showLog shows what the site has logged last if the test has failed.
+func (s *site) showLog() {
+	if !s.t.Failed() {
+		return
+	}
+	log, err := os.ReadFile(s.logFile())
+	if err != nil {
+		s.t.Log(err)
+	}
+	lines := slices.Collect(strings.Lines(string(log)))
+	s.t.Logf("the end of the site's log:\n%s", strings.Join(lines[max(0, len(lines)-40):], ""))
 }
 
 // write writes a file into the site's folder, and returns its path.
@@ -136,14 +179,15 @@ func (s *site) logFile() string { return filepath.Join(s.dir, "caddy.log") }
 func (s *site) trust() {
 	s.t.Helper()
 	if s.client == nil {
-		s.client = &http.Client{
-			Transport: &http.Transport{
-				TLSClientConfig:     testsite.ClientConfig(),
-				DisableCompression:  true, // tests set Accept-Encoding themselves
-				MaxIdleConnsPerHost: 300,
-			},
-			Timeout: time.Minute,
+		transport := &http.Transport{
+			DialContext:         s.dialContext,
+			DisableCompression:  true, // tests set Accept-Encoding themselves
+			MaxIdleConnsPerHost: 300,
 		}
+		if !s.plain { // in a bubble, the certificate would be made in another time
+			transport.TLSClientConfig = testsite.ClientConfig()
+		}
+		s.client = &http.Client{Transport: transport, Timeout: time.Until(patience(s.t))}
 	}
 	// Another process takes a moment to start.
 	eventually(s.t, "the site to respond", func() bool {
@@ -153,6 +197,21 @@ func (s *site) trust() {
 		}
 		return err == nil
 	})
+}
+
+// dialContext connects to the site, whatever the address.
+func (s *site) dialContext(ctx context.Context, _, _ string) (net.Conn, error) {
+	return dial(ctx, "tcp", s.socket.Address)
+}
+
+// dialSlow is like dialContext, for a connection with a small buffer: what a caller does not read is held by the site, and not by
+// the kernel.
+func (s *site) dialSlow(ctx context.Context, network, address string) (net.Conn, error) {
+	conn, err := s.dialContext(ctx, network, address)
+	if err == nil {
+		err = conn.(*net.TCPConn).SetReadBuffer(4 << 10)
+	}
+	return conn, err
 }
 
 // send sends a request, again if it fails for a reason that lies neither in the request nor in the module:
@@ -397,8 +456,12 @@ func startProcess(t *testing.T, shared, directives string) *process {
 // startProcessWithGrace is like startProcess, with a grace period.
 func startProcessWithGrace(t *testing.T, shared, directives, grace string) *process {
 	t.Helper()
-	s := &site{t: t, port: testsite.FreePort(t), dir: t.TempDir(), grace: grace}
-	s.base = fmt.Sprintf("https://localhost:%d", s.port)
+	if runtime.GOOS == "windows" {
+		t.Skip("a process of Windows inherits no sockets")
+	}
+	s := newSiteIn(t, t.TempDir())
+	t.Cleanup(s.showLog)
+	s.bind, s.grace = "fd/3", grace
 	config := filepath.Join(s.dir, "Caddyfile")
 	text := s.caddyfile(strings.ReplaceAll(directives, "SHARED", filepath.ToSlash(shared)))
 	if err := os.WriteFile(config, []byte(text), 0o600); err != nil {
@@ -412,7 +475,8 @@ func (p *process) again() *process {
 	p.t.Helper()
 	p = &process{site: p.site, cmd: exec.Command(os.Args[0], "run", "--config", filepath.Join(p.dir, "Caddyfile"))}
 	p.cmd.Env = append(os.Environ(), beCaddy+"=1", "XDG_DATA_HOME="+p.dir, "XDG_CONFIG_HOME="+p.dir)
-	p.cmd.Stderr = os.Stderr
+	p.cmd.ExtraFiles = []*os.File{p.socket.File}
+	p.cmd.Stderr = p.t.Output()
 	if err := p.cmd.Start(); err != nil {
 		p.t.Fatal(err)
 	}
@@ -428,10 +492,24 @@ func (p *process) kill() {
 	_ = p.cmd.Wait()
 }
 
+// patience returns when a test that waits gives up: shortly before all tests end, so that it can still say what it has waited
+// for.
+func patience(t testing.TB) time.Time {
+	if bubble != nil {
+		return time.Now().Add(10 * time.Minute)
+	}
+	if t, ok := t.(*testing.T); ok {
+		if deadline, ok := t.Deadline(); ok {
+			return deadline.Add(-10 * time.Second)
+		}
+	}
+	return time.Now().AddDate(1, 0, 0)
+}
+
 // eventually waits until done returns true. It must be called by the test's own goroutine.
 func eventually(t testing.TB, what string, done func() bool) {
 	t.Helper()
-	for deadline := time.Now().Add(20 * time.Second); !done(); time.Sleep(5 * time.Millisecond) {
+	for deadline := patience(t); !done(); time.Sleep(5 * time.Millisecond) {
 		if time.Now().After(deadline) {
 			t.Fatalf("waited too long for %s", what)
 		}
@@ -439,38 +517,22 @@ func eventually(t testing.TB, what string, done func() bool) {
 }
 
 // within waits for a value of c. It must be called by the test's own goroutine.
-func within(t *testing.T, what string, c <-chan struct{}) {
+func within[T any](t testing.TB, what string, c <-chan T) (value T) {
 	t.Helper()
+	timer := time.NewTimer(time.Until(patience(t)))
+	defer timer.Stop()
 	select {
-	case <-c:
-	case <-time.After(10 * time.Second):
+	case value = <-c:
+	case <-timer.C:
 		t.Fatalf("waited too long for %s", what)
 	}
+	return value
 }
 
-// wantHeld waits until the handler holds that many requests of this process: they wait for an upstream's response that
-// is under way, or for a report to be finished.
+// wantHeld waits until the handlers of this process hold that many requests: they wait for a call that is under way.
 func wantHeld(t *testing.T, want int) {
 	t.Helper()
-	eventually(t, fmt.Sprintf("%d held requests", want), func() bool {
-		return goroutines(t, "select", "caddy-fsbroker.(*Handler).ServeHTTP(") == want
-	})
-}
-
-// goroutines counts the goroutines in a state that have a function on their stack.
-func goroutines(t *testing.T, state, function string) (n int) {
-	t.Helper()
-	var stacks strings.Builder
-	if err := pprof.Lookup("goroutine").WriteTo(&stacks, 2); err != nil {
-		t.Fatal(err)
-	}
-	for stack := range strings.SplitSeq(stacks.String(), "\n\n") {
-		header, calls, _ := strings.Cut(stack, "\n")
-		if strings.Contains(header, "["+state) && strings.Contains(calls, function) {
-			n++
-		}
-	}
-	return n
+	eventually(t, fmt.Sprintf("%d held requests", want), func() bool { return fsbroker.Held() == want })
 }
 
 // writeFile writes a file into a folder of its own, and returns its path.

@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"io"
+	"log"
 	"math/rand/v2"
 	"net"
 	"net/http"
@@ -29,9 +30,29 @@ type backend struct {
 func newBackend(t testing.TB, handler http.HandlerFunc) *backend {
 	t.Helper()
 	b := &backend{handler: handler}
-	b.Server = httptest.NewServer(http.HandlerFunc(b.serve))
-	t.Cleanup(b.Close)
+	b.Server = newServer(t, http.HandlerFunc(b.serve))
+	b.Start()
 	return b
+}
+
+// newServer returns a server that is not started yet. It is closed at the end of the test, which shows its log.
+func newServer(t testing.TB, handler http.Handler) *httptest.Server {
+	t.Helper()
+	return newServerOn(t, newListener(t), handler)
+}
+
+func newServerOn(t testing.TB, listener net.Listener, handler http.Handler) *httptest.Server {
+	server := &httptest.Server{Listener: listener, Config: &http.Server{Handler: handler, ErrorLog: log.New(t.Output(), "", 0)}}
+	t.Cleanup(server.Close)
+	return server
+}
+
+// startTLSServer starts a server that speaks TLS.
+func startTLSServer(t testing.TB, handler http.Handler) *httptest.Server {
+	t.Helper()
+	server := newServer(t, handler)
+	server.StartTLS()
+	return server
 }
 
 func (b *backend) serve(w http.ResponseWriter, r *http.Request) {
@@ -148,13 +169,7 @@ func systemInfo(w http.ResponseWriter, r *http.Request) {
 // restartBackend starts a server at the address of one that was closed, and closes it at the end of the test.
 func restartBackend(t *testing.T, address string, handler http.HandlerFunc) {
 	t.Helper()
-	listener, err := net.Listen("tcp", address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	server := &httptest.Server{Listener: listener, Config: &http.Server{Handler: handler}}
-	server.Start()
-	t.Cleanup(server.Close)
+	newServerOn(t, listenAgain(t, address), handler).Start()
 }
 
 // gate holds requests until a test opens it.

@@ -15,6 +15,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
 )
 
 // forgetful is a broker that takes in files, and deletes a report a moment after it is finished.
@@ -151,31 +153,33 @@ func (s *site) wantHarvested(t *testing.T, id string) {
 func TestHarvest(t *testing.T) {
 	for name, cache := range map[string]string{"memory": "", "storage": stored} {
 		t.Run(name, func(t *testing.T) {
-			broker := newForgetful(t, time.Second, 2*time.Second)
-			s := startWithAdmin(t, proxied(broker.URL, "", harvesting+"\n"+cache), recordFinished)
-			before := s.scrape()
-			id := s.submit()
-			if got := s.pending(); !slices.Equal(got, []string{id + "/ accepted"}) && !slices.Equal(got, []string{id + "/ unfinished"}) {
-				t.Errorf("pending is %q", got)
-			}
-			s.wantMetrics(nil, map[string]string{"harvest_pending": "1"})
-			s.wantNothingPending()
-			broker.forget()
-			s.wantHarvested(t, id)
-			wantEvents(t, fmt.Sprintf("default tester %s / %s file of %s", id, sumOf(id), id))
-			s.wantMetrics(before, map[string]string{
-				"harvest_pending": "0", "harvest_finished_total": "1", "harvest_failed_total": "0", "harvest_given_up_total": "0",
-				"harvest_oldest_pending_seconds": "0",
-			})
-			if asked := broker.asked(id); asked > 8 {
-				t.Errorf("the broker was asked %d times", asked)
-			}
-			if cache != "" {
-				s.restart(proxied(broker.URL, "", harvesting+"\n"+cache))
+			inBubble(t, func(t *testing.T) {
+				broker := newForgetful(t, time.Second, 2*time.Second)
+				s := startWithAdmin(t, proxied(broker.URL, "", harvesting+"\n"+cache), recordFinished)
+				before := s.scrape()
+				id := s.submit()
+				if got := s.pending(); !slices.Equal(got, []string{id + "/ accepted"}) && !slices.Equal(got, []string{id + "/ unfinished"}) {
+					t.Errorf("pending is %q", got)
+				}
+				s.wantMetrics(nil, map[string]string{"harvest_pending": "1"})
+				s.wantNothingPending()
+				broker.forget()
 				s.wantHarvested(t, id)
-				wantEvents(t)
-			}
-			s.wantNoSecretInLog()
+				wantEvents(t, fmt.Sprintf("default tester %s / %s file of %s", id, sumOf(id), id))
+				s.wantMetrics(before, map[string]string{
+					"harvest_pending": "0", "harvest_finished_total": "1", "harvest_failed_total": "0", "harvest_given_up_total": "0",
+					"harvest_oldest_pending_seconds": "0",
+				})
+				if asked := broker.asked(id); asked > 8 {
+					t.Errorf("the broker was asked %d times", asked)
+				}
+				if cache != "" {
+					s.restart(proxied(broker.URL, "", harvesting+"\n"+cache))
+					s.wantHarvested(t, id)
+					wantEvents(t)
+				}
+				s.wantNoSecretInLog()
+			})
 		})
 	}
 }
@@ -196,21 +200,23 @@ func TestHarvestOfOneKind(t *testing.T) {
 
 // A submission that was accepted through here is no unknown one, until an upstream has known it.
 func TestAcceptedSubmission(t *testing.T) {
-	broker := newForgetful(t, time.Second, time.Hour)
-	broker.silent = time.Second
-	s := startWithAdmin(t, proxied(broker.URL, "", harvesting), "")
-	id := s.submit()
-	for _, path := range []string{"/task?submitID=" + id, "/task?submitID=" + id + "&all", "/task?nocache&submitID=" + id} {
-		got := s.get(path)
-		got.wantStatus(t, http.StatusNoContent)
-		got.wantHeader(t, "Retry-After", "1")
-	}
-	s.get("/task?submitID=another").wantProblem(t, http.StatusNotFound, "unknown_submission")
-	s.get("/task?wait=20&submitID="+id).wantStatus(t, http.StatusOK)
-	s.wantNothingPending()
-	broker.forget()
-	s.wantHarvested(t, id)
-	s.get("/task?nocache&submitID="+id).wantProblem(t, http.StatusNotFound, "unknown_submission")
+	inBubble(t, func(t *testing.T) {
+		broker := newForgetful(t, time.Second, time.Hour)
+		broker.silent = time.Second
+		s := startWithAdmin(t, proxied(broker.URL, "", harvesting), "")
+		id := s.submit()
+		for _, path := range []string{"/task?submitID=" + id, "/task?submitID=" + id + "&all", "/task?nocache&submitID=" + id} {
+			got := s.get(path)
+			got.wantStatus(t, http.StatusNoContent)
+			got.wantHeader(t, "Retry-After", "1")
+		}
+		s.get("/task?submitID=another").wantProblem(t, http.StatusNotFound, "unknown_submission")
+		s.get("/task?wait=20&submitID="+id).wantStatus(t, http.StatusOK)
+		s.wantNothingPending()
+		broker.forget()
+		s.wantHarvested(t, id)
+		s.get("/task?nocache&submitID="+id).wantProblem(t, http.StatusNotFound, "unknown_submission")
+	})
 }
 
 // That no upstream knows a submission yet that was accepted is kept for a poll interval, like an unfinished report.
@@ -290,31 +296,33 @@ func TestEndOfAcceptance(t *testing.T) {
 
 // A report that is asked for before it is finished is followed from then on, by whatever name.
 func TestUnfinishedReportIsFollowed(t *testing.T) {
-	broker := newForgetful(t, 2*time.Second, time.Hour)
-	node := newBackend(t, nil)
-	var finished sync.Once
-	done := make(chan struct{})
-	node.setHandler(func(w http.ResponseWriter, _ *http.Request) {
-		state := "SUCCESS"
-		finished.Do(func() { state = "IN_PROGRESS"; close(done) })
-		_, _ = io.WriteString(w, reportOf("t1", state))
+	inBubble(t, func(t *testing.T) {
+		broker := newForgetful(t, 2*time.Second, time.Hour)
+		node := newBackend(t, nil)
+		var finished sync.Once
+		done := make(chan struct{})
+		node.setHandler(func(w http.ResponseWriter, _ *http.Request) {
+			state := "SUCCESS"
+			finished.Do(func() { state = "IN_PROGRESS"; close(done) })
+			_, _ = io.WriteString(w, reportOf("t1", state))
+		})
+		s := startWithAdmin(t, proxied(broker.URL, "", "node node-1 "+node.URL+"\n"+harvesting), recordFinished)
+		broker.accept("elsewhere")
+		s.get("/task?submitID=elsewhere").wantStatus(t, http.StatusNoContent)
+		s.get("/task?appServerID=node-1&taskID=t1").wantStatus(t, http.StatusOK)
+		within(t, "a question", done)
+		if got := s.pending(); len(got) == 0 || got[0] != "elsewhere/ unfinished" {
+			t.Errorf("pending is %q", got)
+		}
+		s.wantNothingPending()
+		broker.forget()
+		node.setHandler(responds(http.StatusNotFound, ""))
+		s.wantHarvested(t, "elsewhere")
+		for _, all := range []string{"", "&all"} {
+			s.get("/task?appServerID=node-1&taskID=t1"+all, "Cache-Control: only-if-cached").wantStatus(t, http.StatusOK)
+		}
+		wantEvents(t, "default tester  node-1/t1  ", "default tester elsewhere / "+sumOf("elsewhere")+" ")
 	})
-	s := startWithAdmin(t, proxied(broker.URL, "", "node node-1 "+node.URL+"\n"+harvesting), recordFinished)
-	broker.accept("elsewhere")
-	s.get("/task?submitID=elsewhere").wantStatus(t, http.StatusNoContent)
-	s.get("/task?appServerID=node-1&taskID=t1").wantStatus(t, http.StatusOK)
-	within(t, "a question", done)
-	if got := s.pending(); len(got) == 0 || got[0] != "elsewhere/ unfinished" {
-		t.Errorf("pending is %q", got)
-	}
-	s.wantNothingPending()
-	broker.forget()
-	node.setHandler(responds(http.StatusNotFound, ""))
-	s.wantHarvested(t, "elsewhere")
-	for _, all := range []string{"", "&all"} {
-		s.get("/task?appServerID=node-1&taskID=t1"+all, "Cache-Control: only-if-cached").wantStatus(t, http.StatusOK)
-	}
-	wantEvents(t, "default tester  node-1/t1  ", "default tester elsewhere / "+sumOf("elsewhere")+" ")
 }
 
 // The answer to a submission is passed on as it is, and all that it names is followed: an archive, and an answer that is
@@ -341,56 +349,60 @@ func TestAnswerToASubmission(t *testing.T) {
 		"empty":         {"", 0, true},
 	} {
 		t.Run(name, func(t *testing.T) {
-			broker := newForgetful(t, time.Hour, time.Hour)
-			broker.answer = func(string) string { return test.answer }
-			s := startWithAdmin(t, proxied(broker.URL, "", harvesting+"\n"+stored), "")
-			if got := s.send("POST", "/submit", nil, bearer, "Accept-Encoding: gzip"); string(got.body) != test.answer || got.status != http.StatusOK {
-				t.Errorf("status %d, %d bytes, want %d", got.status, len(got.body), len(test.answer))
-			}
-			eventually(t, fmt.Sprint(test.accepted, " to be pending"), func() bool { return len(s.pending()) == test.accepted })
-			notes, err := filepath.Glob(filepath.Join(s.dir, "fsbroker_task", "default", "notes", "*-*", "*"))
-			if wanted := min(1, test.accepted); err != nil || test.accepted <= 500 && len(notes) != wanted {
-				t.Errorf("there are the notes %q, %v; want %d", notes, err, wanted)
-			}
-			if lines := s.logged("the answer to a submission cannot be read"); (len(lines) > 0) != test.warns {
-				t.Errorf("the log has %v", lines)
-			}
+			inBubble(t, func(t *testing.T) {
+				broker := newForgetful(t, time.Hour, time.Hour)
+				broker.answer = func(string) string { return test.answer }
+				s := startWithAdmin(t, proxied(broker.URL, "", harvesting+"\n"+stored), "")
+				if got := s.send("POST", "/submit", nil, bearer, "Accept-Encoding: gzip"); string(got.body) != test.answer || got.status != http.StatusOK {
+					t.Errorf("status %d, %d bytes, want %d", got.status, len(got.body), len(test.answer))
+				}
+				eventually(t, fmt.Sprint(test.accepted, " to be pending"), func() bool { return len(s.pending()) == test.accepted })
+				notes, err := filepath.Glob(filepath.Join(s.dir, "fsbroker_task", "default", "notes", "*-*", "*"))
+				if wanted := min(1, test.accepted); err != nil || test.accepted <= 500 && len(notes) != wanted {
+					t.Errorf("there are the notes %q, %v; want %d", notes, err, wanted)
+				}
+				if lines := s.logged("the answer to a submission cannot be read"); (len(lines) > 0) != test.warns {
+					t.Errorf("the log has %v", lines)
+				}
+			})
 		})
 	}
 }
 
 // An answer is held until its submission is noted, but not for long. It is followed in any case.
 func TestAnswerIsHeldUntilItIsNoted(t *testing.T) {
-	broker := newForgetful(t, time.Second, time.Hour)
-	fault.dir = t.TempDir()
-	s := startWithAdmin(t, proxied(broker.URL, "", harvesting+"\ncache {\n storage faulty\n }"), "")
-	isNote := func(key string) bool { return strings.Contains(key, "/notes/") && !strings.Contains(key, "/leases/") }
-	noted := make(chan string, 100)
-	beforeEach(t, func(operation, key string, _ int) error {
-		if operation == "Store" && isNote(key) {
-			time.Sleep(100 * time.Millisecond)
-			noted <- key
+	inBubble(t, func(t *testing.T) {
+		broker := newForgetful(t, time.Second, time.Hour)
+		fault.dir = storageDir(t)
+		s := startWithAdmin(t, proxied(broker.URL, "", harvesting+"\ncache {\n storage faulty\n }"), "")
+		isNote := func(key string) bool { return strings.Contains(key, "/notes/") && !strings.Contains(key, "/leases/") }
+		noted := make(chan string, 100)
+		beforeEach(t, func(operation, key string, _ int) error {
+			if operation == "Store" && isNote(key) {
+				time.Sleep(100 * time.Millisecond)
+				noted <- key
+			}
+			return nil
+		})
+		s.submit()
+		if len(noted) != 1 {
+			t.Errorf("%d notes are stored before the answer, want 1", len(noted))
 		}
-		return nil
-	})
-	s.submit()
-	if len(noted) != 1 {
-		t.Errorf("%d notes are stored before the answer, want 1", len(noted))
-	}
-	beforeEach(t, func(operation, key string, _ int) error {
-		if operation == "Store" && isNote(key) {
-			return errors.New("the storage is full")
+		beforeEach(t, func(operation, key string, _ int) error {
+			if operation == "Store" && isNote(key) {
+				return errors.New("the storage is full")
+			}
+			return nil
+		})
+		start := time.Now()
+		id := s.submit()
+		if took := time.Since(start); took < 400*time.Millisecond || took > 3*time.Second {
+			t.Errorf("it took %s, want about 500ms", took)
 		}
-		return nil
-	})
-	start := time.Now()
-	id := s.submit()
-	if took := time.Since(start); took < 400*time.Millisecond || took > 3*time.Second {
-		t.Errorf("it took %s, want about 500ms", took)
-	}
-	eventually(t, "a warning", func() bool { return len(s.logged("cannot be noted in the storage")) > 0 })
-	eventually(t, "the report", func() bool {
-		return s.get("/task?submitID="+id, "Cache-Control: only-if-cached").status == http.StatusOK
+		eventually(t, "a warning", func() bool { return len(s.logged("cannot be noted in the storage")) > 0 })
+		eventually(t, "the report", func() bool {
+			return s.get("/task?submitID="+id, "Cache-Control: only-if-cached").status == http.StatusOK
+		})
 	})
 }
 
@@ -438,24 +450,27 @@ func TestHarvestAdmin(t *testing.T) {
 
 // What is followed outlives a reload, also one that changes the storage.
 func TestHarvestAcrossReloads(t *testing.T) {
-	broker := newForgetful(t, 2*time.Second, time.Hour)
-	s := startWithAdmin(t, proxied(broker.URL, "", harvesting), recordFinished)
-	id := s.submit()
-	for i := range 5 {
-		s.load(proxied(broker.URL, "", harvesting+fmt.Sprintf("\ntimeout %ds", 20+i)))
-	}
-	s.load(proxied(broker.URL, "", harvesting+"\n"+stored))
-	s.wantNothingPending()
-	s.wantHarvested(t, id)
-	wantEvents(t, fmt.Sprintf("default tester %s / %s file of %s", id, sumOf(id), id))
-	eventually(t, "the notes to be deleted", func() bool {
-		notes, _ := filepath.Glob(filepath.Join(s.dir, "fsbroker_task", "default", "notes", "*-*", "*"))
-		return len(notes) == 0
+	inBubble(t, func(t *testing.T) {
+		broker := newForgetful(t, 2*time.Second, time.Hour)
+		s := startWithAdmin(t, proxied(broker.URL, "", harvesting), recordFinished)
+		id := s.submit()
+		for i := range 5 {
+			s.load(proxied(broker.URL, "", harvesting+fmt.Sprintf("\ntimeout %ds", 20+i)))
+		}
+		s.load(proxied(broker.URL, "", harvesting+"\n"+stored))
+		s.wantNothingPending()
+		s.wantHarvested(t, id)
+		wantEvents(t, fmt.Sprintf("default tester %s / %s file of %s", id, sumOf(id), id))
+		eventually(t, "the notes to be deleted", func() bool {
+			notes, _ := filepath.Glob(filepath.Join(s.dir, "fsbroker_task", "default", "notes", "*-*", "*"))
+			return len(notes) == 0
+		})
 	})
 }
 
 // After kill -9, the next process goes on, at once.
 func TestHarvestOutlivesAKill(t *testing.T) {
+	fsbroker.SkipUnlessSlow(t)
 	broker := newForgetful(t, 4*time.Second, time.Hour)
 	folder := t.TempDir()
 	directives := proxied(broker.URL, "", harvesting+"\n"+shared)
@@ -483,85 +498,89 @@ func TestHarvestOutlivesAKill(t *testing.T) {
 func TestSlowAnswerToASubmission(t *testing.T) {
 	for name, first := range map[string]string{"an ID": `{"acceptedFiles":[{"ID":"s1"},`, "nothing": ""} {
 		t.Run(name, func(t *testing.T) {
-			rest := make(chan struct{})
-			broker := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
-				if r.URL.Path != "/submit" {
-					w.WriteHeader(http.StatusNoContent)
-					return
+			inBubble(t, func(t *testing.T) {
+				rest := make(chan struct{})
+				broker := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+					if r.URL.Path != "/submit" {
+						w.WriteHeader(http.StatusNoContent)
+						return
+					}
+					_, _ = io.WriteString(w, first)
+					_ = http.NewResponseController(w).Flush()
+					<-rest
+					_, _ = io.WriteString(w, `{"ID":"s2"}]}`)
+				})
+				s := startWithAdmin(t, proxied(broker.URL, "", harvesting), "")
+				start := time.Now()
+				time.AfterFunc(5*time.Second, sync.OnceFunc(func() { close(rest) }))
+				resp, err := s.client.Do(s.request("POST", "/submit", nil, bearer))
+				if err != nil {
+					t.Fatal(err)
 				}
-				_, _ = io.WriteString(w, first)
-				_ = http.NewResponseController(w).Flush()
-				<-rest
-				_, _ = io.WriteString(w, `{"ID":"s2"}]}`)
+				defer resp.Body.Close()
+				begun := make([]byte, len(first))
+				if _, err := io.ReadFull(resp.Body, begun); err != nil || string(begun) != first {
+					t.Errorf("%q, %v", begun, err)
+				}
+				if took := time.Since(start); took > 2*time.Second {
+					t.Errorf("it took %s until the caller got what the broker has sent", took)
+				}
+				if first != "" {
+					eventually(t, "the first to be pending", func() bool { return len(s.pending()) == 1 })
+					if took := time.Since(start); took > 3*time.Second {
+						t.Errorf("it took %s until what the caller has got is followed", took)
+					}
+				}
+				if more, err := io.ReadAll(resp.Body); err != nil || string(more) != `{"ID":"s2"}]}` {
+					t.Errorf("%q, %v", more, err)
+				}
+				if first != "" {
+					eventually(t, "both to be pending", func() bool { return len(s.pending()) == 2 })
+				}
 			})
-			s := startWithAdmin(t, proxied(broker.URL, "", harvesting), "")
-			start := time.Now()
-			time.AfterFunc(5*time.Second, sync.OnceFunc(func() { close(rest) }))
-			resp, err := s.client.Do(s.request("POST", "/submit", nil, bearer))
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer resp.Body.Close()
-			begun := make([]byte, len(first))
-			if _, err := io.ReadFull(resp.Body, begun); err != nil || string(begun) != first {
-				t.Errorf("%q, %v", begun, err)
-			}
-			if took := time.Since(start); took > 2*time.Second {
-				t.Errorf("it took %s until the caller got what the broker has sent", took)
-			}
-			if first != "" {
-				eventually(t, "the first to be pending", func() bool { return len(s.pending()) == 1 })
-				if took := time.Since(start); took > 3*time.Second {
-					t.Errorf("it took %s until what the caller has got is followed", took)
-				}
-			}
-			if more, err := io.ReadAll(resp.Body); err != nil || string(more) != `{"ID":"s2"}]}` {
-				t.Errorf("%q, %v", more, err)
-			}
-			if first != "" {
-				eventually(t, "both to be pending", func() bool { return len(s.pending()) == 2 })
-			}
 		})
 	}
 }
 
 // A submission whose report is stored as that of its task is pending until the storage has that one.
 func TestReportOfATaskIsSavedBeforeItsSubmissionEnds(t *testing.T) {
-	node := newBackend(t, responds(http.StatusOK, dense(4000)))
-	broker := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
-		switch r.URL.Path {
-		case "/submit":
-			_, _ = io.WriteString(w, `{"acceptedFiles":[{"ID":"s1"}]}`)
-		case "/submit-result":
-			_, _ = io.WriteString(w, `{"appServerID":"node-1","taskID":"t1"}`)
-		default:
-			w.WriteHeader(http.StatusNotFound)
+	inBubble(t, func(t *testing.T) {
+		node := newBackend(t, responds(http.StatusOK, dense(4000)))
+		broker := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
+			switch r.URL.Path {
+			case "/submit":
+				_, _ = io.WriteString(w, `{"acceptedFiles":[{"ID":"s1"}]}`)
+			case "/submit-result":
+				_, _ = io.WriteString(w, `{"appServerID":"node-1","taskID":"t1"}`)
+			default:
+				w.WriteHeader(http.StatusNotFound)
+			}
+		})
+		fault.dir = storageDir(t)
+		s := startWithAdmin(t, proxied(broker.URL, "", "node node-1 "+node.URL+"\n"+harvesting+"\ncache {\n storage faulty\n }"), "")
+		var refused, references atomic.Int32
+		beforeEach(t, func(operation, key string, size int) error {
+			switch {
+			case operation != "Store" || !isReport(key):
+			case size > 1000:
+				refused.Add(1)
+				return errors.New("the storage is full")
+			default:
+				references.Add(1)
+			}
+			return nil
+		})
+		s.submit()
+		eventually(t, "both references to be stored", func() bool { return references.Load() == 2 })
+		eventually(t, "the reports to be refused again and again", func() bool { return refused.Load() >= 8 })
+		if got := s.pending(); !slices.Equal(got, []string{"s1/ finished"}) {
+			t.Errorf("pending is %q, although the storage does not have the report", got)
+		}
+		beforeEach(t, nil)
+		s.wantNothingPending()
+		s.restart(proxied(broker.URL, "", harvesting+"\ncache {\n storage faulty\n }"))
+		for _, all := range []string{"", "&all"} {
+			s.get("/task?submitID=s1"+all, "Cache-Control: only-if-cached").wantStatus(t, http.StatusOK)
 		}
 	})
-	fault.dir = t.TempDir()
-	s := startWithAdmin(t, proxied(broker.URL, "", "node node-1 "+node.URL+"\n"+harvesting+"\ncache {\n storage faulty\n }"), "")
-	var refused, references atomic.Int32
-	beforeEach(t, func(operation, key string, size int) error {
-		switch {
-		case operation != "Store" || !isReport(key):
-		case size > 1000:
-			refused.Add(1)
-			return errors.New("the storage is full")
-		default:
-			references.Add(1)
-		}
-		return nil
-	})
-	s.submit()
-	eventually(t, "both references to be stored", func() bool { return references.Load() == 2 })
-	eventually(t, "the reports to be refused again and again", func() bool { return refused.Load() >= 8 })
-	if got := s.pending(); !slices.Equal(got, []string{"s1/ finished"}) {
-		t.Errorf("pending is %q, although the storage does not have the report", got)
-	}
-	beforeEach(t, nil)
-	s.wantNothingPending()
-	s.restart(proxied(broker.URL, "", harvesting+"\ncache {\n storage faulty\n }"))
-	for _, all := range []string{"", "&all"} {
-		s.get("/task?submitID=s1"+all, "Cache-Control: only-if-cached").wantStatus(t, http.StatusOK)
-	}
 }

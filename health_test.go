@@ -82,7 +82,7 @@ func TestHealthChecks(t *testing.T) {
 	node := newBackend(t, systemInfo)
 	broker := newBackend(t, systemInfo)
 	host := strings.TrimPrefix(node.URL, "http://")
-	s := startWithAdmin(t, options(node, brokerOption(broker)+"\nhealth_interval 20ms\nhealth_timeout 1s"), recordEvents)
+	s := startWithAdmin(t, options(node, brokerOption(broker)+"\nhealth_interval 20ms\nhealth_timeout 1m"), recordEvents)
 	up := map[bool]map[string]string{
 		true:  {`node_up{address="` + host + `",namespace="default",node="node-1",role="node"}`: "1"},
 		false: {`node_up{address="` + host + `",namespace="default",node="node-1",role="node"}`: "0"},
@@ -220,48 +220,50 @@ func TestFailingNodeIsSeen(t *testing.T) {
 		"the status 503":      {responds(http.StatusServiceUnavailable, leak), "overloaded", "the node answered with the status 503: it is overloaded"},
 	} {
 		t.Run(name, func(t *testing.T) {
-			node := newBackend(t, test.handler)
-			host := node.Listener.Addr().String()
-			s := startWithAdmin(t, options(node, "timeout 200ms\nhealth_timeout 200ms\nfail_duration 50ms"), recordEvents)
-			before := s.scrape()
-			for i := range 5 {
-				if r := s.get(pair); i == 1 {
-					r.wantProblem(t, r.status, "node_"+test.code)
-					r.wantHeader(t, "Retry-After", map[bool]string{true: "", false: "1"}[test.code == "rejected_request"])
+			inBubble(t, func(t *testing.T) {
+				node := newBackend(t, test.handler)
+				host := node.Listener.Addr().String()
+				s := startWithAdmin(t, options(node, "timeout 200ms\nhealth_timeout 200ms\nfail_duration 50ms"), recordEvents)
+				before := s.scrape()
+				for i := range 5 {
+					if r := s.get(pair); i == 1 {
+						r.wantProblem(t, r.status, "node_"+test.code)
+						r.wantHeader(t, "Retry-After", map[bool]string{true: "", false: "1"}[test.code == "rejected_request"])
+					}
 				}
-			}
-			lines := s.logged("node fails")
-			if len(lines) != 1 || lines[0]["level"] != "warn" || lines[0]["node"] != "node-1" || lines[0]["code"] != "node_"+test.code || lines[0]["cause"] != test.cause {
-				t.Errorf("the log has %v, want one line with %s: %s", lines, test.code, test.cause)
-			}
-			_, state := s.requestAdmin(http.MethodGet, "/fsbroker/nodes")
-			want := "unhealthy"
-			if test.code == "overloaded" { // which passes
-				want = "degraded"
-			}
-			if !strings.Contains(state, `"state":"`+want+`","last_problem":{"code":"node_`+test.code+`","cause":"`+test.cause+`"`) {
-				t.Errorf("the node is %s", state)
-			}
-			up := `node_up{address="` + host + `",namespace="default",node="node-1",role="node"}`
-			s.wantMetrics(before, map[string]string{
-				up: map[string]string{"unhealthy": "0", "degraded": "1"}[want], `questions_total{node="node-1",outcome="` + test.code + `",role="node"}`: "5",
-			})
+				lines := s.logged("node fails")
+				if len(lines) != 1 || lines[0]["level"] != "warn" || lines[0]["node"] != "node-1" || lines[0]["code"] != "node_"+test.code || lines[0]["cause"] != test.cause {
+					t.Errorf("the log has %v, want one line with %s: %s", lines, test.code, test.cause)
+				}
+				_, state := s.requestAdmin(http.MethodGet, "/fsbroker/nodes")
+				want := "unhealthy"
+				if test.code == "overloaded" { // which passes
+					want = "degraded"
+				}
+				if !strings.Contains(state, `"state":"`+want+`","last_problem":{"code":"node_`+test.code+`","cause":"`+test.cause+`"`) {
+					t.Errorf("the node is %s", state)
+				}
+				up := `node_up{address="` + host + `",namespace="default",node="node-1",role="node"}`
+				s.wantMetrics(before, map[string]string{
+					up: map[string]string{"unhealthy": "0", "degraded": "1"}[want], `questions_total{node="node-1",outcome="` + test.code + `",role="node"}`: "5",
+				})
 
-			node.setHandler(systemInfo)
-			s.get(pair).wantStatus(t, http.StatusOK)
-			eventually(t, "the log to say that it is over", func() bool { return len(s.logged("node answers again")) == 1 })
-			s.wantMetrics(nil, map[string]string{up: "1"})
-			var events []string
-			if want == "unhealthy" {
-				for _, kind := range []string{"unhealthy", "healthy"} {
-					events = append(events, fmt.Sprintf("fsbroker_node_%s of http.handlers.fsbroker_task: node node-1 at %s, since node_%s", kind, host, test.code))
+				node.setHandler(systemInfo)
+				s.get(pair).wantStatus(t, http.StatusOK)
+				eventually(t, "the log to say that it is over", func() bool { return len(s.logged("node answers again")) == 1 })
+				s.wantMetrics(nil, map[string]string{up: "1"})
+				var events []string
+				if want == "unhealthy" {
+					for _, kind := range []string{"unhealthy", "healthy"} {
+						events = append(events, fmt.Sprintf("fsbroker_node_%s of http.handlers.fsbroker_task: node node-1 at %s, since node_%s", kind, host, test.code))
+					}
 				}
-			}
-			wantEvents(t, events...)
-			s.wantNoSecretInLog()
-			if log := fmt.Sprint(s.logged("")); strings.Contains(log, "what the node sent") {
-				t.Errorf("the log holds what the node sent: %s", log)
-			}
+				wantEvents(t, events...)
+				s.wantNoSecretInLog()
+				if log := fmt.Sprint(s.logged("")); strings.Contains(log, "what the node sent") {
+					t.Errorf("the log holds what the node sent: %s", log)
+				}
+			})
 		})
 	}
 }

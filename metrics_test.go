@@ -12,82 +12,84 @@ import (
 )
 
 func TestMetrics(t *testing.T) {
-	node := newBackend(t, responds(http.StatusOK, reportOf("secret-task", "SUCCESS")))
-	broker := newBackend(t, responds(http.StatusNotFound, ""))
-	gone := newBackend(t, nil)
-	gone.Close()
-	directives := func(more string) string {
-		return fmt.Sprintf(`fsbroker_task {
-			secret meter {env.CALLER_SECRET}
-			node metered %s {env.NODE_SECRET}
-			broker %s
-			cache {
-				storage
-			}
-			%s
-		}`, node.URL, broker.URL, more)
-	}
-	s := startWithAdmin(t, directives("node metered-gone "+gone.URL), "")
-	before := s.scrape()
-
-	const task = "/task?appServerID=metered&taskID=secret-task"
-	s.get(task).wantStatus(t, 200)
-	s.wantMetrics(before, map[string]string{"storage_writes_total": "1"})
-	etag := s.get(task).header.Get("ETag")
-	s.get(task).wantStatus(t, 200)
-	s.get(task, "If-None-Match: "+etag).wantStatus(t, 304)
-	s.get(task+"&nocache").wantStatus(t, 200)
-	s.get("/task?submitID=secret-submission").wantStatus(t, 404)
-	s.get("/task?appServerID=secret-node&taskID=t").wantStatus(t, 404)
-	s.get("/task?appServerID=metered-gone&taskID=t").wantStatus(t, 502)
-	s.get("/task?appServerID=metered-gone&taskID=t").wantStatus(t, 503)
-	s.get("/task").wantStatus(t, 400)
-	s.do(t.Context(), http.MethodGet, task).wantStatus(t, 401)
-	node.setHandler(responds(http.StatusNoContent, ""))
-	s.get(task+"2").wantStatus(t, 204)
-
-	host, goneHost := strings.TrimPrefix(node.URL, "http://"), strings.TrimPrefix(gone.URL, "http://")
-	lasting := map[string]string{
-		`requests_total{cache="miss",client="meter",code="200",endpoint="/task"}`:                    "1",
-		`requests_total{cache="miss",client="meter",code="204",endpoint="/task"}`:                    "1",
-		`requests_total{cache="hit",client="meter",code="304",endpoint="/task"}`:                     "1",
-		`requests_total{cache="bypass",client="meter",code="200",endpoint="/task"}`:                  "1",
-		`requests_total{cache="error",client="meter",code="404",endpoint="/task"}`:                   "2",
-		`requests_total{cache="error",client="meter",code="502",endpoint="/task"}`:                   "1",
-		`requests_total{cache="none",client="meter",code="503",endpoint="/task"}`:                    "1",
-		`requests_total{cache="none",client="meter",code="400",endpoint="/task"}`:                    "1",
-		`requests_total{cache="none",client="",code="401",endpoint="/task"}`:                         "1",
-		`questions_total{node="metered",outcome="answered",role="node"}`:                             "2",
-		`questions_total{node="metered",outcome="nothing_yet",role="node"}`:                          "1",
-		`questions_total{node="metered-gone",outcome="unreachable",role="node"}`:                     "1",
-		`questions_total{node="",outcome="unknown",role="broker"}`:                                   "5", // one submission, three tasks
-		`question_duration_seconds_count{node="metered",role="node"}`:                                "3",
-		`node_up{address="` + host + `",namespace="default",node="metered",role="node"}`:             "1",
-		`questions_in_flight{address="` + host + `",namespace="default",node="metered",role="node"}`: "0",
-		`storage_queue_length{namespace="default"}`:                                                  "0",
-		`storage_queue_bytes{namespace="default"}`:                                                   "0",
-		`cache_entries{namespace="default"}`:                                                         "1",
-		`cache_limit_bytes{namespace="default"}`:                                                     "2.68435456e+08",
-	}
-	s.wantMetrics(before, lasting)
-	s.wantMetrics(before, map[string]string{
-		`requests_total{cache="hit",client="meter",code="200",endpoint="/task"}`:                  "2",
-		`node_up{address="` + goneHost + `",namespace="default",node="metered-gone",role="node"}`: "0",
-	})
-
-	// A reload keeps the counters, and removes the gauges of nodes that are no longer configured.
-	s.load(directives(""))
-	s.get(task).wantStatus(t, 200)
-	s.wantMetrics(before, lasting)
-	s.wantMetrics(before, map[string]string{
-		`requests_total{cache="hit",client="meter",code="200",endpoint="/task"}`:                  "3",
-		`node_up{address="` + goneHost + `",namespace="default",node="metered-gone",role="node"}`: "",
-	})
-	for series := range s.scrape() {
-		if strings.Contains(series, "secret-") {
-			t.Errorf("the series %s has a name that a caller sent", series)
+	inBubble(t, func(t *testing.T) {
+		node := newBackend(t, responds(http.StatusOK, reportOf("secret-task", "SUCCESS")))
+		broker := newBackend(t, responds(http.StatusNotFound, ""))
+		gone := newBackend(t, nil)
+		gone.Close()
+		directives := func(more string) string {
+			return fmt.Sprintf(`fsbroker_task {
+				secret meter {env.CALLER_SECRET}
+				node metered %s {env.NODE_SECRET}
+				broker %s
+				cache {
+					storage
+				}
+				%s
+			}`, node.URL, broker.URL, more)
 		}
-	}
+		s := startWithAdmin(t, directives("node metered-gone "+gone.URL), "")
+		before := s.scrape()
+
+		const task = "/task?appServerID=metered&taskID=secret-task"
+		s.get(task).wantStatus(t, 200)
+		s.wantMetrics(before, map[string]string{"storage_writes_total": "1"})
+		etag := s.get(task).header.Get("ETag")
+		s.get(task).wantStatus(t, 200)
+		s.get(task, "If-None-Match: "+etag).wantStatus(t, 304)
+		s.get(task+"&nocache").wantStatus(t, 200)
+		s.get("/task?submitID=secret-submission").wantStatus(t, 404)
+		s.get("/task?appServerID=secret-node&taskID=t").wantStatus(t, 404)
+		s.get("/task?appServerID=metered-gone&taskID=t").wantStatus(t, 502)
+		s.get("/task?appServerID=metered-gone&taskID=t").wantStatus(t, 503)
+		s.get("/task").wantStatus(t, 400)
+		s.do(t.Context(), http.MethodGet, task).wantStatus(t, 401)
+		node.setHandler(responds(http.StatusNoContent, ""))
+		s.get(task+"2").wantStatus(t, 204)
+
+		host, goneHost := strings.TrimPrefix(node.URL, "http://"), strings.TrimPrefix(gone.URL, "http://")
+		lasting := map[string]string{
+			`requests_total{cache="miss",client="meter",code="200",endpoint="/task"}`:                    "1",
+			`requests_total{cache="miss",client="meter",code="204",endpoint="/task"}`:                    "1",
+			`requests_total{cache="hit",client="meter",code="304",endpoint="/task"}`:                     "1",
+			`requests_total{cache="bypass",client="meter",code="200",endpoint="/task"}`:                  "1",
+			`requests_total{cache="error",client="meter",code="404",endpoint="/task"}`:                   "2",
+			`requests_total{cache="error",client="meter",code="502",endpoint="/task"}`:                   "1",
+			`requests_total{cache="none",client="meter",code="503",endpoint="/task"}`:                    "1",
+			`requests_total{cache="none",client="meter",code="400",endpoint="/task"}`:                    "1",
+			`requests_total{cache="none",client="",code="401",endpoint="/task"}`:                         "1",
+			`questions_total{node="metered",outcome="answered",role="node"}`:                             "2",
+			`questions_total{node="metered",outcome="nothing_yet",role="node"}`:                          "1",
+			`questions_total{node="metered-gone",outcome="unreachable",role="node"}`:                     "1",
+			`questions_total{node="",outcome="unknown",role="broker"}`:                                   "5", // one submission, three tasks
+			`question_duration_seconds_count{node="metered",role="node"}`:                                "3",
+			`node_up{address="` + host + `",namespace="default",node="metered",role="node"}`:             "1",
+			`questions_in_flight{address="` + host + `",namespace="default",node="metered",role="node"}`: "0",
+			`storage_queue_length{namespace="default"}`:                                                  "0",
+			`storage_queue_bytes{namespace="default"}`:                                                   "0",
+			`cache_entries{namespace="default"}`:                                                         "1",
+			`cache_limit_bytes{namespace="default"}`:                                                     "2.68435456e+08",
+		}
+		s.wantMetrics(before, lasting)
+		s.wantMetrics(before, map[string]string{
+			`requests_total{cache="hit",client="meter",code="200",endpoint="/task"}`:                  "2",
+			`node_up{address="` + goneHost + `",namespace="default",node="metered-gone",role="node"}`: "0",
+		})
+
+		// A reload keeps the counters, and removes the gauges of nodes that are no longer configured.
+		s.load(directives(""))
+		s.get(task).wantStatus(t, 200)
+		s.wantMetrics(before, lasting)
+		s.wantMetrics(before, map[string]string{
+			`requests_total{cache="hit",client="meter",code="200",endpoint="/task"}`:                  "3",
+			`node_up{address="` + goneHost + `",namespace="default",node="metered-gone",role="node"}`: "",
+		})
+		for series := range s.scrape() {
+			if strings.Contains(series, "secret-") {
+				t.Errorf("the series %s has a name that a caller sent", series)
+			}
+		}
+	})
 }
 
 // exportedMetrics returns the names of all series of a site with traffic.

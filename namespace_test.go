@@ -3,7 +3,6 @@ package fsbroker_test
 import (
 	"fmt"
 	"net/http"
-	"net/http/httptest"
 	"strings"
 	"testing"
 	"time"
@@ -25,8 +24,7 @@ func at(path, directive string) string {
 
 // Two namespaces share nothing, although they name one node alike, at one address, behind two transports.
 func TestNamespacesShareNothing(t *testing.T) {
-	node := httptest.NewTLSServer(responds(http.StatusOK, reportOf("t1", "SUCCESS")))
-	t.Cleanup(node.Close)
+	node := startTLSServer(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	site := func(path, namespace, transport string) string {
 		return fmt.Sprintf("fsbroker_task %s {\n secret {env.CALLER_SECRET}\n node node-1 %s\n transport http {\n tls\n %s\n }\n cache {\n namespace %s\n storage\n }\n }\n",
 			path, node.URL, transport, namespace)
@@ -45,22 +43,24 @@ func TestNamespacesShareNothing(t *testing.T) {
 
 // The policy of one namespace does not apply to the reports of another, whoever asks first.
 func TestNamespacesHaveTheirOwnPolicy(t *testing.T) {
-	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
-	brief := at("/brief", options(node, inNamespace("brief", "ttl 300ms")))
-	lasting := at("/lasting", options(node, inNamespace("lasting", "ttl 1h\n storage")))
-	query := "?appServerID=node-1&taskID=t1"
-	s := startSite(t, brief+"\n"+lasting)
-	s.get("/brief"+query).wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
-	s.get("/lasting"+query).wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
-	s.wantValues(1)
-	s.getUntil("/brief"+query, "the brief one to expire", func(r reply) bool {
-		return r.header.Get("Cache-Status") == "fsbroker; fwd=uri-miss; stored"
+	inBubble(t, func(t *testing.T) {
+		node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+		brief := at("/brief", options(node, inNamespace("brief", "ttl 300ms")))
+		lasting := at("/lasting", options(node, inNamespace("lasting", "ttl 1h\n storage")))
+		query := "?appServerID=node-1&taskID=t1"
+		s := startSite(t, brief+"\n"+lasting)
+		s.get("/brief"+query).wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
+		s.get("/lasting"+query).wantHeader(t, "Cache-Status", "fsbroker; fwd=uri-miss; stored")
+		s.wantValues(1)
+		s.getUntil("/brief"+query, "the brief one to expire", func(r reply) bool {
+			return r.header.Get("Cache-Status") == "fsbroker; fwd=uri-miss; stored"
+		})
+		s.get("/lasting"+query).wantHeader(t, "Cache-Status", "fsbroker; hit")
+		node.setHandler(responds(http.StatusNotFound, ""))
+		time.Sleep(400 * time.Millisecond) // beyond the brief TTL
+		s.get("/brief"+query).wantStatus(t, http.StatusNotFound)
+		s.get("/lasting"+query).wantHeader(t, "Cache-Status", "fsbroker; hit")
 	})
-	s.get("/lasting"+query).wantHeader(t, "Cache-Status", "fsbroker; hit")
-	node.setHandler(responds(http.StatusNotFound, ""))
-	time.Sleep(400 * time.Millisecond) // beyond the brief TTL
-	s.get("/brief"+query).wantStatus(t, http.StatusNotFound)
-	s.get("/lasting"+query).wantHeader(t, "Cache-Status", "fsbroker; hit")
 }
 
 // All handlers of a namespace share its reports, and ask its upstreams once.
@@ -83,8 +83,7 @@ func TestHandlersOfOneNamespace(t *testing.T) {
 func TestNodeThatMoves(t *testing.T) {
 	document := reportOf("t1", "SUCCESS")
 	before := newBackend(t, responds(http.StatusOK, document))
-	after := httptest.NewTLSServer(responds(http.StatusNotFound, ""))
-	t.Cleanup(after.Close)
+	after := startTLSServer(t, responds(http.StatusNotFound, ""))
 	moved := fmt.Sprintf("fsbroker_task {\n secret tester {env.CALLER_SECRET}\n node node-1 %s\n transport http {\n tls_trust_pool file %s\n }\n %s\n}", after.URL, pinned(t, after), stored)
 	s := startSite(t, options(before, stored))
 	s.get(pair).wantStatus(t, http.StatusOK)
@@ -163,18 +162,18 @@ func TestHandlersThatDiffer(t *testing.T) {
 
 // A JSON configuration has no lines, but is checked as well.
 func TestHandlersThatDifferInJSON(t *testing.T) {
-	newSite(t)
+	s := newSite(t)
 	handler := func(more string) string {
 		return `{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "nodes": [{"app_server_id": "a", "address": "a:1", "secret": "unspeakable"}]` + more + `}`
 	}
 	load := func(one, other string) error {
-		return caddy.Load([]byte(fmt.Sprintf(`{"admin": {"disabled": true, "config": {"persist": false}}, "apps": {"http": {"servers": {
-			"one": {"listen": ["127.0.0.1:%d"], "automatic_https": {"disable": true}, "routes": [{"handle": [%s]}]},
-			"other": {"listen": ["127.0.0.1:%d"], "automatic_https": {"disable": true}, "routes": [{"handle": [%s]}]}}}}}`,
-			testsite.FreePort(t), one, testsite.FreePort(t), other)), true)
+		return caddy.Load([]byte(fmt.Sprintf(`{`+quiet+`, "apps": {"http": {"servers": {
+			"one": {"listen": [%q], "automatic_https": {"disable": true}, "routes": [{"handle": [%s]}]},
+			"other": {"listen": [%q], "automatic_https": {"disable": true}, "routes": [{"handle": [%s]}]}}}}}`,
+			s.bind, one, testsite.Listen(t).Bind, other)), true)
 	}
 	err := load(handler(""), handler(`, "poll_interval": "1s"`))
-	if err == nil || !strings.Contains(err.Error(), "poll_interval") || strings.Count(err.Error(), "server on [127.0.0.1:") != 2 || strings.Contains(err.Error(), "unspeakable") {
+	if err == nil || !strings.Contains(err.Error(), "poll_interval") || strings.Count(err.Error(), "server on [fd/") != 2 || strings.Contains(err.Error(), "unspeakable") {
 		t.Errorf("got %v", err)
 	}
 	if err := load(handler(""), handler(`, "cache": {"namespace": "b"}, "poll_interval": "1s"`)); err != nil {

@@ -14,8 +14,6 @@ import (
 	"testing"
 
 	"go.yaml.in/yaml/v3"
-
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
 // openAPI is the description of the API.
@@ -187,7 +185,9 @@ func (d openAPI) checkResponse(t *testing.T, method string, r reply) {
 	}
 }
 
-func TestOpenAPIDescribesResponses(t *testing.T) {
+func TestOpenAPIDescribesResponses(t *testing.T) { inBubble(t, testDescribedResponses) }
+
+func testDescribedResponses(t *testing.T) {
 	d := readOpenAPI(t)
 	node := newBackend(t, func(w http.ResponseWriter, r *http.Request) {
 		switch task := r.URL.Query().Get("taskID"); task {
@@ -206,7 +206,7 @@ func TestOpenAPIDescribesResponses(t *testing.T) {
 			responds(http.StatusOK, reportOf(task, "SUCCESS", "FAILED"))(w, r)
 		}
 	})
-	s := startSite(t, options(node, fmt.Sprintf("node closed 127.0.0.1:%d\ntimeout 500ms", testsite.FreePort(t)))+fmt.Sprintf(`
+	s := startSite(t, options(node, fmt.Sprintf("node closed %s\ntimeout 500ms", refused(t)))+fmt.Sprintf(`
 	handle_path /barred/* {
 		fsbroker_task {
 			secret {env.CALLER_SECRET} {
@@ -268,24 +268,26 @@ func TestOpenAPIDescribesResponses(t *testing.T) {
 		{"GET", task + "slow", "", 504},
 		{"GET", task + "busy", "", 503},
 	} {
-		t.Run(fmt.Sprint(test), func(t *testing.T) {
-			header := []string{"Authorization: Bearer " + callerSecret}
-			if strings.HasPrefix(test.header, "Authorization") {
-				header = nil
-			}
-			if test.header != "" {
-				header = append(header, test.header)
-			}
-			r := s.in(t).do(t.Context(), test.method, test.path, header...)
-			r.wantStatus(t, test.status)
-			if test.method != http.MethodOptions {
-				provoked[strconv.Itoa(r.status)] = true
-			}
-			if test.method == http.MethodPost { // described with GET
-				test.method = http.MethodGet
-			}
-			d.checkResponse(t, test.method, r)
-		})
+		header := []string{"Authorization: Bearer " + callerSecret}
+		if strings.HasPrefix(test.header, "Authorization") {
+			header = nil
+		}
+		if test.header != "" {
+			header = append(header, test.header)
+		}
+		r := s.do(t.Context(), test.method, test.path, header...)
+		if r.status != test.status {
+			t.Fatalf("%v: status %d: %s", test, r.status, r.body)
+		}
+		if test.method != http.MethodOptions {
+			provoked[strconv.Itoa(r.status)] = true
+		}
+		if test.method == http.MethodPost { // described with GET
+			test.method = http.MethodGet
+		}
+		if d.checkResponse(t, test.method, r); t.Failed() {
+			t.Fatalf("in the response to %v", test)
+		}
 	}
 	provoked["500"] = true // only happens when memory is damaged
 	described := slices.Sorted(maps.Keys(d.object("paths", "/task", "get", "responses")))

@@ -454,7 +454,11 @@ func TestProxyProblems(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			broker := newBackend(t, test.handler)
-			s := startSite(t, proxied(broker.URL, "", "transport http {\n response_header_timeout 300ms\n }"))
+			timeout := ""
+			if test.status == http.StatusGatewayTimeout {
+				timeout = "transport http {\n response_header_timeout 300ms\n }"
+			}
+			s := startSite(t, proxied(broker.URL, "", timeout))
 			for _, method := range []string{"POST", "GET"} {
 				r := s.send(method, "/submit?a=b", strings.NewReader("a file"), bearer)
 				r.wantProblem(t, test.status, test.code)
@@ -487,36 +491,37 @@ func TestProxyProblems(t *testing.T) {
 
 // A broker that cannot be connected to is left alone for a while, by /task and by what is passed through.
 func TestProxyWithoutBroker(t *testing.T) {
-	broker := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
-	address := strings.TrimPrefix(broker.URL, "http://")
-	broker.Close()
-	s := startWithAdmin(t, proxied(broker.URL, "", "fail_duration 1s"), "")
-	r := s.send("POST", "/submit", strings.NewReader("a file"), bearer)
-	r.wantProblem(t, http.StatusBadGateway, "broker_unreachable")
-	r = s.send("POST", "/submit", strings.NewReader("a file"), bearer)
-	r.wantProblem(t, http.StatusServiceUnavailable, "broker_down")
-	r.wantHeader(t, "Retry-After", "1")
-	r.wantHeader(t, "Cache-Status", "fsbroker; detail=broker_down")
-	s.get("/task?submitID=s1").wantProblem(t, http.StatusServiceUnavailable, "broker_down")
-	if fails := s.logged("fails"); len(fails) != 1 || fails[0]["code"] != "broker_unreachable" {
-		t.Errorf("the log has %v", fails)
-	}
-	restartBackend(t, address, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
-	eventually(t, "the broker to be asked again", func() bool {
-		return s.send("POST", "/submit", strings.NewReader("a file"), bearer).status == http.StatusOK
+	inBubble(t, func(t *testing.T) {
+		broker := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+		address := strings.TrimPrefix(broker.URL, "http://")
+		broker.Close()
+		s := startWithAdmin(t, proxied(broker.URL, "", "fail_duration 1s"), "")
+		r := s.send("POST", "/submit", strings.NewReader("a file"), bearer)
+		r.wantProblem(t, http.StatusBadGateway, "broker_unreachable")
+		r = s.send("POST", "/submit", strings.NewReader("a file"), bearer)
+		r.wantProblem(t, http.StatusServiceUnavailable, "broker_down")
+		r.wantHeader(t, "Retry-After", "1")
+		r.wantHeader(t, "Cache-Status", "fsbroker; detail=broker_down")
+		s.get("/task?submitID=s1").wantProblem(t, http.StatusServiceUnavailable, "broker_down")
+		if fails := s.logged("fails"); len(fails) != 1 || fails[0]["code"] != "broker_unreachable" {
+			t.Errorf("the log has %v", fails)
+		}
+		restartBackend(t, address, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+		eventually(t, "the broker to be asked again", func() bool {
+			return s.send("POST", "/submit", strings.NewReader("a file"), bearer).status == http.StatusOK
+		})
+		s.get("/task?submitID=s1").wantStatus(t, http.StatusOK)
+		if again := s.logged("answers again"); len(again) != 1 {
+			t.Errorf("the log has %v", again)
+		}
+		s.wantNoSecretInLog()
 	})
-	s.get("/task?submitID=s1").wantStatus(t, http.StatusOK)
-	if again := s.logged("answers again"); len(again) != 1 {
-		t.Errorf("the log has %v", again)
-	}
-	s.wantNoSecretInLog()
 }
 
 // A broker that speaks another scheme than its address says is found out, whatever is asked of it first.
 func TestProxyScheme(t *testing.T) {
 	plain := newBackend(t, responds(http.StatusOK, ""))
-	tls := httptest.NewTLSServer(responds(http.StatusOK, ""))
-	t.Cleanup(tls.Close)
+	tls := startTLSServer(t, responds(http.StatusOK, ""))
 	for address, code := range map[string]string{
 		strings.Replace(plain.URL, "http:", "https:", 1): "broker_wrong_scheme",
 		strings.Replace(tls.URL, "https:", "http:", 1):   "broker_wrong_scheme",
@@ -645,17 +650,19 @@ func TestProxyRequestBody(t *testing.T) {
 
 // The server's read timeout ends an upload that does not go on. The broker is not blamed for it.
 func TestProxySlowUpload(t *testing.T) {
-	broker := newBackend(t, func(_ http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) })
-	s := newAdminSite(t, "servers {\n timeouts {\n read_body 300ms\n }\n }")
-	s.load(proxied(broker.URL, "", ""))
-	s.trust()
-	reader, writer := io.Pipe()
-	defer writer.Close()
-	go func() { _, _ = io.WriteString(writer, "the beginning of a file") }()
-	before := s.scrape()
-	s.send("POST", "/submit", reader, bearer).wantProblem(t, http.StatusRequestTimeout, "request_timeout")
-	s.wantMetrics(before, map[string]string{`requests_total{cache="none",client="tester",code="408",endpoint="/submit"}`: "1"})
-	s.send("POST", "/submit", strings.NewReader("a file"), bearer).wantStatus(t, http.StatusOK)
+	inBubble(t, func(t *testing.T) {
+		broker := newBackend(t, func(_ http.ResponseWriter, r *http.Request) { _, _ = io.Copy(io.Discard, r.Body) })
+		s := newAdminSite(t, "servers {\n timeouts {\n read_body 300ms\n }\n }")
+		s.load(proxied(broker.URL, "", ""))
+		s.trust()
+		reader, writer := io.Pipe()
+		defer writer.Close()
+		go func() { _, _ = io.WriteString(writer, "the beginning of a file") }()
+		before := s.scrape()
+		s.send("POST", "/submit", reader, bearer).wantProblem(t, http.StatusRequestTimeout, "request_timeout")
+		s.wantMetrics(before, map[string]string{`requests_total{cache="none",client="tester",code="408",endpoint="/submit"}`: "1"})
+		s.send("POST", "/submit", strings.NewReader("a file"), bearer).wantStatus(t, http.StatusOK)
+	})
 }
 
 // The site's encode compresses what the broker does not.
@@ -686,6 +693,7 @@ func TestProxyEncode(t *testing.T) {
 
 // Bodies are streamed in both directions, for longer than timeout.
 func TestProxyStreams(t *testing.T) {
+	fsbroker.SkipIfShort(t)
 	for _, start := range []func(testing.TB, string) *site{startSite, func(t testing.TB, d string) *site { return startPlainSite(t.(*testing.T), d) }} {
 		received := make(chan string, 2)
 		goOn := make(chan struct{})
@@ -716,19 +724,19 @@ func TestProxyStreams(t *testing.T) {
 			answer <- resp
 		}()
 		_, _ = io.WriteString(writer, "a part")
-		if got := next(t, received); got != "a part" {
+		if got := within(t, "what the broker gets", received); got != "a part" {
 			t.Errorf("the broker got %q before the end", got)
 		}
 		time.Sleep(400 * time.Millisecond)
 		_, _ = io.WriteString(writer, " and the end")
 		_ = writer.Close()
-		resp := next(t, answer)
+		resp := within(t, "the answer", answer)
 		part := make([]byte, 100)
 		n, err := resp.Body.Read(part)
 		if got := string(part[:n]); got != "first, " || err != nil {
 			t.Errorf("the caller got %q before the end: %v", got, err)
 		}
-		if got := next(t, received); got != " and the end" {
+		if got := within(t, "what the broker gets", received); got != " and the end" {
 			t.Errorf("the broker got %q at the end", got)
 		}
 		close(goOn)
@@ -737,17 +745,6 @@ func TestProxyStreams(t *testing.T) {
 		}
 		resp.Body.Close()
 	}
-}
-
-// next waits for a value of c. It must be called by the test's own goroutine.
-func next[T any](t *testing.T, c <-chan T) (value T) {
-	t.Helper()
-	select {
-	case value = <-c:
-	case <-time.After(10 * time.Second):
-		t.Fatal("waited too long")
-	}
-	return value
 }
 
 // repeated is a reader of n bytes.
@@ -764,6 +761,7 @@ func (endless) Read(p []byte) (int, error) {
 
 // However large a body is, it takes no memory.
 func TestProxyMemory(t *testing.T) {
+	fsbroker.SkipIfShort(t)
 	if fsbroker.RaceDetector {
 		t.Skip("the race detector makes allocations larger")
 	}
@@ -777,7 +775,6 @@ func TestProxyMemory(t *testing.T) {
 		_, _ = io.Copy(w, repeated(size))
 	})
 	s := startSite(t, proxied(broker.URL, "", "cache {\n max_size 16MiB\n }"))
-	s.client.Timeout = time.Minute
 	s.send("POST", "/submit", strings.NewReader("x"), bearer)
 	peak := peakHeap(func() {
 		if r := s.send("POST", "/submit", repeated(size), bearer); string(r.body) != fmt.Sprint(size) {
@@ -956,7 +953,7 @@ func TestProxyDuringReload(t *testing.T) {
 	s.load(proxied(broker.URL, "", "timeout 20s"))
 	_, _ = io.WriteString(writer, " and the end")
 	_ = writer.Close()
-	if got := next(t, answer); got != fmt.Sprintf("%x", sha256.Sum256([]byte("a part and the end"))) {
+	if got := within(t, "the answer", answer); got != fmt.Sprintf("%x", sha256.Sum256([]byte("a part and the end"))) {
 		t.Errorf("the broker got something else: %s", got)
 	}
 	s.send("POST", "/submit", strings.NewReader("x"), bearer).wantStatus(t, http.StatusOK)

@@ -3,14 +3,12 @@ package fsbroker_test
 import (
 	"fmt"
 	"net/http"
-	"strings"
 	"sync"
 	"testing"
 
 	"github.com/caddyserver/caddy/v2"
 
 	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
 func TestReloadKeepsReports(t *testing.T) {
@@ -75,9 +73,8 @@ func TestStopWhileRequestsAreInFlight(t *testing.T) {
 	node := newBackend(t, g.then(nil))
 	s := startSite(t, options(node, "timeout 60s"))
 	// A short grace period ends while the request is under way.
-	if err := testsite.Load([]byte(strings.Replace(s.caddyfile(options(node, "timeout 60s")), "grace_period 5s", "grace_period 200ms", 1))); err != nil {
-		t.Fatal(err)
-	}
+	s.grace = "200ms"
+	s.load(options(node, "timeout 60s"))
 	ended := make(chan error, 1)
 	go func() {
 		_, err := s.try(t.Context(), http.MethodGet, pair, "Authorization: Bearer "+callerSecret)

@@ -72,6 +72,7 @@ var errStorageAway = errors.New("the storage is away")
 
 // What the queue has no room for is queued by itself when there is room.
 func TestUnsavedIsQueuedWhenThereIsRoom(t *testing.T) {
+	SkipIfShort(t)
 	synctest.Test(t, func(t *testing.T) {
 		m := savingMemory(t, 1<<30)
 		a, f := openFaulty(t, m, "one")
@@ -94,6 +95,7 @@ func TestUnsavedIsQueuedWhenThereIsRoom(t *testing.T) {
 
 // A stop stores what the queue has no room for as well.
 func TestUnsavedIsStoredAtAStop(t *testing.T) {
+	SkipIfShort(t)
 	synctest.Test(t, func(t *testing.T) {
 		m := savingMemory(t, 1<<30)
 		f := storagetest.NewFaulty(storagetest.New(storagetest.FileSystem))

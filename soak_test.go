@@ -12,7 +12,6 @@ import (
 	"hash/fnv"
 	"io"
 	"math/rand/v2"
-	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -31,7 +30,6 @@ import (
 	"github.com/caddyserver/caddy/v2"
 
 	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
 var soakFor = flag.Duration("soak", 0, "how long TestSoak runs")
@@ -184,7 +182,7 @@ type soak struct {
 
 // newSoak starts the upstreams, and a site for each namespace, and a second one for the first.
 func newSoak(t *testing.T) *soak {
-	fault.dir = t.TempDir()
+	fault.dir = storageDir(t)
 	s := &soak{namespaces: newSoakNamespaces(), began: time.Now(), bomb: bomb()}
 	for _, secret := range allSecrets {
 		s.secrets = append(s.secrets, []byte(secret))
@@ -212,12 +210,12 @@ func newSoak(t *testing.T) *soak {
 	}
 	s.directives += fmt.Sprintf("fsbroker_task /again/%s {\n secret another {env.CALLER_SECRET}\n max_wait 1s\n %s }\n", s.namespaces[0].name, s.namespaces[0].options)
 	s.adminSite = newAdminSite(t, "")
-	s.base = fmt.Sprintf("http://localhost:%d", s.port)
+	s.servePlainly() // Caddy has a data race between a TLS handshake and a reload
 	s.load(s.directives)
 	s.trust()
 	s.client.Timeout = 0
 	s.slowClient = &http.Client{Transport: s.client.Transport.(*http.Transport).Clone()}
-	s.slowClient.Transport.(*http.Transport).DialContext = dialSlow
+	s.slowClient.Transport.(*http.Transport).DialContext = s.dialSlow
 	t.Cleanup(s.slowClient.CloseIdleConnections)
 	s.newLifetime()
 	for _, ns := range s.namespaces { // a warm-up, before memory is measured
@@ -230,25 +228,6 @@ func newSoak(t *testing.T) *soak {
 		s.baseline -= stats.Bytes
 	}
 	return s
-}
-
-// dialSlow dials a connection with a small buffer: what a caller does not read is held by the site, and not by the kernel.
-func dialSlow(ctx context.Context, network, address string) (net.Conn, error) {
-	conn, err := new(net.Dialer).DialContext(ctx, network, address)
-	if err == nil {
-		err = conn.(*net.TCPConn).SetReadBuffer(4 << 10)
-	}
-	return conn, err
-}
-
-// load loads a configuration with directives, for plain HTTP: Caddy has a data race between a TLS handshake and a reload.
-func (s *soak) load(directives string) {
-	before, site, _ := strings.Cut(s.caddyfile(directives), fmt.Sprintf("https://localhost:%d {\n", s.port))
-	_, site, _ = strings.Cut(site, "\n") // the certificate
-	before = strings.Replace(before, "admin off", "admin "+s.admin, 1)
-	if err := testsite.Load([]byte(before + s.base + " {\n" + site)); err != nil {
-		s.t.Fatal(err)
-	}
 }
 
 // newLifetime begins the time until the next restart.
@@ -1002,7 +981,7 @@ type soakStats struct {
 
 // stats returns what the admin API says. During a reload, it may take a moment.
 func (s *soak) stats() map[string]soakStats {
-	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(10 * time.Millisecond) {
+	for deadline := patience(s.t); ; time.Sleep(10 * time.Millisecond) {
 		status, body, err := s.tryAdmin(http.MethodGet, "/fsbroker/cache")
 		var stats map[string]soakStats
 		if err == nil && status == http.StatusOK {

@@ -14,6 +14,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
 )
 
 // uploadSize is the size of the uploads that are refused early. It is more than the buffers of the connections hold.
@@ -85,7 +87,11 @@ var refusals = map[string]func(conn *net.TCPConn, body io.Reader){
 
 // Each caller whose upload is refused early sees that, whatever client it uses.
 func TestUploadRefusedEarly(t *testing.T) {
-	const uploads = 15
+	fsbroker.SkipIfShort(t)
+	uploads := 2
+	if fsbroker.Slow() {
+		uploads = 15
+	}
 	for name, refuse := range refusals {
 		s := startPlainSite(t, proxied(earlyBroker(t, refuse), "", "fail_duration 1ms"))
 		for _, framing := range []string{"length", "chunked"} {
@@ -160,7 +166,7 @@ func uploadHeader(framing string, size int, more ...string) string {
 // dial opens a connection to the site.
 func (s *site) dial() net.Conn {
 	s.t.Helper()
-	conn, err := net.Dial("tcp", strings.TrimPrefix(s.base, "http://"))
+	conn, err := s.dialContext(s.t.Context(), "", "")
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -257,11 +263,6 @@ func TestUnreadBody(t *testing.T) {
 
 // A caller that asks whether it may send its body is answered at once, and is not told to go on.
 func TestExpectContinue(t *testing.T) {
-	down, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	_ = down.Close()
 	s := startPlainSite(t, fmt.Sprintf(`fsbroker_task {
 		secret tester {env.CALLER_SECRET}
 		secret reader {env.NODE_SECRET} {
@@ -271,7 +272,7 @@ func TestExpectContinue(t *testing.T) {
 			proxy
 		}
 		fail_duration 1h
-	}`, down.Addr()))
+	}`, refused(t)))
 	s.send("POST", "/submit", strings.NewReader("zeros"), bearer).wantProblem(t, http.StatusBadGateway, "broker_unreachable")
 	expect := uploadHeader("length", uploadSize, "Expect: 100-continue")
 	for header, status := range map[string]string{
@@ -354,7 +355,7 @@ func testUploadRefusedEarlyOverHTTP2(t *testing.T, broker string) {
 	conns := 0
 	client.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
 		conns++
-		return new(net.Dialer).DialContext(ctx, network, address)
+		return s.dialContext(ctx, network, address)
 	}
 	defer client.CloseIdleConnections()
 	s.client = &http.Client{Transport: client}

@@ -7,14 +7,11 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/http/httptest"
 	"os"
 	"slices"
 	"strings"
 	"testing"
 	"time"
-
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
 func TestSecretIn(t *testing.T) {
@@ -121,7 +118,11 @@ func TestNodeFaults(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			node := newBackend(t, test.handler)
-			s := startSite(t, options(node, "timeout 500ms\nmax_report 64KiB"))
+			timeout := ""
+			if test.status == http.StatusGatewayTimeout {
+				timeout = "timeout 500ms"
+			}
+			s := startSite(t, options(node, timeout+"\nmax_report 64KiB"))
 			for range 2 {
 				r := s.get(pair)
 				r.wantProblem(t, test.status, test.code)
@@ -149,41 +150,37 @@ func TestGzippingNode(t *testing.T) {
 }
 
 func TestFailDuration(t *testing.T) {
-	address := fmt.Sprintf("127.0.0.1:%d", testsite.FreePort(t))
-	s := startSite(t, fmt.Sprintf(`fsbroker_task {
-		secret {env.CALLER_SECRET}
-		node node-1 %s {env.NODE_SECRET}
-		fail_duration 1500ms
-	}`, address))
+	inBubble(t, func(t *testing.T) {
+		address := refused(t)
+		s := startSite(t, fmt.Sprintf(`fsbroker_task {
+			secret {env.CALLER_SECRET}
+			node node-1 %s {env.NODE_SECRET}
+			fail_duration 1500ms
+		}`, address))
 
-	s.get(pair).wantProblem(t, http.StatusBadGateway, "node_unreachable")
-	down := s.get(pair)
-	down.wantProblem(t, http.StatusServiceUnavailable, "node_down")
-	down.wantHeader(t, "Retry-After", "2")
-	down.wantHeader(t, "Cache-Status", "fsbroker; detail=node_down")
+		s.get(pair).wantProblem(t, http.StatusBadGateway, "node_unreachable")
+		down := s.get(pair)
+		down.wantProblem(t, http.StatusServiceUnavailable, "node_down")
+		down.wantHeader(t, "Retry-After", "2")
+		down.wantHeader(t, "Cache-Status", "fsbroker; detail=node_down")
 
-	l, err := (&net.ListenConfig{}).Listen(t.Context(), "tcp", address)
-	if err != nil {
-		t.Fatal(err)
-	}
-	node := &httptest.Server{Listener: l, Config: &http.Server{Handler: responds(http.StatusOK, reportOf("t1", "SUCCESS"))}}
-	node.Start()
-	t.Cleanup(node.Close)
-	s.get(pair).wantProblem(t, http.StatusServiceUnavailable, "node_down")
-	s.getUntil(pair, "the node to be tried again", func(r reply) bool {
-		return r.status != http.StatusServiceUnavailable
-	}).wantStatus(t, http.StatusOK)
+		restartBackend(t, address, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+		s.get(pair).wantProblem(t, http.StatusServiceUnavailable, "node_down")
+		s.getUntil(pair, "the node to be tried again", func(r reply) bool {
+			return r.status != http.StatusServiceUnavailable
+		}).wantStatus(t, http.StatusOK)
 
-	log, err := os.ReadFile(s.logFile())
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, once := range []string{`"msg":"node fails"`, `"msg":"node answers again"`} {
-		if n := bytes.Count(log, []byte(once)); n != 1 {
-			t.Errorf("%s was logged %d times", once, n)
+		log, err := os.ReadFile(s.logFile())
+		if err != nil {
+			t.Fatal(err)
 		}
-	}
-	s.wantNoSecretInLog()
+		for _, once := range []string{`"msg":"node fails"`, `"msg":"node answers again"`} {
+			if n := bytes.Count(log, []byte(once)); n != 1 {
+				t.Errorf("%s was logged %d times", once, n)
+			}
+		}
+		s.wantNoSecretInLog()
+	})
 }
 
 func TestConnectTimeout(t *testing.T) {
@@ -240,8 +237,7 @@ func TestNodesAreDialledDespiteOtherHandlers(t *testing.T) {
 }
 
 func TestTransport(t *testing.T) {
-	node := httptest.NewTLSServer(responds(http.StatusOK, reportOf("t1", "SUCCESS")))
-	t.Cleanup(node.Close)
+	node := startTLSServer(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
 	host := strings.TrimPrefix(node.URL, "https://")
 	ca := writeFile(t, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: node.Certificate().Raw})))
 	options := func(address, transport string) string {

@@ -22,6 +22,7 @@ import (
 	"testing"
 	"time"
 
+	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
 	productbackend "github.com/caddy-fsbroker/caddy-fsbroker/examples/quickstart/backend"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
@@ -52,7 +53,7 @@ func startProduct(t *testing.T, v variation) *product {
 	}
 	p := &product{nodeForgets: v.nodeForget}
 	var config *tls.Config
-	client := new(http.Client)
+	client := &http.Client{Transport: &http.Transport{DialContext: dial}}
 	if v.https {
 		cert, err := productbackend.NewCertificate()
 		if err != nil {
@@ -61,7 +62,7 @@ func startProduct(t *testing.T, v variation) *product {
 		config, client, p.certificate = cert.ServerConfig(), cert.Client(), writeFile(t, string(cert.PEM))
 	}
 	serve := func(handler http.Handler) *httptest.Server {
-		s := httptest.NewUnstartedServer(handler)
+		s := newServer(t, handler)
 		if s.TLS = config; config != nil {
 			s.Listener = tls.NewListener(s.Listener, config)
 			s.Start()
@@ -69,7 +70,6 @@ func startProduct(t *testing.T, v variation) *product {
 		} else {
 			s.Start()
 		}
-		t.Cleanup(s.Close)
 		return s
 	}
 	node := productbackend.NewNode(nodeSecret, 50*time.Millisecond, v.nodeForget)
@@ -126,7 +126,7 @@ func (p *product) upload(t *testing.T, server *httptest.Server, path, secret str
 	}
 	req.Header.Set("Content-Type", w.FormDataContentType())
 	req.Header.Set("secret", secret)
-	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, DisableKeepAlives: true}}
+	client := &http.Client{Transport: &http.Transport{DialContext: dial, TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, DisableKeepAlives: true}}
 	resp, err := client.Do(req)
 	if err != nil {
 		t.Fatal(err)
@@ -163,6 +163,7 @@ func taskOf(t *testing.T, r reply) string {
 
 // Each documented variation of the product is served.
 func TestDocumentedVariations(t *testing.T) {
+	fsbroker.SkipIfShort(t)
 	for _, secretIn := range []productbackend.SecretPlace{productbackend.SecretInHeader, productbackend.SecretInQuery, productbackend.SecretInSerect} {
 		for _, https := range []bool{true, false} {
 			for _, submitResult := range []productbackend.SubmitResultMode{
@@ -181,20 +182,20 @@ func TestDocumentedVariations(t *testing.T) {
 func (p *product) testServed(t *testing.T) {
 	submitID := p.submit(t)
 	s := startSite(t, p.directives(true, true, ""))
-	report := s.get("/task?wait=10&submitID=" + submitID)
+	report := s.get("/task?wait=60&submitID=" + submitID)
 	report.wantStatus(t, http.StatusOK)
 	report.wantHeader(t, "Cache-Control", "private, no-cache")
 	taskID := taskOf(t, report)
 	pair := "/task?appServerID=" + appServerID + "&taskID=" + taskID
 	s.get(pair).wantStatus(t, http.StatusOK)
-	s.get("/task?wait=10&all=true&submitID="+submitID).wantStatus(t, http.StatusOK)
+	s.get("/task?wait=60&all=true&submitID="+submitID).wantStatus(t, http.StatusOK)
 	s.get("/task?submitID=unknown").wantProblem(t, http.StatusNotFound, "unknown_submission")
 	s.get("/task?appServerID="+appServerID+"&taskID=1").wantProblem(t, http.StatusNotFound, "unknown_task")
 	s.get("/task?appServerID=other&taskID=1").wantProblem(t, http.StatusNotFound, "unknown_task")
 	s.wantNoSecretInLog()
 
 	s = startSite(t, p.directives(false, true, "")) // a broker alone
-	if r := s.get("/task?wait=10&submitID=" + submitID); taskOf(t, r) != taskID {
+	if r := s.get("/task?wait=60&submitID=" + submitID); taskOf(t, r) != taskID {
 		t.Errorf("a broker alone: status %d: %s", r.status, r.body)
 	}
 	s.get(pair).wantStatus(t, http.StatusOK)
@@ -212,22 +213,24 @@ func (p *product) testServed(t *testing.T) {
 func TestForgetfulNode(t *testing.T) {
 	for _, submitResult := range []productbackend.SubmitResultMode{productbackend.SubmitResultManual, productbackend.SubmitResultIDs} {
 		t.Run(string(submitResult), func(t *testing.T) {
-			p := startProduct(t, variation{secretIn: productbackend.SecretInHeader, submitResult: submitResult, nodeForget: 500 * time.Millisecond})
-			submitID := p.submit(t)
-			s := startSite(t, p.directives(true, true, ""))
-			report := s.get("/task?wait=10&submitID=" + submitID)
-			report.wantStatus(t, http.StatusOK) // by way of the broker, which keeps it
-			pair := "/task?appServerID=" + appServerID + "&taskID=" + taskOf(t, report)
+			inBubble(t, func(t *testing.T) {
+				p := startProduct(t, variation{secretIn: productbackend.SecretInHeader, submitResult: submitResult, nodeForget: 500 * time.Millisecond})
+				submitID := p.submit(t)
+				s := startSite(t, p.directives(true, true, ""))
+				report := s.get("/task?wait=60&submitID=" + submitID)
+				report.wantStatus(t, http.StatusOK) // by way of the broker, which keeps it
+				pair := "/task?appServerID=" + appServerID + "&taskID=" + taskOf(t, report)
 
-			alone := startSite(t, p.directives(true, false, ""))
-			alone.getUntil(pair+"&nocache", "the node to forget", func(r reply) bool { return r.status == http.StatusNotFound }).
-				wantProblem(t, http.StatusNotFound, "unknown_task")
+				alone := startSite(t, p.directives(true, false, ""))
+				alone.getUntil(pair+"&nocache", "the node to forget", func(r reply) bool { return r.status == http.StatusNotFound }).
+					wantProblem(t, http.StatusNotFound, "unknown_task")
 
-			s = startSite(t, p.directives(true, true, ""))
-			s.get(pair).wantStatus(t, http.StatusOK)
-			s.get("/task?submitID="+submitID).wantStatus(t, http.StatusOK)
-			s.get("/task?submitID="+submitID).wantHeader(t, "Cache-Status", "fsbroker; hit")
-			s.wantNoSecretInLog()
+				s = startSite(t, p.directives(true, true, ""))
+				s.get(pair).wantStatus(t, http.StatusOK)
+				s.get("/task?submitID="+submitID).wantStatus(t, http.StatusOK)
+				s.get("/task?submitID="+submitID).wantHeader(t, "Cache-Status", "fsbroker; hit")
+				s.wantNoSecretInLog()
+			})
 		})
 	}
 }
@@ -266,10 +269,8 @@ func TestWrongSecret(t *testing.T) {
 // What keeps an upstream from being connected to is told apart, in the problem and in the log.
 func TestConnectionProblems(t *testing.T) {
 	document := reportOf("t1", "SUCCESS")
-	secure := httptest.NewUnstartedServer(responds(http.StatusOK, document))
-	secure.Config.ErrorLog = nil
+	secure := newServer(t, responds(http.StatusOK, document))
 	secure.StartTLS()
-	t.Cleanup(secure.Close)
 	plain := newBackend(t, responds(http.StatusOK, document))
 	tomorrow := time.Now().Add(24 * time.Hour)
 	expired := startWithCertificate(t, x509.Certificate{NotAfter: time.Date(2001, 2, 3, 4, 5, 6, 0, time.UTC), IPAddresses: []net.IP{{127, 0, 0, 1}}})
@@ -282,7 +283,7 @@ func TestConnectionProblems(t *testing.T) {
 		detail        string // of the problem
 		logged        map[string]string
 	}{
-		"closed":                    {fmt.Sprintf("https://127.0.0.1:%d", testsite.FreePort(t)), "", "node_unreachable", "could not be connected to", map[string]string{"cause": "connection refused"}},
+		"closed":                    {"https://" + testsite.Refused(t), "", "node_unreachable", "could not be connected to", map[string]string{"cause": "connection refused"}},
 		"no such host":              {"https://no-such-host.invalid:22001", "", "node_unreachable", "could not be connected to", map[string]string{"cause": "no-such-host.invalid"}},
 		"speaks TLS, answers 400":   {strings.Replace(secure.URL, "https", "http", 1), "", "node_wrong_scheme", "must write https://", nil},
 		"speaks TLS, resets":        {"http://" + resets, "", "node_wrong_scheme", "must write https://", nil},
@@ -377,7 +378,7 @@ func startTLSListener(t *testing.T, speaksTLS bool) (address string) {
 			if err != nil {
 				return
 			}
-			_ = conn.SetDeadline(time.Now().Add(5 * time.Second))
+			_ = conn.SetDeadline(patience(t))
 			first := make([]byte, 1)
 			_, err = io.ReadFull(conn, first)
 			if handshake := first[0] == 0x16; err == nil && handshake && speaksTLS {
@@ -408,14 +409,13 @@ func (c *rereadConn) Read(p []byte) (int, error) {
 // An upstream is probed for TLS once in fail_duration, and nothing is sent to it meanwhile.
 func TestTLSProbeIsBounded(t *testing.T) {
 	var conns atomic.Int64
-	node := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusBadRequest) }))
+	node := newServer(t, http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusBadRequest) }))
 	node.Config.ConnState = func(_ net.Conn, state http.ConnState) {
 		if state == http.StateNew {
 			conns.Add(1)
 		}
 	}
 	node.Start()
-	t.Cleanup(node.Close)
 	s := startSite(t, fmt.Sprintf("fsbroker_task {\nsecret {env.CALLER_SECRET}\nnode node-1 %s {env.NODE_SECRET}\n}", node.URL))
 	for range 20 {
 		s.get(pair).wantProblem(t, http.StatusBadGateway, "node_rejected_request")

@@ -13,6 +13,7 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/httpcaddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testenv"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
@@ -67,7 +68,7 @@ func TestSharedCache(t *testing.T) {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { _ = n.server.Close() })
-	site := fmt.Sprintf("http://127.0.0.1:%d", testsite.FreePort(t))
+	site := fmt.Sprintf("http://127.0.0.1:%d", testenv.Port(t))
 	testsite.Run(t, fmt.Appendf(nil, `{
 		admin off
 		cache {

@@ -59,6 +59,19 @@ func (g *Group[K, V]) Do(ctx context.Context, logger *zap.Logger, key K, fresh b
 	}
 }
 
+// Callers returns the number of callers that wait for a call.
+func (g *Group[K, V]) Callers() (n int) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	for _, s := range g.slots {
+		n += s.current.callers
+		if s.next != nil {
+			n += s.next.callers
+		}
+	}
+	return n
+}
+
 // join returns a call to wait for, which it starts if there is none to join.
 func (g *Group[K, V]) join(logger *zap.Logger, key K, fresh bool, fn Func[V]) (c *call[V], joined bool) {
 	g.mu.Lock()

@@ -13,8 +13,8 @@ import (
 	"encoding/pem"
 	"fmt"
 	"math/big"
-	mathrand "math/rand/v2"
 	"net"
+	"os"
 	"sync"
 	"testing"
 	"time"
@@ -69,27 +69,65 @@ func ClientConfig() *tls.Config {
 	return &tls.Config{RootCAs: pool, MinVersion: tls.VersionTLS12}
 }
 
-// ports has the ports that FreePort has returned.
-var ports sync.Map
+// Socket is a socket on localhost on which connections wait until a server takes it over. A port that is chosen before it is
+// bound may be another process's by then.
+type Socket struct {
+	Address string // host:port
+	Port    int
+	File    *os.File
+	Bind    string // as Caddy's listener addresses name it in this process
+}
 
-// FreePort returns a port on which no process listens, and a different one each time. The system gives none of these ports to
-// a connection, which would take it before a server listens on it, or while the server starts again.
-func FreePort(t testing.TB) int {
+// Listen returns a socket that is open until the test ends.
+func Listen(t testing.TB) *Socket {
 	t.Helper()
-	const first, last = 10_000, 32_000
-	for range 1000 {
-		port := first + mathrand.IntN(last-first)                             //nolint:gosec // it need not be unpredictable
-		listener, err := net.Listen("tcp", fmt.Sprintf("127.0.0.1:%d", port)) //nolint:noctx // it does not wait
-		if err != nil {
-			continue
-		}
-		_ = listener.Close()
-		if _, returned := ports.LoadOrStore(port, true); !returned {
-			return port
-		}
+	listener := listen(t)
+	defer listener.Close() // the file keeps the socket open
+	file, err := listener.File()
+	if err != nil {
+		t.Fatal(err)
 	}
-	t.Fatal("no port is free")
-	return 0
+	t.Cleanup(func() { _ = file.Close() })
+	address := listener.Addr().(*net.TCPAddr)
+	return &Socket{Address: address.String(), Port: address.Port, File: file, Bind: fmt.Sprintf("fd/%d", file.Fd())}
+}
+
+// Listener returns a listener on localhost whose port nobody else gets until the test ends, even if it is closed before. Until
+// then, a closed one refuses connections, and a server can listen on its address again.
+func Listener(t testing.TB) net.Listener {
+	t.Helper()
+	listener := listen(t)
+	// A connection keeps its port.
+	client, err := net.Dial("tcp", listener.Addr().String()) //nolint:noctx // it does not wait
+	if err != nil {
+		t.Fatal(err)
+	}
+	server, err := listener.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = client.Close()
+		_ = server.Close()
+	})
+	return listener
+}
+
+// Refused returns an address that refuses connections until the test ends.
+func Refused(t testing.TB) string {
+	t.Helper()
+	listener := Listener(t)
+	_ = listener.Close()
+	return listener.Addr().String()
+}
+
+func listen(t testing.TB) *net.TCPListener {
+	t.Helper()
+	listener, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return listener
 }
 
 // Load runs Caddy with a Caddyfile.
