@@ -56,9 +56,9 @@ func benchHandler(b *testing.B, nodes, reports, size int) *Handler {
 	}
 	rs := h.namespace.resolver
 	for i := range reports {
-		rs.shared.put(task.ReportKey(rs.nodes["node-0"].source, fmt.Sprintf("t%d", i), false), task.NewReport(r.Document()), time.Hour)
+		rs.shared.keep(task.ReportKey(rs.nodes["node-0"].source, fmt.Sprintf("t%d", i), false), task.NewReport(r.Document()), kept{ttl: time.Hour})
 	}
-	rs.shared.put(task.SubmissionKey(rs.submitted, "s0", false), task.NewReport(r.Document()), time.Hour)
+	rs.shared.keep(task.SubmissionKey(rs.submitted, "s0", false), task.NewReport(r.Document()), kept{ttl: time.Hour})
 	return h
 }
 
@@ -181,7 +181,7 @@ func BenchmarkCostPerReport(b *testing.B) {
 			for i := range n {
 				d := inflatedReport(size).Document()
 				d.File = [sha256.Size]byte(numbered(i))
-				m.save(m.put(numbered(i), task.NewReport(d), time.Hour), archive.Item{}, nil)
+				m.keep(numbered(i), task.NewReport(d), kept{ttl: time.Hour})
 			}
 			after := heapAfterCollection()
 			for b.Loop() {
@@ -294,8 +294,7 @@ func BenchmarkStored(b *testing.B) {
 	for i := range reports {
 		d := r.Document()
 		d.File = [sha256.Size]byte(numbered(i))
-		e := rs.shared.put(task.ReportKey(rs.nodes["node-0"].source, fmt.Sprintf("t%d", i), false), task.NewReport(d), time.Hour)
-		rs.shared.save(e, archive.Item{}, nil)
+		rs.shared.keep(task.ReportKey(rs.nodes["node-0"].source, fmt.Sprintf("t%d", i), false), task.NewReport(d), kept{ttl: time.Hour})
 	}
 	for a.Stats().Queued > 0 {
 		time.Sleep(time.Millisecond)

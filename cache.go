@@ -204,14 +204,48 @@ func (m *memory) newest(sum [sha256.Size]byte, all bool) *entry {
 	return e
 }
 
-// put keeps a report under k for ttl and replaces what was there. The same document again renews what is there. An
-// unfinished report does not replace a finished one, and a report for which there is no room is not kept.
-func (m *memory) put(k task.Key, report *task.Report, ttl time.Duration) *entry {
+// kept says how a report is kept. Only ttl matters for one that is not finished.
+type kept struct {
+	ttl    time.Duration
+	all    bool             // it is the complete report
+	target *task.Key        // under which the report itself is stored; nil if that is its own key
+	from   *archive.Archive // the report came from there, so it is not stored there again; nil if it came from an upstream
+	saved  bool             // from has stored it, and has it not only in its queue
+}
+
+// keep keeps a report under k and replaces what was there. The same document again renews what is there. An unfinished report
+// does not replace a finished one, and a report for which there is no room is not kept. A finished one is added to those of
+// its file, and is queued to be stored in all archives. One that is kept is queued later where there is no room.
+//
+// All of it happens under one lock: an archive that is attached meanwhile must not store half of what is known of the report.
+func (m *memory) keep(k task.Key, report *task.Report, as kept) *entry {
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	e := m.put(k, report, as.ttl)
+	if !report.Finished() {
+		return e
+	}
+	e.all, e.target = as.all, as.target
+	if as.saved {
+		e.savedIn = as.from
+	}
+	isKept := e.whole.kept.Load()
+	if isKept {
+		m.files.add(e)
+	}
+	for a, unsaved := range m.unsaved {
+		if a != as.from && !a.Save(m.item(e)) && isKept {
+			unsaved[e] = struct{}{}
+		}
+	}
+	return e
+}
+
+// put adds a report, or renews it, or returns an entry that is not kept. The caller holds the mutex.
+func (m *memory) put(k task.Key, report *task.Report, ttl time.Duration) *entry {
 	if e, ok := m.peek(string(k[:])); ok {
 		if e.report.Renew(report) {
-			m.keep(e, ttl)
+			m.set(e, ttl)
 			m.files.renew(e)
 			return e
 		}
@@ -225,14 +259,14 @@ func (m *memory) put(k task.Key, report *task.Report, ttl time.Duration) *entry 
 		e.unkept = true
 		return e
 	}
-	m.keep(e, ttl)
+	m.set(e, ttl)
 	m.entries++
 	m.link(&e.whole)
 	return e
 }
 
-// keep puts an entry into go-cache. The caller holds the mutex.
-func (m *memory) keep(e *entry, ttl time.Duration) {
+// set puts an entry into go-cache. The caller holds the mutex.
+func (m *memory) set(e *entry, ttl time.Duration) {
 	m.expiries.set(e, int64(time.Since(m.start)+ttl))
 	if m.expiries.first() == e {
 		m.setTimer()
@@ -532,29 +566,6 @@ func (m *memory) detach(a *archive.Archive) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	delete(m.unsaved, a)
-}
-
-// save adds a finished report to those of its file, and queues it to be stored in all archives but one, which has it. Of the
-// item, All and Target count. An entry that is kept is queued later where there is no room.
-func (m *memory) save(e *entry, as archive.Item, but *archive.Archive) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	e.all, e.target = as.All, as.Target
-	if e.whole.kept.Load() {
-		m.files.add(e)
-	}
-	for a, unsaved := range m.unsaved {
-		if a != but && !a.Save(m.item(e)) && e.whole.kept.Load() {
-			unsaved[e] = struct{}{}
-		}
-	}
-}
-
-// setSaved notes that an archive has stored the report of an entry.
-func (m *memory) setSaved(e *entry, a *archive.Archive) {
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	e.savedIn = a
 }
 
 // noteSaved notes that an archive has stored an item. It returns the keys of the reports that the archive has from now on:

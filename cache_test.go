@@ -44,7 +44,7 @@ func TestCacheBound(t *testing.T) {
 	c := newMemory(limit)
 	defer c.close()
 	for i := range 1000 {
-		c.put(numbered(i), inflatedReport(10<<10), time.Hour)
+		c.keep(numbered(i), inflatedReport(10<<10), kept{ttl: time.Hour})
 		if c.used > limit {
 			t.Fatalf("%d bytes are used, more than %d", c.used, limit)
 		}
@@ -57,7 +57,7 @@ func TestCacheBound(t *testing.T) {
 	}
 
 	// A value that is larger than the cache evicts nothing, but replaces the one under its key.
-	c.put(numbered(999), inflatedReport(limit), time.Hour)
+	c.keep(numbered(999), inflatedReport(limit), kept{ttl: time.Hour})
 	if _, ok := c.get(numbered(999)); ok {
 		t.Error("a value that is larger than the cache is kept")
 	}
@@ -75,7 +75,7 @@ func TestCacheKeepsWhatIsRequestedOften(t *testing.T) {
 	c := newMemory(100 * (1000 + entryOverhead))
 	defer c.close()
 	for i := range 10_000 {
-		c.put(numbered(i), inflatedReport(1000), time.Hour)
+		c.keep(numbered(i), inflatedReport(1000), kept{ttl: time.Hour})
 		for popular := range 10 {
 			c.get(numbered(popular))
 		}
@@ -92,8 +92,8 @@ func TestCacheReplacesAndExpires(t *testing.T) {
 		c := newMemory(1 << 20)
 		defer c.close()
 		first, second := inflatedReport(10), inflatedReport(10)
-		c.put(numbered(1), first, time.Hour)
-		c.put(numbered(1), second, 50*time.Millisecond)
+		c.keep(numbered(1), first, kept{ttl: time.Hour})
+		c.keep(numbered(1), second, kept{ttl: 50 * time.Millisecond})
 		if e, ok := c.get(numbered(1)); !ok || e.report != second {
 			t.Error("the second has not replaced the first")
 		}
@@ -128,7 +128,7 @@ func TestEntriesExpireInOrder(t *testing.T) {
 					documents[i] = inflatedReport(10).Document()
 				}
 				ttl := time.Duration(random.IntN(1000)+1) * time.Millisecond
-				m.put(numbered(i), task.NewReport(documents[i]), ttl)
+				m.keep(numbered(i), task.NewReport(documents[i]), kept{ttl: ttl})
 				ends[i] = time.Now().Add(ttl)
 			}
 			time.Sleep(time.Duration(random.IntN(20)) * time.Millisecond)
@@ -152,7 +152,7 @@ func TestManyExpireAtOnce(t *testing.T) {
 		m := newMemory(1 << 30)
 		defer m.close()
 		for i := range 2*maxExpired + 1 {
-			m.put(numbered(i), inflatedReport(10), time.Second)
+			m.keep(numbered(i), inflatedReport(10), kept{ttl: time.Second})
 		}
 		time.Sleep(time.Second)
 		synctest.Wait()
@@ -169,7 +169,7 @@ func TestCacheEvictsInOneOrder(t *testing.T) {
 	defer m.close()
 	entries := make([]*entry, n)
 	for i := range n {
-		entries[i] = m.put(numbered(i), gzippedReport(t, size), time.Hour)
+		entries[i] = m.keep(numbered(i), gzippedReport(t, size), kept{ttl: time.Hour})
 	}
 	compressed := m.stats().Bytes
 	for range 2 {
@@ -207,7 +207,7 @@ func TestCacheEvictsInOneOrder(t *testing.T) {
 func TestInflatedCopiesPay(t *testing.T) {
 	m := newMemory(8 << 20)
 	defer m.close()
-	e := m.put(numbered(1), gzippedReport(t, 500<<10), time.Hour)
+	e := m.keep(numbered(1), gzippedReport(t, 500<<10), kept{ttl: time.Hour})
 	if f, err := m.inflatedForm(e); f != nil || err != nil {
 		t.Errorf("the first caller gets a copy, error %v", err)
 	}
@@ -218,7 +218,7 @@ func TestInflatedCopiesPay(t *testing.T) {
 	if again, _ := m.inflatedForm(e); again != f {
 		t.Error("the third caller gets another copy")
 	}
-	large := m.put(numbered(2), gzippedReport(t, 2<<20), time.Hour)
+	large := m.keep(numbered(2), gzippedReport(t, 2<<20), kept{ttl: time.Hour})
 	for range 3 {
 		if f, err := m.inflatedForm(large); f != nil || err != nil {
 			t.Errorf("a copy of a quarter of the memory is made, error %v", err)
@@ -231,7 +231,7 @@ func TestInflatedOnce(t *testing.T) {
 	m := newMemory(64 << 20)
 	defer m.close()
 	for i := range 20 {
-		e := m.put(numbered(i), gzippedReport(t, 1<<20), time.Hour)
+		e := m.keep(numbered(i), gzippedReport(t, 1<<20), kept{ttl: time.Hour})
 		_, _ = m.inflatedForm(e) // a copy pays from now on
 		var copies sync.Map
 		var wg sync.WaitGroup
@@ -259,7 +259,7 @@ func TestInflatedOnce(t *testing.T) {
 func TestSlowCallersCountOnce(t *testing.T) {
 	m := newMemory(1 << 20)
 	defer m.close()
-	e := m.put(numbered(1), inflatedReport(100<<10), time.Hour)
+	e := m.keep(numbered(1), inflatedReport(100<<10), kept{ttl: time.Hour})
 	size := e.whole.size()
 	for range 24 {
 		m.acquire(&e.whole)
@@ -301,11 +301,11 @@ func TestWhatIsHeldIsNotEvicted(t *testing.T) {
 	m := newMemory(5 * (size + entryOverhead))
 	defer m.close()
 	for i := range 5 {
-		e := m.put(numbered(i), inflatedReport(size), time.Hour)
+		e := m.keep(numbered(i), inflatedReport(size), kept{ttl: time.Hour})
 		m.acquire(&e.whole)
 		defer m.release(&e.whole)
 	}
-	if e := m.put(numbered(5), inflatedReport(size), time.Hour); !e.unkept {
+	if e := m.keep(numbered(5), inflatedReport(size), kept{ttl: time.Hour}); !e.unkept {
 		t.Error("a sixth report is kept")
 	}
 	if stats := m.stats(); stats.Entries != 5 || stats.Bytes > stats.Limit {
@@ -318,9 +318,9 @@ func TestSameDocumentAgain(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newMemory(1 << 20)
 		defer m.close()
-		first := m.put(numbered(1), gzippedReport(t, 1000), 50*time.Millisecond)
+		first := m.keep(numbered(1), gzippedReport(t, 1000), kept{ttl: 50 * time.Millisecond})
 		before := m.stats()
-		again := m.put(numbered(1), gzippedReport(t, 1000), time.Hour)
+		again := m.keep(numbered(1), gzippedReport(t, 1000), kept{ttl: time.Hour})
 		if again != first || m.stats() != before {
 			t.Errorf("another entry: %+v, before %+v", m.stats(), before)
 		}
@@ -337,7 +337,7 @@ func TestReservations(t *testing.T) {
 	m := newMemory(limit)
 	defer m.close()
 	for i := 0; m.stats().Bytes < limit-large; i++ {
-		m.put(numbered(i), inflatedReport(1<<20), time.Hour)
+		m.keep(numbered(i), inflatedReport(1<<20), kept{ttl: time.Hour})
 	}
 	var sick, healthy share
 	taken := 0
@@ -385,7 +385,7 @@ func TestOneDecoderAlwaysHasRoom(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	e := m.put(numbered(1), report, time.Hour)
+	e := m.keep(numbered(1), report, kept{ttl: time.Hour})
 	for range 2 {
 		c, err := m.acquireContent(e, true)
 		if err != nil || c.decoder == nil {
@@ -442,7 +442,7 @@ func TestCacheConcurrently(t *testing.T) {
 				k := numbered((i * (worker + 1)) % 100)
 				e, ok := m.get(k)
 				if !ok {
-					e = m.put(k, gzippedReport(t, 4000), time.Duration(i%5+1)*time.Millisecond)
+					e = m.keep(k, gzippedReport(t, 4000), kept{ttl: time.Duration(i%5+1) * time.Millisecond})
 				}
 				m.acquire(&e.whole)
 				f, err := m.inflatedForm(e)
@@ -464,7 +464,7 @@ func TestCacheConcurrently(t *testing.T) {
 	if stats := m.stats(); stats.Bytes != 0 || stats.Entries != 0 || m.kept.ItemCount() != 0 || m.order.length != 0 || m.used != 0 {
 		t.Errorf("a closed cache: %+v, %d items", stats, m.kept.ItemCount())
 	}
-	m.put(numbered(1), inflatedReport(10), time.Hour)
+	m.keep(numbered(1), inflatedReport(10), kept{ttl: time.Hour})
 	if m.kept.ItemCount() != 0 {
 		t.Error("a closed cache keeps a value")
 	}
@@ -483,7 +483,7 @@ func TestCacheBoundsHeap(t *testing.T) {
 			for i := range 10 * limit / (size + entryOverhead) {
 				d := inflatedReport(size).Document()
 				d.File = [32]byte(numbered(i))
-				c.save(c.put(numbered(i), task.NewReport(d), time.Hour), archive.Item{}, nil)
+				c.keep(numbered(i), task.NewReport(d), kept{ttl: time.Hour})
 			}
 			taken := heapInUse() - before
 			t.Logf("%d entries take %.1f MiB of heap, %d bytes each beside the document", c.kept.ItemCount(), float64(taken)/(1<<20), taken/int64(c.kept.ItemCount())-int64(size))
@@ -510,7 +510,7 @@ func TestEntryOverhead(t *testing.T) {
 		d := inflatedReport(size).Document()
 		d.File = [32]byte(numbered(i / 2))
 		target := numbered(-i - 1)
-		m.save(m.put(numbered(i), task.NewReport(d), time.Hour), archive.Item{Target: &target}, nil)
+		m.keep(numbered(i), task.NewReport(d), kept{ttl: time.Hour, target: &target})
 	}
 	each := (heapInUse()-before)/int64(m.entries) - size
 	t.Logf("%d entries cost %d bytes each beside the document", m.entries, each)

@@ -14,9 +14,7 @@ import (
 func (m *memory) keepOf(sum [sha256.Size]byte, i int, all bool, at time.Time) *entry {
 	d := inflatedReport(10).Document()
 	d.File, d.At = sum, at
-	e := m.put(numbered(i), task.NewReport(d), time.Hour)
-	m.save(e, archive.Item{All: all}, nil)
-	return e
+	return m.keep(numbered(i), task.NewReport(d), kept{ttl: time.Hour, all: all})
 }
 
 // Whatever is kept, replaced, renewed and removed, in any order, memory finds the newest report of each file.
@@ -35,7 +33,7 @@ func TestNewestInMemory(t *testing.T) {
 		case random.IntN(2) == 0:
 			d := e.report.Document()
 			d.At = at
-			m.put(numbered(i), task.NewReport(d), time.Hour)
+			m.keep(numbered(i), task.NewReport(d), kept{ttl: time.Hour, all: e.all})
 		default:
 			m.purge(archive.Selection{Keys: []task.Key{numbered(i)}}.Matches)
 		}

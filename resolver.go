@@ -238,10 +238,11 @@ func (rs *resolver) call(ctx context.Context, k task.Key, q query) (result, erro
 		defer rs.closeIfRetired()
 		q.nocache = fresh // a caller that joined may want no kept report
 		// It may have been kept while this call waited for its turn.
-		if e, ok := rs.shared.get(k); ok && !fresh {
+		e, ok := rs.shared.get(k)
+		if ok && !fresh {
 			return fetchResult{entry: e}, nil
 		}
-		return rs.fetch(withSpanOf(call, ctx), k, q, fresh)
+		return rs.fetch(withSpanOf(call, ctx), k, e, q, fresh)
 	})
 	if joined {
 		linkSpan(ctx, got.span)
@@ -262,11 +263,10 @@ func (rs *resolver) closeIfRetired() {
 	}
 }
 
-// fetch returns the report under k from the storage, or from the first upstream that knows it, and keeps it. A fresh fetch
-// always asks the upstreams. A submission that was accepted through here has nothing to report yet until an upstream has
+// fetch returns the report under k from the storage, or from the first upstream that knows it, and keeps it. kept is what memory
+// has, or nil. A fresh fetch always asks the upstreams. A submission that was accepted through here has nothing to report yet until an upstream has
 // known it.
-func (rs *resolver) fetch(ctx context.Context, k task.Key, q query, fresh bool) (fetchResult, error) {
-	kept, _ := rs.shared.get(k)
+func (rs *resolver) fetch(ctx context.Context, k task.Key, kept *entry, q query, fresh bool) (fetchResult, error) {
 	if kept == nil && !rs.absent.has(k) {
 		var err error
 		kept, err = rs.loadStored(ctx, k, q.all) // an upstream may know the report if the storage cannot be read
@@ -403,12 +403,10 @@ func (rs *resolver) keep(k task.Key, all bool, a answer) *entry {
 		if rs.follower != nil {
 			ttl = min(ttl, harvest.MaxAge)
 		}
-		return rs.shared.put(k, a.report, ttl)
+		return rs.shared.keep(k, a.report, kept{ttl: ttl})
 	}
-	e := rs.shared.put(k, a.report, rs.ttl)
-	rs.shared.save(e, archive.Item{All: all, Target: a.target}, nil)
 	rs.absent.remove(k)
-	return e
+	return rs.shared.keep(k, a.report, kept{ttl: rs.ttl, all: all, target: a.target})
 }
 
 // fetchSystemInfo fetches what an upstream says about itself. An error means that ctx has ended.
@@ -490,12 +488,9 @@ func (rs *resolver) reserveStored() (grow func(held int64) error, release func()
 // keepStored keeps in memory what was found in the storage under k.
 func (rs *resolver) keepStored(k task.Key, all bool, found archive.Found) *entry {
 	rs.absent.remove(k)
-	e := rs.shared.put(k, found.Report, min(rs.ttl, found.TTL))
-	rs.shared.save(e, archive.Item{All: all, Target: found.Target}, rs.archive)
-	if !found.Queued {
-		rs.shared.setSaved(e, rs.archive)
-	}
-	return e
+	return rs.shared.keep(k, found.Report, kept{
+		ttl: min(rs.ttl, found.TTL), all: all, target: found.Target, from: rs.archive, saved: !found.Queued,
+	})
 }
 
 // mentionKept tells a nocache caller that gets a problem about a report that is kept.

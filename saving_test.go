@@ -2,6 +2,7 @@ package fsbroker
 
 import (
 	"context"
+	"crypto/sha256"
 	"errors"
 	"fmt"
 	"testing"
@@ -43,9 +44,7 @@ func openFaulty(t *testing.T, m *shared, name string) (*archive.Archive, *storag
 func keepFinished(m *shared, i, size int) *entry {
 	d := inflatedReport(size).Document()
 	d.At = time.Now()
-	e := m.put(numbered(i), task.NewReport(d), 10*time.Minute)
-	m.save(e, archive.Item{}, nil)
-	return e
+	return m.keep(numbered(i), task.NewReport(d), kept{ttl: 10 * time.Minute})
 }
 
 // wantAllStored checks that an archive has the reports 0 to n-1.
@@ -195,7 +194,7 @@ func TestAnotherArchive(t *testing.T) {
 		for i := range reports {
 			keepFinished(m, i, 100)
 		}
-		m.put(numbered(reports), task.NothingYet(time.Now()), time.Hour)
+		m.keep(numbered(reports), task.NothingYet(time.Now()), kept{ttl: time.Hour})
 		other, _ := openFaulty(t, m, "other")
 		keepFinished(m, reports+1, 100)
 		f.Mend()
@@ -242,7 +241,7 @@ func TestLoadedIsNotSavedAgain(t *testing.T) {
 		if err != nil || found.Report == nil {
 			t.Fatal(found, err)
 		}
-		m.save(m.put(numbered(1), found.Report, time.Hour), archive.Item{}, a)
+		m.keep(numbered(1), found.Report, kept{ttl: time.Hour, from: a})
 		time.Sleep(time.Second)
 		if n := f.Calls(storagetest.Store) - before; n != 0 {
 			t.Errorf("it is written again, %d times", n)
@@ -255,8 +254,7 @@ func TestReferences(t *testing.T) {
 	m := savingMemory(t, 1<<30)
 	target := numbered(1)
 	of := keepFinished(m, 1, 100)
-	e := m.put(numbered(2), of.report, time.Hour)
-	m.save(e, archive.Item{All: true, Target: &target}, nil)
+	e := m.keep(numbered(2), of.report, kept{ttl: time.Hour, all: true, target: &target})
 	if i := m.item(e); i.Target != &target || !i.All || i.Key != numbered(2) || i.Report != of.report {
 		t.Errorf("the item is %+v", i)
 	}
@@ -288,5 +286,26 @@ func TestRecentKeys(t *testing.T) {
 		if r.remove(numbered(i)); r.has(numbered(i)) {
 			t.Fatalf("%d is not removed", i)
 		}
+	}
+}
+
+// An archive that is attached while a complete report is kept stores it as such, or not at all.
+func TestAttachedWhileKeeping(t *testing.T) {
+	for range 100 {
+		synctest.Test(t, func(t *testing.T) {
+			m := savingMemory(t, 1<<30)
+			d := inflatedReport(10).Document()
+			d.File, d.At = [sha256.Size]byte{1}, time.Now()
+			go m.keep(numbered(1), task.NewReport(d), kept{ttl: time.Hour, all: true})
+			a, _ := openFaulty(t, m, "one")
+			time.Sleep(time.Second)
+			none := func(int64) error { return nil }
+			if found, err := a.Newest(t.Context(), d.File, true, time.Time{}, none); err != nil || found.Report == nil {
+				t.Errorf("the complete report is not found: %v", err)
+			}
+			if found, err := a.Newest(t.Context(), d.File, false, time.Time{}, none); err != nil || found.Report != nil {
+				t.Errorf("it is found as the high-level one: %v", err)
+			}
+		})
 	}
 }
