@@ -35,7 +35,7 @@ func runCommandIn(t *testing.T, dir string, args ...string) ran {
 	t.Helper()
 	cmd := exec.CommandContext(t.Context(), os.Args[0], append([]string{"fsbroker"}, args...)...)
 	cmd.Dir = dir
-	cmd.Env = append(os.Environ(), beCaddy+"=1", "XDG_DATA_HOME="+dir, "XDG_CONFIG_HOME="+dir, "CADDY_ADMIN="+testsite.Refused(t))
+	cmd.Env = append(caddyEnv(dir), "CADDY_ADMIN="+testsite.Refused(t))
 	var out, errOut bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errOut
 	err := cmd.Run()
@@ -213,7 +213,7 @@ func TestCommandPurgeOnATerminal(t *testing.T) {
 	}
 	admin := newFakeAdmin(t, `{"memory":0,"queue":0,"storage":10,"next":2048}`, `{"memory":0,"queue":0,"storage":1}`)
 	cmd := exec.CommandContext(t.Context(), "script", "-qec", "'"+os.Args[0]+"' fsbroker purge --all --address "+admin.address(), os.DevNull)
-	cmd.Dir, cmd.Env = t.TempDir(), append(os.Environ(), beCaddy+"=1")
+	cmd.Dir, cmd.Env = t.TempDir(), caddyEnv(t.TempDir())
 	shown, err := cmd.CombinedOutput()
 	want := "\r[##########----------]  50%  removed 0 from memory, 0 from the queue, 10 from the storage\x1b[K" +
 		"\r\x1b[Kremoved 0 from memory, 0 from the queue, 11 from the storage\r\n"

@@ -5,7 +5,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/binary"
-	"errors"
 	"fmt"
 	"net/http"
 	"os"
@@ -23,6 +22,7 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
 )
 
 // stored is the option for Caddy's own storage.
@@ -82,30 +82,24 @@ func wantStoredIn(t testing.TB, dir string, want int) {
 type folder struct {
 	Dir string `json:"dir,omitempty"`
 
-	*certmagic.FileStorage `json:"-"`
-	usage                  *usage
+	lockingStorage `json:"-"`
 }
 
-// usage is what writes into a folder at the moment: operations hold it for reading.
-type usage struct {
-	sync.RWMutex
-	ended bool // the folder is to be removed
+// lockingStorage is a storage whose locks can be tried.
+type lockingStorage interface {
+	certmagic.Storage
+	certmagic.TryLocker
 }
 
-// usages has the usage of each folder.
-var usages sync.Map
+// gates has the gate of each folder: of *storagetest.Gate.
+var gates sync.Map
 
-// storageDir returns a folder for storages of this process. Archives write on after Caddy has stopped: what they begin after the
-// end of the test fails.
+// storageDir returns a folder for storages of this process, which do nothing more when the test ends.
 func storageDir(t testing.TB) string {
 	t.Helper()
-	dir, u := t.TempDir(), new(usage)
-	usages.Store(dir, u)
-	t.Cleanup(func() {
-		u.Lock()
-		defer u.Unlock()
-		u.ended = true
-	})
+	dir, gate := t.TempDir(), storagetest.NewGate()
+	gates.Store(dir, gate)
+	t.Cleanup(gate.Close)
 	return dir
 }
 
@@ -132,48 +126,10 @@ func (f *folder) CertMagicStorage() (certmagic.Storage, error) {
 	return f, nil
 }
 
-// open opens the folder. That of another process is not known here.
+// open opens the folder. That of another process has no gate here.
 func (f *folder) open() {
-	u, _ := usages.LoadOrStore(f.Dir, new(usage))
-	f.usage, f.FileStorage = u.(*usage), &certmagic.FileStorage{Path: f.Dir}
-}
-
-var errEnded = errors.New("the test has ended")
-
-// begin begins an operation, unless the test has ended. The caller must end it.
-func (u *usage) begin() (end func(), err error) {
-	if u.RLock(); u.ended {
-		u.RUnlock()
-		return nil, errEnded
-	}
-	return u.RUnlock, nil
-}
-
-func (f *folder) Store(ctx context.Context, k string, value []byte) error {
-	end, err := f.usage.begin()
-	if err != nil {
-		return err
-	}
-	defer end()
-	return f.FileStorage.Store(ctx, k, value)
-}
-
-func (f *folder) Lock(ctx context.Context, k string) error {
-	end, err := f.usage.begin()
-	if err != nil {
-		return err
-	}
-	defer end()
-	return f.FileStorage.Lock(ctx, k)
-}
-
-func (f *folder) TryLock(ctx context.Context, k string) (bool, error) {
-	end, err := f.usage.begin()
-	if err != nil {
-		return false, err
-	}
-	defer end()
-	return f.FileStorage.TryLock(ctx, k)
+	gate, _ := gates.LoadOrStore(f.Dir, storagetest.NewGate())
+	f.lockingStorage = gate.(*storagetest.Gate).Guard(&certmagic.FileStorage{Path: f.Dir}).(lockingStorage)
 }
 
 // faulty is a storage in a folder that is slow, and fails as fault says.

@@ -25,6 +25,7 @@ import (
 	_ "github.com/caddyserver/caddy/v2/modules/standard"
 
 	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testenv"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
@@ -187,7 +188,10 @@ func (s *site) trust() {
 		if !s.plain { // in a bubble, the certificate would be made in another time
 			transport.TLSClientConfig = testsite.ClientConfig()
 		}
-		s.client = &http.Client{Transport: transport, Timeout: time.Until(patience(s.t))}
+		s.client = &http.Client{Transport: transport}
+		if deadline, ok := patience(s.t).Deadline(); ok {
+			s.client.Timeout = time.Until(deadline)
+		}
 	}
 	// Another process takes a moment to start.
 	eventually(s.t, "the site to respond", func() bool {
@@ -474,7 +478,7 @@ func startProcessWithGrace(t *testing.T, shared, directives, grace string) *proc
 func (p *process) again() *process {
 	p.t.Helper()
 	p = &process{site: p.site, cmd: exec.Command(os.Args[0], "run", "--config", filepath.Join(p.dir, "Caddyfile"))}
-	p.cmd.Env = append(os.Environ(), beCaddy+"=1", "XDG_DATA_HOME="+p.dir, "XDG_CONFIG_HOME="+p.dir)
+	p.cmd.Env = caddyEnv(p.dir)
 	p.cmd.ExtraFiles = []*os.File{p.socket.File}
 	p.cmd.Stderr = p.t.Output()
 	if err := p.cmd.Start(); err != nil {
@@ -492,25 +496,23 @@ func (p *process) kill() {
 	_ = p.cmd.Wait()
 }
 
-// patience returns when a test that waits gives up: shortly before all tests end, so that it can still say what it has waited
-// for.
-func patience(t testing.TB) time.Time {
-	if bubble != nil {
-		return time.Now().Add(10 * time.Minute)
+// patience returns a context that ends when a test that waits gives up: in time before all tests end, and in a bubble after so
+// long that nothing can be due any more.
+func patience(t testing.TB) context.Context {
+	t.Helper()
+	if bubble == nil {
+		return testenv.Context(t)
 	}
-	if t, ok := t.(*testing.T); ok {
-		if deadline, ok := t.Deadline(); ok {
-			return deadline.Add(-10 * time.Second)
-		}
-	}
-	return time.Now().AddDate(1, 0, 0)
+	ctx, cancel := context.WithTimeout(t.Context(), 10*time.Minute)
+	t.Cleanup(cancel)
+	return ctx
 }
 
 // eventually waits until done returns true. It must be called by the test's own goroutine.
 func eventually(t testing.TB, what string, done func() bool) {
 	t.Helper()
-	for deadline := patience(t); !done(); time.Sleep(5 * time.Millisecond) {
-		if time.Now().After(deadline) {
+	for ctx := patience(t); !done(); time.Sleep(5 * time.Millisecond) {
+		if ctx.Err() != nil {
 			t.Fatalf("waited too long for %s", what)
 		}
 	}
@@ -519,11 +521,9 @@ func eventually(t testing.TB, what string, done func() bool) {
 // within waits for a value of c. It must be called by the test's own goroutine.
 func within[T any](t testing.TB, what string, c <-chan T) (value T) {
 	t.Helper()
-	timer := time.NewTimer(time.Until(patience(t)))
-	defer timer.Stop()
 	select {
 	case value = <-c:
-	case <-timer.C:
+	case <-patience(t).Done():
 		t.Fatalf("waited too long for %s", what)
 	}
 	return value

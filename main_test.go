@@ -14,6 +14,7 @@ import (
 
 	"go.uber.org/goleak"
 
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testenv"
 	"github.com/caddyserver/caddy/v2"
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
 	"github.com/caddyserver/certmagic"
@@ -94,10 +95,8 @@ func runTests(m *testing.M) {
 	if err != nil {
 		panic(err)
 	}
-	for name, value := range map[string]string{
-		"CALLER_SECRET": callerSecret, "NODE_SECRET": nodeSecret, "BROKER_SECRET": brokerSecret,
-		"HOME": home, "XDG_CONFIG_HOME": home, "XDG_DATA_HOME": home,
-	} {
+	for _, variable := range append(testenv.Home(home), "CALLER_SECRET="+callerSecret, "NODE_SECRET="+nodeSecret, "BROKER_SECRET="+brokerSecret) {
+		name, value, _ := strings.Cut(variable, "=")
 		if err := os.Setenv(name, value); err != nil {
 			panic(err)
 		}
@@ -119,6 +118,11 @@ func runTests(m *testing.M) {
 		goleak.IgnoreAnyFunction("github.com/golang/glog.(*fileSink).flushDaemon"),
 		goleak.IgnoreAnyFunction("github.com/caddyserver/certmagic.keepLockfileFresh"),
 	)
+}
+
+// caddyEnv returns the environment of a process that is a Caddy whose home is a folder.
+func caddyEnv(home string) []string {
+	return append(append(os.Environ(), testenv.Home(home)...), beCaddy+"=1")
 }
 
 // quiet are members of a JSON configuration without the admin API and without a log, which is not kept.

@@ -981,7 +981,7 @@ type soakStats struct {
 
 // stats returns what the admin API says. During a reload, it may take a moment.
 func (s *soak) stats() map[string]soakStats {
-	for deadline := patience(s.t); ; time.Sleep(10 * time.Millisecond) {
+	for ctx := patience(s.t); ; time.Sleep(10 * time.Millisecond) {
 		status, body, err := s.tryAdmin(http.MethodGet, "/fsbroker/cache")
 		var stats map[string]soakStats
 		if err == nil && status == http.StatusOK {
@@ -990,7 +990,7 @@ func (s *soak) stats() map[string]soakStats {
 		if err == nil && len(stats) == len(s.namespaces) {
 			return stats
 		}
-		if time.Now().After(deadline) {
+		if ctx.Err() != nil {
 			s.t.Errorf("the admin API: status %d, %v, %s", status, err, body)
 			return nil
 		}

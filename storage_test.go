@@ -565,7 +565,7 @@ func TestStoredByAnotherInstanceMeanwhile(t *testing.T) {
 		if r := <-one.goGet(pair); r.status != http.StatusOK {
 			t.Errorf("the other instance: status %d", r.status)
 		}
-		for deadline := patience(t); len(storedIn(t, dir)) == 0 && time.Now().Before(deadline); {
+		for ctx := patience(t); len(storedIn(t, dir)) == 0 && ctx.Err() == nil; {
 			time.Sleep(5 * time.Millisecond)
 		}
 		w.WriteHeader(http.StatusNotFound)

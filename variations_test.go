@@ -378,7 +378,6 @@ func startTLSListener(t *testing.T, speaksTLS bool) (address string) {
 			if err != nil {
 				return
 			}
-			_ = conn.SetDeadline(patience(t))
 			first := make([]byte, 1)
 			_, err = io.ReadFull(conn, first)
 			if handshake := first[0] == 0x16; err == nil && handshake && speaksTLS {

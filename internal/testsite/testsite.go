@@ -19,6 +19,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testenv"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
 )
@@ -81,7 +82,7 @@ type Socket struct {
 // Listen returns a socket that is open until the test ends.
 func Listen(t testing.TB) *Socket {
 	t.Helper()
-	listener := listen(t)
+	listener := listen(t, 0)
 	defer listener.Close() // the file keeps the socket open
 	file, err := listener.File()
 	if err != nil {
@@ -92,38 +93,22 @@ func Listen(t testing.TB) *Socket {
 	return &Socket{Address: address.String(), Port: address.Port, File: file, Bind: fmt.Sprintf("fd/%d", file.Fd())}
 }
 
-// Listener returns a listener on localhost whose port nobody else gets until the test ends, even if it is closed before. Until
-// then, a closed one refuses connections, and a server can listen on its address again.
+// Listener returns a listener on localhost. When it is closed, its address refuses connections, and a server can listen there
+// again until the test ends.
 func Listener(t testing.TB) net.Listener {
 	t.Helper()
-	listener := listen(t)
-	// A connection keeps its port.
-	client, err := net.Dial("tcp", listener.Addr().String()) //nolint:noctx // it does not wait
-	if err != nil {
-		t.Fatal(err)
-	}
-	server, err := listener.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		_ = client.Close()
-		_ = server.Close()
-	})
-	return listener
+	return listen(t, testenv.Port(t))
 }
 
 // Refused returns an address that refuses connections until the test ends.
 func Refused(t testing.TB) string {
 	t.Helper()
-	listener := Listener(t)
-	_ = listener.Close()
-	return listener.Addr().String()
+	return fmt.Sprintf("127.0.0.1:%d", testenv.Port(t))
 }
 
-func listen(t testing.TB) *net.TCPListener {
+func listen(t testing.TB, port int) *net.TCPListener {
 	t.Helper()
-	listener, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
+	listener, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: port})
 	if err != nil {
 		t.Fatal(err)
 	}
