@@ -59,6 +59,7 @@ func DialUpstreams(dial func(ctx context.Context, network, address string) (net.
 			transport := u.transport.(*reverseproxy.HTTPTransport).Transport
 			if _, changed := dialled.LoadOrStore(transport, true); !changed {
 				transport.DialContext = dial
+				withPatientWrites(transport)
 			}
 		}
 	}

@@ -276,20 +276,22 @@ func TestEndOfAcceptance(t *testing.T) {
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
-			broker := newForgetful(t, time.Second, time.Hour)
-			broker.silent = time.Hour
-			s := startWithAdmin(t, proxied(broker.URL, "", harvesting), "")
-			id := s.submit()
-			path := "/task?submitID=" + id
-			s.getUntil(path, "some questions", func(r reply) bool {
-				r.wantStatus(t, http.StatusNoContent)
-				return broker.asked(id) > 10
+			inBubble(t, func(t *testing.T) {
+				broker := newForgetful(t, time.Second, time.Hour)
+				broker.silent = time.Hour
+				s := startWithAdmin(t, proxied(broker.URL, "", harvesting), "")
+				id := s.submit()
+				path := "/task?submitID=" + id
+				s.getUntil(path, "some questions", func(r reply) bool {
+					r.wantStatus(t, http.StatusNoContent)
+					return broker.asked(id) > 10
+				})
+				if got := s.pending(); !slices.Equal(got, []string{id + "/ accepted"}) {
+					t.Errorf("pending is %q", got)
+				}
+				end(s, broker, path)
+				s.wantNothingPending()
 			})
-			if got := s.pending(); !slices.Equal(got, []string{id + "/ accepted"}) {
-				t.Errorf("pending is %q", got)
-			}
-			end(s, broker, path)
-			s.wantNothingPending()
 		})
 	}
 }

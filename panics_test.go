@@ -150,15 +150,17 @@ func TestPanicIsPassedOver(t *testing.T) {
 
 // A panic while callers wait for a report ends their wait.
 func TestPanicWhileWaiting(t *testing.T) {
-	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
-	s := startSite(t, panicking(node, "poll_interval 200ms"))
-	one, two := s.goGet(pair+"&wait=60"), s.goGet(pair+"&wait=60")
-	wantWaiters(t, 2)
-	panicFor(t, node, closed)
-	for _, r := range []<-chan reply{one, two} {
-		(<-r).wantProblem(t, http.StatusInternalServerError, "internal")
-	}
-	s.wantPanics(1, "panickingProxy")
+	inBubble(t, func(t *testing.T) {
+		node := newBackend(t, responds(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
+		s := startSite(t, panicking(node, "poll_interval 200ms"))
+		one, two := s.goGet(pair+"&wait=60"), s.goGet(pair+"&wait=60")
+		wantWaiters(t, 2)
+		panicFor(t, node, closed)
+		for _, r := range []<-chan reply{one, two} {
+			(<-r).wantProblem(t, http.StatusInternalServerError, "internal")
+		}
+		s.wantPanics(1, "panickingProxy")
+	})
 }
 
 // A panic in a health check, or while the admin API asks a node, says nothing about the node.
@@ -192,7 +194,7 @@ func TestPanicInAnEventHandler(t *testing.T) {
 func TestPanicInAStorage(t *testing.T) {
 	document := reportOf("t1", "SUCCESS")
 	node := newBackend(t, responds(http.StatusOK, document))
-	fault.dir = t.TempDir()
+	fault.dir = storageDir(t)
 	panicsIn := func(operations string) {
 		beforeEach(t, func(operation, key string, _ int) error {
 			if strings.Contains(operations, operation) {

@@ -109,21 +109,23 @@ func TestWaitUntilTimeIsUp(t *testing.T) {
 
 // A wait that is over when the first answer comes is not begun: the caller gets that answer.
 func TestWaitThatIsOverAtTheFirstAnswer(t *testing.T) {
-	unfinished := reportOf("t1", "IN_PROGRESS")
-	g := newGate()
-	node := newBackend(t, g.then(responds(http.StatusOK, unfinished)))
-	s := startSite(t, options(node, "poll_interval 20ms"))
-	replies := s.goGet(pair + "&wait=1")
-	within(t, "the request", g.entered)
-	time.Sleep(1100 * time.Millisecond) // the node takes longer than the wait
-	close(g.open)
-	r := <-replies
-	r.wantHeader(t, "Preference-Applied", "")
-	r.wantHeader(t, "Retry-After", "1")
-	if string(r.body) != unfinished {
-		t.Errorf("status %d: %s", r.status, r.body)
-	}
-	node.wantRequests(t, 1)
+	inBubble(t, func(t *testing.T) {
+		unfinished := reportOf("t1", "IN_PROGRESS")
+		g := newGate()
+		node := newBackend(t, g.then(responds(http.StatusOK, unfinished)))
+		s := startSite(t, options(node, "poll_interval 20ms"))
+		replies := s.goGet(pair + "&wait=1")
+		within(t, "the request", g.entered)
+		time.Sleep(1100 * time.Millisecond) // the node takes longer than the wait
+		close(g.open)
+		r := <-replies
+		r.wantHeader(t, "Preference-Applied", "")
+		r.wantHeader(t, "Retry-After", "1")
+		if string(r.body) != unfinished {
+			t.Errorf("status %d: %s", r.status, r.body)
+		}
+		node.wantRequests(t, 1)
+	})
 }
 
 // One report causes one request in each poll interval, no matter when callers come.
