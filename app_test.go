@@ -3,8 +3,9 @@ package fsbroker
 import (
 	"testing"
 
-	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/certmagic"
+
+	"github.com/caddyserver/caddy/v2"
 )
 
 // A storage is known by the name of its module.

@@ -12,12 +12,13 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/caddyserver/certmagic"
 	"go.uber.org/goleak"
 
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testenv"
 	"github.com/caddyserver/caddy/v2"
 	caddycmd "github.com/caddyserver/caddy/v2/cmd"
-	"github.com/caddyserver/certmagic"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testenv"
 )
 
 // beCaddy is the environment variable that makes this test binary a Caddy with the module. Tests with more than one
