@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"iter"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -96,8 +97,9 @@ type memory struct {
 	expiries ranking     // by when their TTLs are over, in nanoseconds after start
 	timer    *time.Timer // of the first of them; nil if there has been none
 
-	// The archives in which finished reports are to be stored, with the entries for which their queues had no room.
-	unsaved map[*archive.Archive]map[*entry]struct{}
+	// The archives in which finished reports are to be stored, with the entries for which their queues had no room, and what
+	// operators know some of these by.
+	unsaved map[*archive.Archive]map[*entry]string
 
 	// The keys of the references that were stored before the reports of these entries.
 	waiting map[*entry][]task.Key
@@ -144,7 +146,7 @@ func newMemory(limit int64) *memory {
 	m := &memory{kept: gocache.New(gocache.NoExpiration, 0), start: time.Now(), limit: limit}
 	m.inflatedOne = sync.NewCond(&m.mu)
 	m.expiries.place = func(e *entry) *place { return &e.expiryPlace }
-	m.unsaved = make(map[*archive.Archive]map[*entry]struct{})
+	m.unsaved = make(map[*archive.Archive]map[*entry]string)
 	m.waiting = make(map[*entry][]task.Key)
 	m.kept.OnEvicted(func(_ string, v any) { m.unlink(v.(*entry)) })
 	return m
@@ -207,6 +209,7 @@ func (m *memory) newest(sum [sha256.Size]byte, all bool) *entry {
 // kept says how a report is kept. Only ttl matters for one that is not finished.
 type kept struct {
 	ttl    time.Duration
+	id     harvest.ID       // by which operators know it
 	all    bool             // it is the complete report
 	target *task.Key        // under which the report itself is stored; nil if that is its own key
 	from   *archive.Archive // the report came from there, so it is not stored there again; nil if it came from an upstream
@@ -215,7 +218,8 @@ type kept struct {
 
 // keep keeps a report under k and replaces what was there. The same document again renews what is there. An unfinished report
 // does not replace a finished one, and a report for which there is no room is not kept. A finished one is added to those of
-// its file, and is queued to be stored in all archives. One that is kept is queued later where there is no room.
+// its file, and is queued to be stored in all archives. Where there is no room, one that is kept is queued later, and another
+// one is lost.
 //
 // All of it happens under one lock: an archive that is attached meanwhile must not store half of what is known of the report.
 func (m *memory) keep(k task.Key, report *task.Report, as kept) *entry {
@@ -234,12 +238,22 @@ func (m *memory) keep(k task.Key, report *task.Report, as kept) *entry {
 		m.files.add(e)
 	}
 	for a, unsaved := range m.unsaved {
-		if a != as.from && !a.Save(m.item(e)) && isKept {
-			unsaved[e] = struct{}{}
+		switch {
+		case a == as.from || a.Save(m.item(e)):
+			delete(unsaved, e)
+		case !isKept:
+			a.Lose(as.id.String(), e.report)
+		case len(unsaved) < maxUnsavedIDs:
+			unsaved[e] = strings.Clone(as.id.String()) // it may be a part of a long query
+		default:
+			unsaved[e] = ""
 		}
 	}
 	return e
 }
+
+// maxUnsavedIDs bounds the unsaved entries of an archive whose IDs are remembered, because IDs do not count as memory.
+const maxUnsavedIDs = 10_000
 
 // put adds a report, or renews it, or returns an entry that is not kept. The caller holds the mutex.
 func (m *memory) put(k task.Key, report *task.Report, ttl time.Duration) *entry {
@@ -252,6 +266,7 @@ func (m *memory) put(k task.Key, report *task.Report, ttl time.Duration) *entry 
 		if e.report.Finished() && !report.Finished() {
 			return unkept(report)
 		}
+		m.forgetUnsaved(e) // the other report is stored
 	}
 	m.kept.Delete(string(k[:]))
 	e := newEntry(k, report)
@@ -305,13 +320,15 @@ func (m *memory) expire() {
 	m.setTimer()
 }
 
-// unlink removes the forms of an entry that has left go-cache. What is still to be stored is queued, if there is room. The
-// caller holds the mutex.
+// unlink removes the forms of an entry that has left go-cache. What is still to be stored is queued, or lost if there is no
+// room. The caller holds the mutex.
 func (m *memory) unlink(e *entry) {
 	for a, unsaved := range m.unsaved {
-		if _, ok := unsaved[e]; ok {
+		if id, ok := unsaved[e]; ok {
 			delete(unsaved, e)
-			a.Save(m.item(e))
+			if !a.Save(m.item(e)) {
+				a.Lose(id, e.report)
+			}
 		}
 	}
 	delete(m.waiting, e)
@@ -521,12 +538,17 @@ func (m *memory) purge(match func(k task.Key, target *task.Key, r *task.Report) 
 		}
 	}
 	for _, e := range matching {
-		for _, unsaved := range m.unsaved {
-			delete(unsaved, e)
-		}
+		m.forgetUnsaved(e)
 		m.kept.Delete(e.name)
 	}
 	return len(matching)
+}
+
+// forgetUnsaved keeps an entry from being stored when it leaves memory. The caller holds the mutex.
+func (m *memory) forgetUnsaved(e *entry) {
+	for _, unsaved := range m.unsaved {
+		delete(unsaved, e)
+	}
 }
 
 // all iterates over the entries, from the oldest to the newest. The caller holds the mutex.
@@ -550,10 +572,10 @@ func (m *memory) attach(a *archive.Archive) {
 			a.Save(i)
 		}
 	}
-	unsaved := make(map[*entry]struct{})
+	unsaved := make(map[*entry]string)
 	for e := range m.all() {
 		if e.report.Finished() {
-			unsaved[e] = struct{}{}
+			unsaved[e] = ""
 		}
 	}
 	m.unsaved[a] = unsaved
@@ -617,7 +639,9 @@ func (m *memory) isSaved(e *entry, a *archive.Archive) bool {
 	if a.IsQueued(e.key()) || e.target != nil && (m.keptAs(*e.target, e.report) != nil || a.IsQueued(*e.target)) {
 		return false
 	}
-	a.Save(m.item(e))
+	if a.Save(m.item(e)) {
+		delete(m.unsaved[a], e)
+	}
 	return false
 }
 

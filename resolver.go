@@ -279,7 +279,7 @@ func (rs *resolver) fetch(ctx context.Context, k task.Key, kept *entry, q query,
 	}
 	a, err := rs.fetchFromUpstreams(ctx, q, fresh)
 	if err == nil {
-		e := rs.keep(k, q.all, a)
+		e := rs.keep(k, q, a)
 		if e.report.Finished() {
 			rs.nudge(q)
 		}
@@ -294,7 +294,7 @@ func (rs *resolver) fetch(ctx context.Context, k task.Key, kept *entry, q query,
 		err = rs.withStorageError(p, unreadable)
 	}
 	if rs.isAccepted(q, err) && (kept == nil || !kept.report.Known()) {
-		e := rs.keep(k, q.all, answer{report: task.NotKnownYet(time.Now())})
+		e := rs.keep(k, q, answer{report: task.NotKnownYet(time.Now())})
 		return fetchResult{entry: e, span: lastSpan(ctx)}, nil
 	}
 	return fetchResult{span: lastSpan(ctx)}, err
@@ -395,9 +395,9 @@ func (rs *resolver) fetchTaskOf(ctx context.Context, sub task.Submission, q quer
 	return answer{res.entry.report, cmp.Or(res.from, node), &k}, nil
 }
 
-// keep keeps an answer under k. A finished report is stored as well. One that is not is kept until the follower asks again, or
+// keep keeps the answer to q under k. A finished report is stored as well. One that is not is kept until the follower asks again, or
 // for the poll interval if that is shorter.
-func (rs *resolver) keep(k task.Key, all bool, a answer) *entry {
+func (rs *resolver) keep(k task.Key, q query, a answer) *entry {
 	if !a.report.Finished() {
 		ttl := rs.pollInterval
 		if rs.follower != nil {
@@ -406,7 +406,7 @@ func (rs *resolver) keep(k task.Key, all bool, a answer) *entry {
 		return rs.shared.keep(k, a.report, kept{ttl: ttl})
 	}
 	rs.absent.remove(k)
-	return rs.shared.keep(k, a.report, kept{ttl: rs.ttl, all: all, target: a.target})
+	return rs.shared.keep(k, a.report, kept{ttl: rs.ttl, id: q.id(), all: q.all, target: a.target})
 }
 
 // fetchSystemInfo fetches what an upstream says about itself. An error means that ctx has ended.

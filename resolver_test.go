@@ -16,10 +16,10 @@ func TestUnfinishedIsKeptUntilTheFollowerAsks(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s := savingMemory(t, 1<<20)
 				rs := newResolver("default", nil, nil, s, resolverOptions{pollInterval: time.Hour})
-				rs.keep(numbered(1), false, answer{report: report})
+				rs.keep(numbered(1), query{}, answer{report: report})
 				rs.follower = harvest.New(harvest.Config{Namespace: "default"})
 				defer rs.follower.Close()
-				rs.keep(numbered(2), false, answer{report: report})
+				rs.keep(numbered(2), query{}, answer{report: report})
 				time.Sleep(24 * time.Second) // the shortest delay between two questions in the end
 				synctest.Wait()
 				if _, ok := s.get(numbered(1)); !ok {

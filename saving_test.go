@@ -5,14 +5,18 @@ import (
 	"crypto/sha256"
 	"errors"
 	"fmt"
+	"slices"
 	"testing"
 	"testing/synctest"
 	"time"
 
 	"go.uber.org/zap"
+	"go.uber.org/zap/zapcore"
+	"go.uber.org/zap/zaptest/observer"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -26,8 +30,14 @@ func savingMemory(t *testing.T, limit int64) *shared {
 // openFaulty opens an archive for a memory, in a storage of its own.
 func openFaulty(t *testing.T, m *shared, name string) (*archive.Archive, *storagetest.Faulty) {
 	t.Helper()
+	return openLogged(t, m, name, zap.NewNop())
+}
+
+// openLogged is like openFaulty, with a logger.
+func openLogged(t *testing.T, m *shared, name string, logger *zap.Logger) (*archive.Archive, *storagetest.Faulty) {
+	t.Helper()
 	f := storagetest.NewFaulty(storagetest.New(storagetest.FileSystem))
-	b := &archive.Backend{Storage: f.Storage(), Logger: zap.NewNop(), Retention: 24 * time.Hour}
+	b := &archive.Backend{Storage: f.Storage(), Logger: logger, Retention: 24 * time.Hour}
 	id := fmt.Sprint(t.Name(), " ", name)
 	a, err := openArchive("default", id, m, b)
 	if err != nil {
@@ -151,6 +161,83 @@ func TestUnsavedIsQueuedBeforeItIsEvicted(t *testing.T) {
 			})
 		})
 	}
+}
+
+// A report that leaves memory while the queue has no room for it is lost, which is told with what operators know it by. What is
+// purged, or replaced by another report, is not lost.
+func TestLostReportIsTold(t *testing.T) {
+	for what, test := range map[string]struct {
+		leave func(m *shared, rs *resolver, k task.Key)
+		lost  []any
+	}{
+		"evicted":    {func(m *shared, _ *resolver, _ task.Key) { m.setLimit(0) }, []any{"s1"}},
+		"expired":    {func(*shared, *resolver, task.Key) { time.Sleep(11 * time.Minute) }, []any{"s1"}},
+		"never kept": {func(m *shared, rs *resolver, _ task.Key) { m.setLimit(1); keepTask(rs, "t1") }, []any{"s1", "node-1/t1"}},
+		"purged": {func(m *shared, _ *resolver, k task.Key) {
+			m.purge(archive.Selection{Keys: []task.Key{k}}.Matches)
+		}, nil},
+		"replaced": {func(_ *shared, rs *resolver, k task.Key) { keepSubmission(rs, k) }, nil},
+	} {
+		t.Run(what, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				core, logs := observer.New(zapcore.WarnLevel)
+				m := savingMemory(t, 1<<30)
+				a, f := openLogged(t, m, "one", zap.New(core))
+				f.Set(storagetest.Failing(errStorageAway))
+				for i := 0; a.Save(archive.Item{Key: numbered(i), Report: inflatedReport(100)}); i++ {
+				}
+				rs := &resolver{shared: m, archive: a, resolverOptions: resolverOptions{ttl: 10 * time.Minute}}
+				k := task.SubmissionKey(task.SubmissionSource("default"), "s1", false)
+				keepSubmission(rs, k)
+				if !m.isUnsaved(a, k) {
+					t.Fatal("the queue has room for it")
+				}
+				test.leave(m, rs, k)
+				time.Sleep(2 * time.Minute)
+				var lost []any
+				for _, line := range logs.FilterMessageSnippet("left memory").All() {
+					ids := line.ContextMap()["ids"].([]any)
+					if n := line.ContextMap()["lost"]; n != int64(len(ids)) {
+						t.Errorf("%v are lost, and %v are named", n, ids)
+					}
+					lost = append(lost, ids...)
+				}
+				if !slices.Equal(lost, test.lost) {
+					t.Errorf("the log names %v, want %v: %v", lost, test.lost, logs.All())
+				}
+			})
+		})
+	}
+}
+
+// A report that is queued when it is fetched again is not lost when it leaves memory.
+func TestQueuedIsNotUnsaved(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		m := savingMemory(t, 1<<30)
+		a, f := openFaulty(t, m, "one")
+		f.Set(storagetest.Failing(errStorageAway))
+		for i := 0; a.Save(archive.Item{Key: numbered(i), Report: inflatedReport(100)}); i++ {
+		}
+		report := inflatedReport(100)
+		fetch := func() {
+			m.keep(numbered(-1), report, kept{ttl: time.Hour, id: harvest.ID{SubmitID: "s1"}})
+		}
+		if fetch(); !m.isUnsaved(a, numbered(-1)) {
+			t.Fatal("the queue has room for it")
+		}
+		_, _ = a.Purge(t.Context(), archive.Selection{Keys: []task.Key{numbered(0)}}, 0)
+		if fetch(); m.isUnsaved(a, numbered(-1)) || !a.IsQueued(numbered(-1)) {
+			t.Error("it is queued, and unsaved all the same")
+		}
+	})
+}
+
+func keepSubmission(rs *resolver, k task.Key) {
+	rs.keep(k, query{submitID: "s1"}, answer{report: inflatedReport(100)})
+}
+
+func keepTask(rs *resolver, taskID string) {
+	rs.keep(numbered(-1), query{appServerID: "node-1", taskID: taskID}, answer{report: inflatedReport(100)})
 }
 
 func (m *memory) isUnsaved(a *archive.Archive, k task.Key) bool {

@@ -67,6 +67,7 @@ type Archive struct {
 	refused   int           // reports refused since Room was called
 	tellFull  time.Time     // when it may be logged again that the queue is full
 	toldFull  bool          // that the queue is full
+	lost      losses        // since the log was told
 	changed   chan struct{} // closed and replaced when the queue or the index batches change
 	stored    uint64        // writes that have succeeded
 	storedAt  time.Time     // the last one

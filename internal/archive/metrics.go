@@ -4,7 +4,7 @@ import "github.com/prometheus/client_golang/prometheus"
 
 // Metrics counts what archives do. Several archives may share it.
 type Metrics struct {
-	written, failed, refused, givenUp, swept prometheus.Counter
+	written, failed, refused, lost, givenUp, swept prometheus.Counter
 }
 
 // NewMetrics returns metrics at zero.
@@ -16,6 +16,7 @@ func NewMetrics() *Metrics {
 		written: counter("writes_total", "Reports and references written to the storage."),
 		failed:  counter("write_failures_total", "Writes to the storage that failed and are retried."),
 		refused: counter("refused_total", "Reports for which the queue to the storage had no room. Memory keeps them and queues them again."),
+		lost:    counter("lost_total", "Reports that left memory while the queue to the storage had no room for them. They are not stored."),
 		givenUp: counter("given_up_total", "Reports that the storage did not take for an hour, although it took others. They are not stored."),
 		swept:   counter("swept_total", "Values deleted from the storage because their retention was over."),
 	}
@@ -23,5 +24,5 @@ func NewMetrics() *Metrics {
 
 // Collectors returns the counters, to be registered.
 func (m *Metrics) Collectors() []prometheus.Collector {
-	return []prometheus.Collector{m.written, m.failed, m.refused, m.givenUp, m.swept}
+	return []prometheus.Collector{m.written, m.failed, m.refused, m.lost, m.givenUp, m.swept}
 }

@@ -35,6 +35,8 @@ func New(c Config) *Archive {
 	a.ctx, a.stop = context.WithCancel(context.Background())
 	a.wake = time.AfterFunc(time.Hour, a.pump)
 	a.wake.Stop()
+	a.lost.tell = time.AfterFunc(time.Hour, a.tellLost)
+	a.lost.tell.Stop()
 	return a
 }
 
@@ -44,6 +46,7 @@ func (a *Archive) Close() {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	a.wake.Stop()
+	a.lost.tell.Stop()
 	a.batch.stop()
 }
 

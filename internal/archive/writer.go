@@ -288,6 +288,7 @@ func (a *Archive) Flush(b *Backend) {
 // A context has no say in it: the grace period of the server may be over already.
 func (a *Archive) Drain(b *Backend) error {
 	a.Flush(b)
+	defer a.tellLost() // Close does not
 	ctx, cancel := context.WithTimeout(a.ctx, drainTimeout)
 	defer cancel()
 	patience := time.AfterFunc(drainPatience, cancel)
