@@ -17,9 +17,10 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/caddyserver/caddy/v2"
+
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testenv"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
-	"github.com/caddyserver/caddy/v2"
 )
 
 const (

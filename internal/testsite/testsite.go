@@ -19,9 +19,10 @@ import (
 	"testing"
 	"time"
 
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testenv"
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testenv"
 )
 
 // Certificate is a certificate for localhost.
