@@ -184,8 +184,7 @@ func TestLostReportIsTold(t *testing.T) {
 				m := savingMemory(t, 1<<30)
 				a, f := openLogged(t, m, "one", zap.New(core))
 				f.Set(storagetest.Failing(errStorageAway))
-				for i := 0; a.Save(archive.Item{Key: numbered(i), Report: inflatedReport(100)}); i++ {
-				}
+				fillQueue(a)
 				rs := &resolver{shared: m, archive: a, resolverOptions: resolverOptions{ttl: 10 * time.Minute}}
 				k := task.SubmissionKey(task.SubmissionSource("default"), "s1", false)
 				keepSubmission(rs, k)
@@ -216,8 +215,7 @@ func TestQueuedIsNotUnsaved(t *testing.T) {
 		m := savingMemory(t, 1<<30)
 		a, f := openFaulty(t, m, "one")
 		f.Set(storagetest.Failing(errStorageAway))
-		for i := 0; a.Save(archive.Item{Key: numbered(i), Report: inflatedReport(100)}); i++ {
-		}
+		fillQueue(a)
 		report := inflatedReport(100)
 		fetch := func() {
 			m.keep(numbered(-1), report, kept{ttl: time.Hour, id: harvest.ID{SubmitID: "s1"}})
@@ -230,6 +228,14 @@ func TestQueuedIsNotUnsaved(t *testing.T) {
 			t.Error("it is queued, and unsaved all the same")
 		}
 	})
+}
+
+// fillQueue queues reports 0 and up for an archive whose storage is away, until there is no room.
+func fillQueue(a *archive.Archive) {
+	i := 0
+	for a.Save(archive.Item{Key: numbered(i), Report: inflatedReport(100)}) {
+		i++
+	}
 }
 
 func keepSubmission(rs *resolver, k task.Key) {
