@@ -176,8 +176,9 @@ type soak struct {
 	failed    atomic.Int64 // when the storage last failed, since the beginning
 	peak      atomic.Int64 // of the heap
 	uncounted atomic.Int64 // the largest part of the heap that no namespace counts
+	arrived   sync.Map     // the uploads that the broker has got
 
-	requests, finished, repeats, excused, expired, lost, unchanged, slow, waits, lies, stalls, faults, reloads, reloaded, uploads, refusedUploads atomic.Int64
+	requests, finished, repeats, excused, expired, lost, unchanged, slow, waits, lies, stalls, faults, reloads, uploads, refusedUploads atomic.Int64
 }
 
 // newSoak starts the upstreams, and a site for each namespace, and a second one for the first.
@@ -913,7 +914,6 @@ func (s *soak) disturb(ctx context.Context) {
 			s.storageFault(make(chan struct{}), nil)
 		default:
 			s.load(s.directives + fmt.Sprintf("\n# %d", s.reloads.Add(1)))
-			s.reloaded.Add(1)
 		}
 	}
 }
