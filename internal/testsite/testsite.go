@@ -15,9 +15,12 @@ import (
 	"math/big"
 	"net"
 	"os"
+	"path/filepath"
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/caddyserver/certmagic"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/caddyconfig"
@@ -125,9 +128,12 @@ func Load(caddyfile []byte) error {
 	return caddy.Load(config, true)
 }
 
-// Run runs Caddy with a Caddyfile until the test ends.
+// Run runs Caddy with a Caddyfile until the test ends. It writes nothing into the user's home.
 func Run(t testing.TB, caddyfile []byte) {
 	t.Helper()
+	home := t.TempDir()
+	caddy.ConfigAutosavePath = filepath.Join(home, "autosave.json")
+	caddy.DefaultStorage = &certmagic.FileStorage{Path: home}
 	t.Cleanup(func() {
 		if err := caddy.Stop(); err != nil {
 			t.Error(err)
