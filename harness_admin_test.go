@@ -82,7 +82,7 @@ func (s *adminSite) tryAdmin(method, path string) (status int, body string, err 
 	if err != nil {
 		return 0, "", err
 	}
-	resp, err := s.adminClient.Do(req)
+	resp, err := send(s.adminClient, req)
 	if err != nil {
 		return 0, "", err
 	}
