@@ -42,6 +42,7 @@ func startWithAdmin(t *testing.T, directives, global string) *adminSite {
 // newAdminSite returns a site with the admin API and global options that does not run yet.
 func newAdminSite(t *testing.T, global string) *adminSite {
 	t.Helper()
+	recorded.Store(new(recording))
 	socket := newSocket(t)
 	s := &adminSite{
 		site: newSite(t), admin: socket.Address, adminBind: socket.Bind,

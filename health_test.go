@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/caddyserver/caddy/v2"
@@ -15,31 +16,35 @@ import (
 
 func init() { caddy.RegisterModule(eventRecorder{}) }
 
-// eventRecorder is an event handler that records events.
-type eventRecorder struct{}
+// eventRecorder is an event handler that records events in the recording of the site for which it was made. So what a configuration
+// emits at its end is not taken for an event of the next test.
+type eventRecorder struct{ recording *recording }
 
-// recorded has the events since the last call of wantEvents.
-var recorded struct {
+// recording has the events since the last call of wantEvents.
+type recording struct {
 	sync.Mutex
 	events []string
 }
 
+// recorded is the recording of the newest site.
+var recorded atomic.Pointer[recording]
+
 func (eventRecorder) CaddyModule() caddy.ModuleInfo {
-	return caddy.ModuleInfo{ID: "events.handlers.record", New: func() caddy.Module { return new(eventRecorder) }}
+	return caddy.ModuleInfo{ID: "events.handlers.record", New: func() caddy.Module { return &eventRecorder{recorded.Load()} }}
 }
 
 func (eventRecorder) UnmarshalCaddyfile(*caddyfile.Dispenser) error { return nil }
 
-func (eventRecorder) Handle(_ context.Context, e caddy.Event) error {
-	recorded.Lock()
-	defer recorded.Unlock()
+func (r eventRecorder) Handle(_ context.Context, e caddy.Event) error {
+	r.recording.Lock()
+	defer r.recording.Unlock()
 	text := fmt.Sprintf("%s of %v: %v %v at %v, since %v",
 		e.Name(), e.Origin().CaddyModule().ID, e.Data["role"], e.Data["node"], e.Data["address"], e.Data["reason"])
 	if e.Name() == "fsbroker_report_finished" {
 		text = fmt.Sprintf("%v %v %v %v/%v %v %v",
 			e.Data["namespace"], e.Data["client"], e.Data["submit_id"], e.Data["node"], e.Data["task_id"], e.Data["sha256"], e.Data["name"])
 	}
-	recorded.events = append(recorded.events, text)
+	r.recording.events = append(r.recording.events, text)
 	return nil
 }
 
@@ -55,11 +60,12 @@ const recordFinished = "events {\non fsbroker_report_finished record\n}"
 func wantEvents(t *testing.T, want ...string) {
 	t.Helper()
 	var got []string
+	current := recorded.Load()
 	eventually(t, fmt.Sprintf("%d events", len(want)), func() bool {
-		recorded.Lock()
-		defer recorded.Unlock()
-		got = append(got, recorded.events...)
-		recorded.events = nil
+		current.Lock()
+		defer current.Unlock()
+		got = append(got, current.events...)
+		current.events = nil
 		return len(got) >= len(want)
 	})
 	if fmt.Sprint(got) != fmt.Sprint(want) {
