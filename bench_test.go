@@ -56,9 +56,9 @@ func benchHandler(b *testing.B, nodes, reports, size int) *Handler {
 	}
 	rs := h.namespace.resolver
 	for i := range reports {
-		rs.shared.keep(task.ReportKey(rs.nodes["node-0"].source, fmt.Sprintf("t%d", i), false), task.NewReport(r.Document()), kept{ttl: time.Hour})
+		rs.shared.keep(task.ReportKey(rs.nodes["node-0"].source, fmt.Sprintf("t%d", i), task.Summary), task.NewReport(r.Document()), kept{ttl: time.Hour})
 	}
-	rs.shared.keep(task.SubmissionKey(rs.submitted, "s0", false), task.NewReport(r.Document()), kept{ttl: time.Hour})
+	rs.shared.keep(task.SubmissionKey(rs.submitted, "s0", task.Summary), task.NewReport(r.Document()), kept{ttl: time.Hour})
 	return h
 }
 
@@ -294,7 +294,7 @@ func BenchmarkStored(b *testing.B) {
 	for i := range reports {
 		d := r.Document()
 		d.File = [sha256.Size]byte(numbered(i))
-		rs.shared.keep(task.ReportKey(rs.nodes["node-0"].source, fmt.Sprintf("t%d", i), false), task.NewReport(d), kept{ttl: time.Hour})
+		rs.shared.keep(task.ReportKey(rs.nodes["node-0"].source, fmt.Sprintf("t%d", i), task.Summary), task.NewReport(d), kept{ttl: time.Hour})
 	}
 	for a.Stats().Queued > 0 {
 		time.Sleep(time.Millisecond)

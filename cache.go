@@ -119,9 +119,9 @@ type entry struct {
 
 	expiryPlace place // in memory.expiries; guarded by memory.mu
 	filePlace   place // among the reports of its file; 0 if it is not in the index; guarded by memory.mu
-	all         bool  // it is the complete report
-	unkept      bool  // it was never kept
-	inflating   bool  // a caller is inflating it; guarded by memory.mu
+	kind        task.Kind
+	unkept      bool // it was never kept
+	inflating   bool // a caller is inflating it; guarded by memory.mu
 }
 
 // form is a representation of a report, with its place in the eviction order. Callers to which it is being sent hold it.
@@ -194,11 +194,11 @@ func (m *memory) peek(key string) (*entry, bool) {
 	return v.(*entry), true
 }
 
-// newest returns the newest finished report of a file that is kept, high-level or complete, or nil.
-func (m *memory) newest(sum [sha256.Size]byte, all bool) *entry {
+// newest returns the newest finished report of a file that is kept, or nil.
+func (m *memory) newest(sum [sha256.Size]byte, kind task.Kind) *entry {
 	m.mu.Lock()
 	defer m.mu.Unlock()
-	e := m.files.newest(fileReports{sum, all})
+	e := m.files.newest(fileReports{sum, kind})
 	if e == nil {
 		return nil
 	}
@@ -209,8 +209,8 @@ func (m *memory) newest(sum [sha256.Size]byte, all bool) *entry {
 // kept says how a report is kept. Only ttl matters for one that is not finished.
 type kept struct {
 	ttl    time.Duration
-	id     harvest.ID       // by which operators know it
-	all    bool             // it is the complete report
+	id     harvest.ID // by which operators know it
+	kind   task.Kind
 	target *task.Key        // under which the report itself is stored; nil if that is its own key
 	from   *archive.Archive // the report came from there, so it is not stored there again; nil if it came from an upstream
 	saved  bool             // from has stored it, and has it not only in its queue
@@ -229,7 +229,7 @@ func (m *memory) keep(k task.Key, report *task.Report, as kept) *entry {
 	if !report.Finished() {
 		return e
 	}
-	e.all, e.target = as.all, as.target
+	e.kind, e.target = as.kind, as.target
 	if as.saved {
 		e.savedIn = as.from
 	}
@@ -660,7 +660,7 @@ func (m *memory) saveUnsaved(a *archive.Archive) {
 // item returns how an entry is stored: as a reference if its target is kept, and so is stored as well. The caller holds the
 // mutex.
 func (m *memory) item(e *entry) archive.Item {
-	i := archive.Item{Key: e.key(), Report: e.report, All: e.all}
+	i := archive.Item{Key: e.key(), Report: e.report, Kind: e.kind}
 	if e.target != nil {
 		if m.keptAs(*e.target, e.report) != nil {
 			i.Target = e.target

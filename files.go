@@ -1,6 +1,10 @@
 package fsbroker
 
-import "crypto/sha256"
+import (
+	"crypto/sha256"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
+)
 
 // fileIndex finds the newest report of a file. The zero value is empty. It is not safe for use by several goroutines.
 //
@@ -12,10 +16,10 @@ type fileIndex struct {
 	lists  map[fileReports]*ranking // by time, the newest in front
 }
 
-// fileReports are the high-level or the complete reports of a file.
+// fileReports are the reports of a file that have one kind.
 type fileReports struct {
-	sum [sha256.Size]byte
-	all bool
+	sum  [sha256.Size]byte
+	kind task.Kind
 }
 
 // filePrefix is the beginning of a fileReports. Its last bit says whether they are complete.
@@ -24,13 +28,13 @@ type filePrefix [8]byte
 func (f fileReports) prefix() filePrefix {
 	p := filePrefix(f.sum[:])
 	p[len(p)-1] &^= 1
-	if f.all {
+	if f.kind == task.Complete {
 		p[len(p)-1] |= 1
 	}
 	return p
 }
 
-func fileReportsOf(e *entry) fileReports { return fileReports{e.report.File(), e.all} }
+func fileReportsOf(e *entry) fileReports { return fileReports{e.report.File(), e.kind} }
 
 // age ranks the newest report first.
 func age(e *entry) int64 { return -e.report.At().UnixNano() }

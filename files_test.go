@@ -11,10 +11,10 @@ import (
 )
 
 // keepOf keeps a finished report of a file under a number.
-func (m *memory) keepOf(sum [sha256.Size]byte, i int, all bool, at time.Time) *entry {
+func (m *memory) keepOf(sum [sha256.Size]byte, i int, kind task.Kind, at time.Time) *entry {
 	d := inflatedReport(10).Document()
 	d.File, d.At = sum, at
-	return m.keep(numbered(i), task.NewReport(d), kept{ttl: time.Hour, all: all})
+	return m.keep(numbered(i), task.NewReport(d), kept{ttl: time.Hour, kind: kind})
 }
 
 // Whatever is kept, replaced, renewed and removed, in any order, memory finds the newest report of each file.
@@ -29,22 +29,22 @@ func TestNewestInMemory(t *testing.T) {
 		i, at := random.IntN(names), start.Add(time.Duration(random.IntN(1e6)))
 		switch e, ok := m.get(numbered(i)); {
 		case !ok || random.IntN(3) == 0:
-			m.keepOf(files[random.IntN(len(files))], i, random.IntN(2) == 0, at)
+			m.keepOf(files[random.IntN(len(files))], i, task.Kind(random.IntN(2)), at)
 		case random.IntN(2) == 0:
 			d := e.report.Document()
 			d.At = at
-			m.keep(numbered(i), task.NewReport(d), kept{ttl: time.Hour, all: e.all})
+			m.keep(numbered(i), task.NewReport(d), kept{ttl: time.Hour, kind: e.kind})
 		default:
 			m.purge(archive.Selection{Keys: []task.Key{numbered(i)}}.Matches)
 		}
-		sum, all := files[random.IntN(len(files))], random.IntN(2) == 0
+		sum, kind := files[random.IntN(len(files))], task.Kind(random.IntN(2))
 		var want *entry
 		for i := range names {
-			if e, ok := m.get(numbered(i)); ok && sum != [sha256.Size]byte{} && e.report.File() == sum && e.all == all && (want == nil || e.report.At().After(want.report.At())) {
+			if e, ok := m.get(numbered(i)); ok && sum != [sha256.Size]byte{} && e.report.File() == sum && e.kind == kind && (want == nil || e.report.At().After(want.report.At())) {
 				want = e
 			}
 		}
-		got := m.newest(sum, all)
+		got := m.newest(sum, kind)
 		if (got == nil) != (want == nil) || got != nil && !got.report.At().Equal(want.report.At()) {
 			t.Fatalf("found %v, want %v", got, want)
 		}
@@ -60,12 +60,12 @@ func TestFilesThatBeginAlike(t *testing.T) {
 	m := newMemory(1 << 20)
 	defer m.close()
 	one, other := [sha256.Size]byte{0: 1, 31: 1}, [sha256.Size]byte{0: 1, 31: 2}
-	first := m.keepOf(one, 1, false, time.Now())
-	if m.newest(other, false) != nil || m.newest(one, true) != nil || m.newest(one, false) != first {
+	first := m.keepOf(one, 1, task.Summary, time.Now())
+	if m.newest(other, task.Summary) != nil || m.newest(one, task.Complete) != nil || m.newest(one, task.Summary) != first {
 		t.Error("the report of another file is found, or none")
 	}
-	second := m.keepOf(other, 2, false, time.Now())
-	if m.newest(one, false) != first || m.newest(other, false) != second {
+	second := m.keepOf(other, 2, task.Summary, time.Now())
+	if m.newest(one, task.Summary) != first || m.newest(other, task.Summary) != second {
 		t.Error("the second report hides the first, or is not found")
 	}
 }

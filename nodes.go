@@ -198,7 +198,7 @@ var errUnknown = errors.New("the upstream does not know it")
 // fetchTask fetches the report of a node's task from the node, or from the broker. A fresh fetch asks the broker for the
 // node's current report instead of its copy.
 func (u *upstream) fetchTask(ctx context.Context, q query, fresh bool) (*task.Report, error) {
-	params := url.Values{"taskID": {q.taskID}, "all": {strconv.FormatBool(q.all)}}
+	params := url.Values{"taskID": {q.taskID}, "all": {strconv.FormatBool(q.kind == task.Complete)}}
 	if u.role == roleBroker {
 		params.Set("appServerID", q.appServerID)
 		setNocache(params, fresh)
@@ -208,7 +208,7 @@ func (u *upstream) fetchTask(ctx context.Context, q query, fresh bool) (*task.Re
 
 // fetchSubmitted fetches the report of a submission from the broker.
 func (u *upstream) fetchSubmitted(ctx context.Context, q query, fresh bool) (*task.Report, error) {
-	params := url.Values{"submitID": {q.submitID}, "all": {strconv.FormatBool(q.all)}}
+	params := url.Values{"submitID": {q.submitID}, "all": {strconv.FormatBool(q.kind == task.Complete)}}
 	setNocache(params, fresh)
 	return u.fetchReport(ctx, params)
 }

@@ -20,7 +20,7 @@ type query struct {
 	appServerID string
 	taskID      string
 	sha256      string // the SHA-256 sum of a file, whose newest report is wanted; instead of all of the above
-	all         bool   // the complete report instead of the high-level one
+	kind        task.Kind
 	nocache     bool   // ask an upstream, whatever is kept
 	onlyCached  bool   // ask no upstream
 	wait        uint32 // seconds to hold the answer until the report is finished; if it is not given, the header Prefer counts
@@ -32,7 +32,7 @@ type query struct {
 
 // target returns the query without what concerns only its caller, for use as a key.
 func (q *query) target() query {
-	t := query{submitID: q.submitID, sha256: q.sha256, all: q.all, nocache: q.nocache, onlyCached: q.onlyCached}
+	t := query{submitID: q.submitID, sha256: q.sha256, kind: q.kind, nocache: q.nocache, onlyCached: q.onlyCached}
 	if t.submitID == "" {
 		t.appServerID, t.taskID = q.appServerID, q.taskID
 	}
@@ -121,6 +121,7 @@ func (q *query) parse(pair string) {
 	var which parameter
 	var text *string
 	var flag *bool
+	var all bool
 	switch name {
 	case "serect":
 		which, text = paramSerect, &q.serect
@@ -135,7 +136,7 @@ func (q *query) parse(pair string) {
 	case "sha256":
 		which, text = paramSHA256, &q.sha256
 	case "all":
-		which, flag = paramAll, &q.all
+		which, flag = paramAll, &all
 	case "nocache":
 		which, flag = paramNoCache, &q.nocache
 	case "wait":
@@ -158,6 +159,9 @@ func (q *query) parse(pair string) {
 	case flag != nil:
 		if *flag, ok = parseBool(value); !ok {
 			q.reject(problemMalformedParameter, fmt.Sprintf("the parameter %s must be true or false (or 1/0, yes/no, on/off)", name))
+		}
+		if all {
+			q.kind = task.Complete
 		}
 	default:
 		if q.wait, ok = parseSeconds(value); !ok {

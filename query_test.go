@@ -8,13 +8,15 @@ import (
 	"slices"
 	"strings"
 	"testing"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
 func TestParseQuery(t *testing.T) {
 	sum := strings.Repeat("0a", 32)
 	for raw, want := range map[string]query{
 		"submitID=s1":             {submitID: "s1", given: paramSubmitID},
-		"submitID=s1&all&nocache": {submitID: "s1", all: true, nocache: true, given: paramSubmitID | paramAll | paramNoCache},
+		"submitID=s1&all&nocache": {submitID: "s1", kind: task.Complete, nocache: true, given: paramSubmitID | paramAll | paramNoCache},
 		"&&taskID=t%201&appServerID=a+b&": {
 			appServerID: "a b", taskID: "t 1", given: paramAppServerID | paramTaskID,
 		},
@@ -24,7 +26,7 @@ func TestParseQuery(t *testing.T) {
 		"serect=x=y&submitID=s%C3%A4":           {submitID: "sä", serect: "x=y", given: paramSubmitID | paramSerect},
 		"secret&submitID=s1":                    {submitID: "s1", given: paramSubmitID | paramSecret},
 		"sha256=" + sum:                         {sha256: sum, given: paramSHA256},
-		"all&sha256=" + strings.ToUpper(sum):    {sha256: strings.ToUpper(sum), all: true, given: paramSHA256 | paramAll},
+		"all&sha256=" + strings.ToUpper(sum):    {sha256: strings.ToUpper(sum), kind: task.Complete, given: paramSHA256 | paramAll},
 		"submitID=s1&wait=0":                    {submitID: "s1", given: paramSubmitID | paramWait},
 		"submitID=s1&wait=030":                  {submitID: "s1", wait: 30, given: paramSubmitID | paramWait},
 		"submitID=s1&wait=99999999999999999999": {submitID: "s1", wait: math.MaxUint32, given: paramSubmitID | paramWait},

@@ -9,7 +9,6 @@ import (
 	"maps"
 	"net/http"
 	"slices"
-	"strconv"
 	"sync/atomic"
 	"time"
 
@@ -109,7 +108,7 @@ func (rs *resolver) upstreams() iter.Seq[*upstream] {
 // need is in other functions.
 func (rs *resolver) resolve(ctx context.Context, q *query) (result, error) {
 	if q.sha256 != "" {
-		return rs.resolveFile(ctx, q.sha256, q.all)
+		return rs.resolveFile(ctx, q.sha256, q.kind)
 	}
 	k, node, p := rs.key(q)
 	if p != nil {
@@ -135,7 +134,7 @@ func (rs *resolver) find(ctx context.Context, k task.Key, node *origin, asked *q
 		err = rs.mentionKept(err, k)
 	case err != nil && res.joined && ctx.Err() == nil:
 		// The call may be that of a caller with nocache, which gets no stored report.
-		if e, _ := rs.loadStored(ctx, k, q.all); e != nil {
+		if e, _ := rs.loadStored(ctx, k, q.kind); e != nil {
 			return result{fetchResult: fetchResult{entry: e, stored: true}, hit: true, node: node}, nil
 		}
 	}
@@ -152,7 +151,7 @@ func (rs *resolver) resolveStored(ctx context.Context, k task.Key, q query) (res
 	if q.nocache { // which leaves nothing
 		return result{}, notCached
 	}
-	e, err := rs.loadStored(ctx, k, q.all)
+	e, err := rs.loadStored(ctx, k, q.kind)
 	switch {
 	case e != nil:
 		return result{fetchResult: fetchResult{entry: e, stored: true}, hit: true}, nil
@@ -165,14 +164,14 @@ func (rs *resolver) resolveStored(ctx context.Context, k task.Key, q query) (res
 // resolveFile returns the newest finished report of a file that is kept. It asks no upstream. Another instance may have
 // stored a newer one than memory has, so the storage is looked into in any case. A storage that cannot be read only matters
 // if memory has none.
-func (rs *resolver) resolveFile(ctx context.Context, fileSum string, all bool) (result, error) {
+func (rs *resolver) resolveFile(ctx context.Context, fileSum string, kind task.Kind) (result, error) {
 	sum, _ := parseSum(fileSum) // the query has been checked
 	var stored fetchResult
 	var err error
 	if rs.archive != nil {
-		k := task.NewKey("file", string(sum[:]), strconv.FormatBool(all))
+		k := task.FileKey(task.FileSource(rs.namespace, sum, kind), task.Key{})
 		stored, _, err = rs.do(ctx, k, false, func(call context.Context, _ bool) (fetchResult, error) {
-			e, err := rs.loadNewest(call, sum, all)
+			e, err := rs.loadNewest(call, sum, kind)
 			return fetchResult{entry: e, stored: true}, err
 		})
 		if ctx.Err() != nil {
@@ -180,7 +179,7 @@ func (rs *resolver) resolveFile(ctx context.Context, fileSum string, all bool) (
 		}
 	}
 	// Memory is looked into last: the call may have begun before the caller's own report was kept.
-	e := rs.shared.newest(sum, all)
+	e := rs.shared.newest(sum, kind)
 	switch {
 	case stored.entry != nil && (e == nil || e.report.At().Before(stored.entry.report.At()) || e == stored.entry):
 		return result{fetchResult: stored, hit: true, node: rs.nodeOf(stored.entry.key())}, nil
@@ -209,9 +208,9 @@ func (rs *resolver) key(q *query) (k task.Key, node *origin, p *problem) {
 	case rs.broker == nil && q.submitID != "":
 		return k, nil, errNoBroker
 	case q.submitID != "":
-		return task.SubmissionKey(rs.submitted, q.submitID, q.all), nil, nil
+		return task.SubmissionKey(rs.submitted, q.submitID, q.kind), nil, nil
 	case u != nil:
-		return task.ReportKey(u.source, q.taskID, q.all), &u.origin, nil
+		return task.ReportKey(u.source, q.taskID, q.kind), &u.origin, nil
 	case rs.broker == nil:
 		return k, nil, errUnknownNode
 	}
@@ -220,7 +219,7 @@ func (rs *resolver) key(q *query) (k task.Key, node *origin, p *problem) {
 
 // keyOfOther is key for a task of a node that is not configured.
 func (rs *resolver) keyOfOther(q *query) task.Key {
-	return task.ReportKey(task.NodeSource(rs.namespace, q.appServerID), q.taskID, q.all)
+	return task.ReportKey(task.NodeSource(rs.namespace, q.appServerID), q.taskID, q.kind)
 }
 
 var (
@@ -269,7 +268,7 @@ func (rs *resolver) closeIfRetired() {
 func (rs *resolver) fetch(ctx context.Context, k task.Key, kept *entry, q query, fresh bool) (fetchResult, error) {
 	if kept == nil && !rs.absent.has(k) {
 		var err error
-		kept, err = rs.loadStored(ctx, k, q.all) // an upstream may know the report if the storage cannot be read
+		kept, err = rs.loadStored(ctx, k, q.kind) // an upstream may know the report if the storage cannot be read
 		if p, ok := errors.AsType[*problem](err); ok && !fresh {
 			return fetchResult{}, p
 		}
@@ -287,7 +286,7 @@ func (rs *resolver) fetch(ctx context.Context, k task.Key, kept *entry, q query,
 	}
 	p, ok := errors.AsType[*problem](err)
 	if ok && kept == nil && p.kind != problemSubmissionFailed {
-		e, unreadable := rs.loadStored(ctx, k, q.all)
+		e, unreadable := rs.loadStored(ctx, k, q.kind)
 		if e != nil && !fresh { // another instance has stored it meanwhile
 			return fetchResult{entry: e, stored: true}, nil
 		}
@@ -374,7 +373,7 @@ func (rs *resolver) explainUnknown(ctx context.Context, q query) (answer, error)
 // fetchTaskOf returns the report of the task that a submission became. It is fetched together with callers that ask for
 // the task.
 func (rs *resolver) fetchTaskOf(ctx context.Context, sub task.Submission, q query) (answer, error) {
-	q = query{appServerID: sub.AppServerID, taskID: sub.TaskID, all: q.all, nocache: q.nocache}
+	q = query{appServerID: sub.AppServerID, taskID: sub.TaskID, kind: q.kind, nocache: q.nocache}
 	k, node, p := rs.key(&q)
 	if p != nil {
 		return answer{}, p
@@ -406,7 +405,7 @@ func (rs *resolver) keep(k task.Key, q query, a answer) *entry {
 		return rs.shared.keep(k, a.report, kept{ttl: ttl})
 	}
 	rs.absent.remove(k)
-	return rs.shared.keep(k, a.report, kept{ttl: rs.ttl, id: q.id(), all: q.all, target: a.target})
+	return rs.shared.keep(k, a.report, kept{ttl: rs.ttl, id: q.id(), kind: q.kind, target: a.target})
 }
 
 // fetchSystemInfo fetches what an upstream says about itself. An error means that ctx has ended.
@@ -441,7 +440,7 @@ func (rs *resolver) withStorageError(p *problem, err error) error {
 }
 
 // loadStored returns what is stored under k, which memory keeps from then on. It returns nil if there is nothing.
-func (rs *resolver) loadStored(ctx context.Context, k task.Key, all bool) (*entry, error) {
+func (rs *resolver) loadStored(ctx context.Context, k task.Key, kind task.Kind) (*entry, error) {
 	if rs.archive == nil {
 		return nil, nil
 	}
@@ -455,25 +454,25 @@ func (rs *resolver) loadStored(ctx context.Context, k task.Key, all bool) (*entr
 		rs.absent.add(k)
 		return nil, nil
 	}
-	return rs.keepStored(k, all, found), nil
+	return rs.keepStored(k, kind, found), nil
 }
 
 // loadNewest returns the newest report of a file that is stored, which memory keeps from then on. It returns nil if there is
 // none that is newer than what memory has.
-func (rs *resolver) loadNewest(ctx context.Context, sum [sha256.Size]byte, all bool) (*entry, error) {
+func (rs *resolver) loadNewest(ctx context.Context, sum [sha256.Size]byte, kind task.Kind) (*entry, error) {
 	var after time.Time
-	if e := rs.shared.newest(sum, all); e != nil {
+	if e := rs.shared.newest(sum, kind); e != nil {
 		after = e.report.At()
 	}
 	grow, release := rs.reserveStored()
 	defer release()
-	found, err := rs.archive.Newest(ctx, sum, all, after, grow)
+	found, err := rs.archive.Newest(ctx, sum, kind, after, grow)
 	if err != nil || found.Report == nil {
 		return nil, err
 	}
 	k := *found.Target
 	found.Target = nil
-	return rs.keepStored(k, all, found), nil
+	return rs.keepStored(k, kind, found), nil
 }
 
 // reserveStored reserves memory for a report that is read from the storage, like what is read from a node. It returns what
@@ -486,10 +485,10 @@ func (rs *resolver) reserveStored() (grow func(held int64) error, release func()
 }
 
 // keepStored keeps in memory what was found in the storage under k.
-func (rs *resolver) keepStored(k task.Key, all bool, found archive.Found) *entry {
+func (rs *resolver) keepStored(k task.Key, kind task.Kind, found archive.Found) *entry {
 	rs.absent.remove(k)
 	return rs.shared.keep(k, found.Report, kept{
-		ttl: min(rs.ttl, found.TTL), all: all, target: found.Target, from: rs.archive, saved: !found.Queued,
+		ttl: min(rs.ttl, found.TTL), kind: kind, target: found.Target, from: rs.archive, saved: !found.Queued,
 	})
 }
 
@@ -511,7 +510,7 @@ func (rs *resolver) mentionKept(err error, k task.Key) error {
 func (rs *resolver) selection(q query, common archive.Selection) (s archive.Selection, ok bool) {
 	switch {
 	case q.submitID != "" || q.taskID != "":
-		for _, q.all = range []bool{false, true} {
+		for _, q.kind = range [...]task.Kind{task.Summary, task.Complete} {
 			if k, _, p := rs.key(&q); p == nil {
 				s.Keys = append(s.Keys, k)
 			}
@@ -559,10 +558,10 @@ var (
 )
 
 // fetchFollowed fetches the report of a target. It implements harvest.Source.
-func (rs *resolver) fetchFollowed(ctx context.Context, t harvest.Target, all bool) (harvest.Outcome, error) {
+func (rs *resolver) fetchFollowed(ctx context.Context, t harvest.Target, kind task.Kind) (harvest.Outcome, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, rs.questionTimeout, errTooSlow)
 	defer cancel()
-	res, err := rs.resolve(ctx, &query{submitID: t.SubmitID, appServerID: t.AppServerID, taskID: t.TaskID, all: all})
+	res, err := rs.resolve(ctx, &query{submitID: t.SubmitID, appServerID: t.AppServerID, taskID: t.TaskID, kind: kind})
 	p, isProblem := errors.AsType[*problem](err)
 	switch {
 	case err == nil && !res.entry.report.Known():

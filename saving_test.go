@@ -186,7 +186,7 @@ func TestLostReportIsTold(t *testing.T) {
 				f.Set(storagetest.Failing(errStorageAway))
 				fillQueue(a)
 				rs := &resolver{shared: m, archive: a, resolverOptions: resolverOptions{ttl: 10 * time.Minute}}
-				k := task.SubmissionKey(task.SubmissionSource("default"), "s1", false)
+				k := task.SubmissionKey(task.SubmissionSource("default"), "s1", task.Summary)
 				keepSubmission(rs, k)
 				if !m.isUnsaved(a, k) {
 					t.Fatal("the queue has room for it")
@@ -347,8 +347,8 @@ func TestReferences(t *testing.T) {
 	m := savingMemory(t, 1<<30)
 	target := numbered(1)
 	of := keepFinished(m, 1, 100)
-	e := m.keep(numbered(2), of.report, kept{ttl: time.Hour, all: true, target: &target})
-	if i := m.item(e); i.Target != &target || !i.All || i.Key != numbered(2) || i.Report != of.report {
+	e := m.keep(numbered(2), of.report, kept{ttl: time.Hour, kind: task.Complete, target: &target})
+	if i := m.item(e); i.Target != &target || i.Kind != task.Complete || i.Key != numbered(2) || i.Report != of.report {
 		t.Errorf("the item is %+v", i)
 	}
 	other := keepFinished(m, 1, 100) // the task has another report
@@ -389,14 +389,14 @@ func TestAttachedWhileKeeping(t *testing.T) {
 			m := savingMemory(t, 1<<30)
 			d := inflatedReport(10).Document()
 			d.File, d.At = [sha256.Size]byte{1}, time.Now()
-			go m.keep(numbered(1), task.NewReport(d), kept{ttl: time.Hour, all: true})
+			go m.keep(numbered(1), task.NewReport(d), kept{ttl: time.Hour, kind: task.Complete})
 			a, _ := openFaulty(t, m, "one")
 			time.Sleep(time.Second)
 			none := func(int64) error { return nil }
-			if found, err := a.Newest(t.Context(), d.File, true, time.Time{}, none); err != nil || found.Report == nil {
+			if found, err := a.Newest(t.Context(), d.File, task.Complete, time.Time{}, none); err != nil || found.Report == nil {
 				t.Errorf("the complete report is not found: %v", err)
 			}
-			if found, err := a.Newest(t.Context(), d.File, false, time.Time{}, none); err != nil || found.Report != nil {
+			if found, err := a.Newest(t.Context(), d.File, task.Summary, time.Time{}, none); err != nil || found.Report != nil {
 				t.Errorf("it is found as the high-level one: %v", err)
 			}
 		})

@@ -168,10 +168,10 @@ func (a *Archive) queued(k task.Key) *Item {
 func (a *Archive) IsQueued(k task.Key) bool { return a.queued(k) != nil }
 
 // queuedOf returns the newest item that is queued of a file, or nil.
-func (a *Archive) queuedOf(sum [32]byte, all bool) *Item {
+func (a *Archive) queuedOf(sum [32]byte, kind task.Kind) *Item {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	return clone(a.queue.newest(sum, all))
+	return clone(a.queue.newest(sum, kind))
 }
 
 // clone copies an item of the queue, which may be replaced as soon as the mutex is released.

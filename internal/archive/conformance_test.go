@@ -66,11 +66,11 @@ func fill(t *testing.T, f *fixture) *stock {
 		if i%4 >= 2 {
 			size = inlineLimit + 1000
 		}
-		k := task.ReportKey(source, fmt.Sprint(i), false)
+		k := task.ReportKey(source, fmt.Sprint(i), task.Summary)
 		body := bytes.Repeat([]byte{byte(i + 1)}, size)
 		r := task.NewReport(task.Document{At: time.Now(), Hash: fmt.Sprintf("%032x", i), File: file, Length: size, Body: body})
 		s.save(f, Item{Key: k, Report: r})
-		s.save(f, Item{Key: task.SubmissionKey(task.SubmissionSource("tested"), fmt.Sprint(i), false), Report: r, Target: &k})
+		s.save(f, Item{Key: task.SubmissionKey(task.SubmissionSource("tested"), fmt.Sprint(i), task.Summary), Report: r, Target: &k})
 		time.Sleep(time.Millisecond)
 	}
 	time.Sleep(10 * time.Minute)
@@ -139,11 +139,11 @@ func TestKindsStore(t *testing.T) {
 		other := newFixtureOver(f.storage.Memory, 20*time.Millisecond, 2)
 		defer other.Close()
 		s.check(t, other, always)
-		found, err := other.Newest(t.Context(), s.file, false, time.Time{}, func(int64) error { return nil })
+		found, err := other.Newest(t.Context(), s.file, task.Summary, time.Time{}, func(int64) error { return nil })
 		if err != nil || found.Report == nil || found.Report.Document().Hash != fmt.Sprintf("%032x", 21) {
 			t.Errorf("the newest report of the file: %+v, error %v", found, err)
 		}
-		if found, err := other.Newest(t.Context(), s.file, true, time.Time{}, func(int64) error { return nil }); err != nil || found.Report != nil {
+		if found, err := other.Newest(t.Context(), s.file, task.Complete, time.Time{}, func(int64) error { return nil }); err != nil || found.Report != nil {
 			t.Errorf("the newest complete report of the file: %+v, error %v", found, err)
 		}
 		if found, err := other.find(t, numbered(0)); err != nil || found.Report != nil {

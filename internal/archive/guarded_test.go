@@ -13,6 +13,7 @@ import (
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/guard"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
 // A storage that panics is one that fails: for writes, reads, lists, notes, locks, purges and the sweep.
@@ -34,7 +35,7 @@ func TestPanics(t *testing.T) {
 				f.Save(item(2, 100))
 				errs := map[string]error{}
 				_, errs["a read"] = f.find(t, numbered(1))
-				_, errs["a list"] = f.Newest(t.Context(), [32]byte{1}, false, time.Time{}, func(int64) error { return nil })
+				_, errs["a list"] = f.Newest(t.Context(), [32]byte{1}, task.Summary, time.Time{}, func(int64) error { return nil })
 				_, errs["a purge"] = f.Purge(t.Context(), Selection{}, 0)
 				errs["a note"] = f.StoreNote(t.Context(), "folder", "note", nil)
 				_, _, errs["a lock"] = f.LockNotes(t.Context(), "folder")

@@ -186,7 +186,7 @@ func (a *Archive) remove(ctx context.Context, b *Backend, p place) (int, error) 
 
 // fileSources returns the sources of the references to the reports of a file.
 func (a *Archive) fileSources(sum [32]byte) []task.Source {
-	return []task.Source{task.FileSource(a.Namespace, sum, false), task.FileSource(a.Namespace, sum, true)}
+	return []task.Source{task.FileSource(a.Namespace, sum, task.Summary), task.FileSource(a.Namespace, sum, task.Complete)}
 }
 
 // purgeFile deletes the reports of a file, and the references to them.

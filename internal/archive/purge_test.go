@@ -17,9 +17,9 @@ func filled(t *testing.T) (f *fixture, node, other task.Source) {
 	node, other = task.NodeSource("tested", "node-1"), task.NodeSource("tested", "node-2")
 	for i := range 20 {
 		name := string(rune('a' + i))
-		f.Save(Item{Key: task.ReportKey(node, name, false), Report: reportOf(100, [32]byte{1, byte(i % 2)})})
-		f.Save(Item{Key: task.ReportKey(node, name, true), Report: reportOf(1<<20, [32]byte{1, byte(i % 2)})})
-		f.Save(Item{Key: task.ReportKey(other, name, false), Report: reportOf(100, [32]byte{2})})
+		f.Save(Item{Key: task.ReportKey(node, name, task.Summary), Report: reportOf(100, [32]byte{1, byte(i % 2)})})
+		f.Save(Item{Key: task.ReportKey(node, name, task.Complete), Report: reportOf(1<<20, [32]byte{1, byte(i % 2)})})
+		f.Save(Item{Key: task.ReportKey(other, name, task.Summary), Report: reportOf(100, [32]byte{2})})
 	}
 	time.Sleep(time.Minute)
 	return f, node, other
@@ -41,7 +41,7 @@ func TestPurge(t *testing.T) {
 		deleted   int
 	}{
 		"everything":  {Selection{}, 60},
-		"a task":      {Selection{Keys: []task.Key{task.ReportKey(node, "a", false), task.ReportKey(node, "a", true)}}, 2},
+		"a task":      {Selection{Keys: []task.Key{task.ReportKey(node, "a", task.Summary), task.ReportKey(node, "a", task.Complete)}}, 2},
 		"unknown":     {Selection{Keys: []task.Key{numbered(0)}}, 0},
 		"a node":      {Selection{Source: &node}, 40},
 		"the other":   {Selection{Source: &other}, 20},
@@ -92,8 +92,8 @@ func TestPurgeInSteps(t *testing.T) {
 // A selection matches a report under its own key, and under that of the report that it refers to.
 func TestSelectionMatches(t *testing.T) {
 	node, other := task.NodeSource("tested", "node-1"), task.NodeSource("tested", "node-2")
-	key, another := task.ReportKey(node, "a", false), task.ReportKey(other, "a", false)
-	ref, file := task.SubmissionKey(task.SubmissionSource("tested"), "a", false), [32]byte{1}
+	key, another := task.ReportKey(node, "a", task.Summary), task.ReportKey(other, "a", task.Summary)
+	ref, file := task.SubmissionKey(task.SubmissionSource("tested"), "a", task.Summary), [32]byte{1}
 	r := task.NewReport(task.Document{At: noon, File: file})
 	for name, test := range map[string]struct {
 		selection Selection

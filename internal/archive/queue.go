@@ -20,8 +20,8 @@ type Item struct {
 	Key    task.Key
 	Report *task.Report
 
-	// All reports whether it is the complete report of its task.
-	All bool
+	// Kind is which report of its task it is.
+	Kind task.Kind
 
 	// Target is the key under which the report itself is stored: Key becomes a reference to it. If it is nil, the report is
 	// stored under Key.
@@ -142,10 +142,10 @@ func (q *queue) get(k task.Key) *Item {
 }
 
 // newest returns the item with the newest report of a file, or nil.
-func (q *queue) newest(sum [32]byte, all bool) (newest *Item) {
+func (q *queue) newest(sum [32]byte, kind task.Kind) (newest *Item) {
 	for _, w := range q.byKey {
 		i := w.latest()
-		if i.All != all || i.Report.File() != sum || w.dropped() {
+		if i.Kind != kind || i.Report.File() != sum || w.dropped() {
 			continue
 		}
 		if newest == nil || i.Report.At().After(newest.Report.At()) {

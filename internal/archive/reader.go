@@ -84,20 +84,20 @@ func (a *Archive) follow(ctx context.Context, b *Backend, ref *value, grow func(
 // Newest returns the newest report of a file that is stored or queued, high-level or complete, given the SHA-256 sum of the
 // file. A report that is not newer than after is not read. If the storage cannot be read, what is queued counts. Target is
 // set in any case. See Load for the rest.
-func (a *Archive) Newest(ctx context.Context, sum [32]byte, all bool, after time.Time, grow func(held int64) error) (Found, error) {
+func (a *Archive) Newest(ctx context.Context, sum [32]byte, kind task.Kind, after time.Time, grow func(held int64) error) (Found, error) {
 	b := a.backend()
 	if b == nil {
 		return Found{}, ErrUnreadable
 	}
 	var queued Found
-	if i := a.queuedOf(sum, all); i != nil && i.Report.At().After(after) {
+	if i := a.queuedOf(sum, kind); i != nil && i.Report.At().After(after) {
 		queued = Found{Report: i.Report, Target: i.Target, TTL: a.retention(b), Queued: true}
 		if queued.Target == nil {
 			queued.Target = &i.Key
 		}
 		after = i.Report.At()
 	}
-	stored, err := a.newestStored(ctx, b, sum, all, after, grow)
+	stored, err := a.newestStored(ctx, b, sum, kind, after, grow)
 	if stored.Report == nil && queued.Report != nil {
 		return queued, nil
 	}
@@ -105,8 +105,8 @@ func (a *Archive) Newest(ctx context.Context, sum [32]byte, all bool, after time
 }
 
 // newestStored returns the newest report of a file that is stored. See Newest.
-func (a *Archive) newestStored(ctx context.Context, b *Backend, sum [32]byte, all bool, after time.Time, grow func(held int64) error) (Found, error) {
-	source := task.FileSource(a.Namespace, sum, all)
+func (a *Archive) newestStored(ctx context.Context, b *Backend, sum [32]byte, kind task.Kind, after time.Time, grow func(held int64) error) (Found, error) {
+	source := task.FileSource(a.Namespace, sum, kind)
 	refs, err := readThrough(ctx, a, b, a.lists, task.FileKey(source, task.Key{}), func(ctx context.Context) ([]place, error) {
 		return a.listFile(ctx, b, source)
 	})

@@ -136,9 +136,9 @@ func TestNewestOfTheQueue(t *testing.T) {
 		queued := reportOf(101, file)
 		f.Save(Item{Key: numbered(2), Report: queued})
 		time.Sleep(time.Second)
-		f.Save(Item{Key: numbered(3), Report: reportOf(102, file), All: true})
+		f.Save(Item{Key: numbered(3), Report: reportOf(102, file), Kind: task.Complete})
 		newest := func(after time.Time) (Found, error) {
-			return f.Newest(t.Context(), file, false, after, func(int64) error { return nil })
+			return f.Newest(t.Context(), file, task.Summary, after, func(int64) error { return nil })
 		}
 		if got, err := newest(time.Time{}); got.Report != queued || *got.Target != numbered(2) || err != nil {
 			t.Errorf("found %+v, %v", got, err)
@@ -166,35 +166,35 @@ func TestNewest(t *testing.T) {
 		defer f.Close()
 		file := [32]byte{7}
 		for i := range 30 {
-			f.Save(Item{Key: numbered(i), Report: reportOf(100+i, file), All: i%2 == 1})
+			f.Save(Item{Key: numbered(i), Report: reportOf(100+i, file), Kind: task.Kind(i % 2)})
 			time.Sleep(time.Minute)
 		}
 		f.Save(Item{Key: numbered(99), Report: reportOf(1, [32]byte{8})})
 		time.Sleep(time.Minute)
-		newest := func(sum [32]byte, all bool) Found {
+		newest := func(sum [32]byte, kind task.Kind) Found {
 			t.Helper()
-			got, err := f.Newest(t.Context(), sum, all, time.Time{}, func(int64) error { return nil })
+			got, err := f.Newest(t.Context(), sum, kind, time.Time{}, func(int64) error { return nil })
 			if err != nil {
 				t.Error(err)
 			}
 			return got
 		}
 		before := f.storage.Calls(storagetest.Load)
-		for all, want := range map[bool]int{false: 28, true: 29} {
-			if got := newest(file, all); got.Report == nil || got.Report.Length() != 100+want || got.Target == nil || *got.Target != numbered(want) {
-				t.Errorf("all %v: found %+v", all, got)
+		for kind, want := range map[task.Kind]int{task.Summary: 28, task.Complete: 29} {
+			if got := newest(file, kind); got.Report == nil || got.Report.Length() != 100+want || got.Target == nil || *got.Target != numbered(want) {
+				t.Errorf("kind %d: found %+v", kind, got)
 			}
 		}
 		if n := f.storage.Calls(storagetest.Load) - before; n != 4 {
 			t.Errorf("the storage was read %d times", n)
 		}
-		if got := newest([32]byte{9}, false); got.Report != nil {
+		if got := newest([32]byte{9}, task.Summary); got.Report != nil {
 			t.Errorf("of an unknown file: %+v", got)
 		}
 		if _, err := f.Purge(t.Context(), Selection{Keys: []task.Key{numbered(28)}}, 0); err != nil {
 			t.Error(err)
 		}
-		if got := newest(file, false); got.Report == nil || got.Report.Length() != 126 {
+		if got := newest(file, task.Summary); got.Report == nil || got.Report.Length() != 126 {
 			t.Errorf("after the newest was purged: %+v", got)
 		}
 	})
@@ -206,8 +206,8 @@ func TestNewestBesideOtherFiles(t *testing.T) {
 		f := newFixture()
 		defer f.Close()
 		file := [32]byte{7}
-		folder, other := tested.fileFolder(task.FileSource("tested", file, false)), [32]byte{}
-		for i := uint32(1); tested.fileFolder(task.FileSource("tested", other, false)) != folder; i++ {
+		folder, other := tested.fileFolder(task.FileSource("tested", file, task.Summary)), [32]byte{}
+		for i := uint32(1); tested.fileFolder(task.FileSource("tested", other, task.Summary)) != folder; i++ {
 			binary.BigEndian.PutUint32(other[8:], i)
 		}
 		f.Save(Item{Key: numbered(1), Report: reportOf(100, file)})
@@ -215,7 +215,7 @@ func TestNewestBesideOtherFiles(t *testing.T) {
 		f.Save(Item{Key: numbered(2), Report: reportOf(101, other)})
 		time.Sleep(time.Minute)
 		before := f.storage.Calls(storagetest.Load)
-		got, err := f.Newest(t.Context(), file, false, time.Time{}, func(int64) error { return nil })
+		got, err := f.Newest(t.Context(), file, task.Summary, time.Time{}, func(int64) error { return nil })
 		if err != nil || got.Report == nil || got.Report.Length() != 100 {
 			t.Errorf("found %+v, error %v", got, err)
 		}
@@ -481,7 +481,7 @@ func TestListsThatFail(t *testing.T) {
 		time.Sleep(time.Minute)
 		f.storage.Set(storagetest.On(storagetest.Failing(errAway), storagetest.List))
 		for i := range 10 {
-			if _, err := f.Newest(t.Context(), [32]byte{byte(i + 1)}, false, time.Time{}, func(int64) error { return nil }); !errors.Is(err, ErrUnreadable) {
+			if _, err := f.Newest(t.Context(), [32]byte{byte(i + 1)}, task.Summary, time.Time{}, func(int64) error { return nil }); !errors.Is(err, ErrUnreadable) {
 				t.Errorf("a list that fails: error %v", err)
 			}
 		}

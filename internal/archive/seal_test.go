@@ -196,7 +196,7 @@ func TestUnsealedIsLeftAlone(t *testing.T) {
 					n++
 				}
 			}
-			newest, err := f.Newest(t.Context(), file, false, time.Time{}, func(int64) error { return nil })
+			newest, err := f.Newest(t.Context(), file, task.Summary, time.Time{}, func(int64) error { return nil })
 			if err != nil {
 				t.Error(err)
 			}

@@ -52,7 +52,7 @@ type simulation struct {
 // known is a report that was saved.
 type known struct {
 	key   task.Key
-	all   bool       // it is the complete report
+	kind  task.Kind
 	names []task.Key // references to it
 	file  [32]byte
 	hash  string
@@ -421,22 +421,22 @@ func (s *simulation) save(inc *incarnation) {
 			return
 		}
 		r := task.NewReport(task.Document{At: now, Hash: k.hash, File: k.file, Length: len(k.body), Body: k.body})
-		s.put(inc, Item{Key: k.key, All: k.all, Report: r})
+		s.put(inc, Item{Key: k.key, Kind: k.kind, Report: r})
 		return
 	}
 	node := task.NodeSource(simNamespace, fmt.Sprint("node", s.random.IntN(4)))
-	k := known{all: s.random.IntN(2) == 0}
-	k.key = task.ReportKey(node, fmt.Sprint(s.seed, len(s.keys)), k.all)
+	k := known{kind: task.Kind(s.random.IntN(2))}
+	k.key = task.ReportKey(node, fmt.Sprint(s.seed, len(s.keys)), k.kind)
 	if s.random.IntN(3) > 0 {
 		k.file = s.files[s.random.IntN(len(s.files))]
 	}
 	r := s.newReport(now, s.size(), k.file)
 	k.hash, k.body = r.Document().Hash, r.Document().Body
-	s.put(inc, Item{Key: k.key, All: k.all, Report: r})
+	s.put(inc, Item{Key: k.key, Kind: k.kind, Report: r})
 	if s.random.IntN(2) == 0 {
-		name := task.SubmissionKey(task.SubmissionSource(simNamespace), fmt.Sprint(s.seed, len(s.keys)), k.all)
+		name := task.SubmissionKey(task.SubmissionSource(simNamespace), fmt.Sprint(s.seed, len(s.keys)), k.kind)
 		k.names = append(k.names, name)
-		s.put(inc, Item{Key: name, All: k.all, Report: r, Target: &k.key})
+		s.put(inc, Item{Key: name, Kind: k.kind, Report: r, Target: &k.key})
 	}
 	s.keys = append(s.keys, k)
 	if s.random.IntN(8) == 0 { // it is asked for anew, and there is more in it
@@ -453,7 +453,7 @@ func (s *simulation) save(inc *incarnation) {
 func (s *simulation) renew(inc *incarnation, k *known) {
 	r := s.newReport(inc.inst.now(), s.size(), k.file)
 	k.hash, k.body = r.Document().Hash, r.Document().Body
-	s.put(inc, Item{Key: k.key, All: k.all, Report: r})
+	s.put(inc, Item{Key: k.key, Kind: k.kind, Report: r})
 }
 
 // recent returns the number of a known report, more often a recent one.
@@ -487,8 +487,8 @@ func (s *simulation) load(inc *incarnation, after time.Duration, quick bool) {
 		if l.key = k.key; len(k.names) > 0 && s.random.IntN(2) == 0 {
 			l.key = k.names[s.random.IntN(len(k.names))]
 		} else if k.file != [32]byte{} && s.random.IntN(8) == 0 {
-			l.file, l.all = &k.file, k.all
-			l.key = task.FileKey(task.FileSource(simNamespace, k.file, k.all), task.Key{})
+			l.file, l.kind = &k.file, k.kind
+			l.key = task.FileKey(task.FileSource(simNamespace, k.file, k.kind), task.Key{})
 		}
 	}
 	var leaves time.Duration
@@ -522,7 +522,7 @@ func (s *simulation) loadNow(inc *incarnation, l load, leaves time.Duration) {
 		return nil
 	}
 	if l.file != nil {
-		l.found, l.err = inc.archive.Newest(ctx, *l.file, l.all, time.Time{}, grow)
+		l.found, l.err = inc.archive.Newest(ctx, *l.file, l.kind, time.Time{}, grow)
 	} else {
 		l.found, l.err = inc.archive.Load(ctx, l.key, grow)
 	}
@@ -613,7 +613,7 @@ func (s *simulation) damage() {
 
 // later stores a value of a later version, which instances come across.
 func (s *simulation) later() {
-	p := place{kind: inPartition, key: task.ReportKey(task.NodeSource(simNamespace, "node0"), fmt.Sprint("later", s.random.Uint64()), false)}
+	p := place{kind: inPartition, key: task.ReportKey(task.NodeSource(simNamespace, "node0"), fmt.Sprint("later", s.random.Uint64()), task.Summary)}
 	s.plant(p, append([]byte(magic), version+1, 1, 2, 3))
 	for _, i := range s.instances {
 		if inc := i.live; inc != nil {
@@ -797,7 +797,7 @@ func (s *simulation) askForFiles() {
 		return
 	}
 	for i := range 8 {
-		l := load{key: task.FileKey(task.FileSource(simNamespace, s.files[i], true), task.Key{}), file: &s.files[i], all: true}
+		l := load{key: task.FileKey(task.FileSource(simNamespace, s.files[i], task.Complete), task.Key{}), file: &s.files[i], kind: task.Complete}
 		s.in(between(s.random, 0, time.Second), func() { go s.loadNow(inc, l, 0) })
 	}
 	for range 20 {
@@ -827,10 +827,10 @@ func (s *simulation) overflow() {
 				}
 			}
 			for range n {
-				key := task.ReportKey(task.NodeSource(simNamespace, "node3"), fmt.Sprint("overflow", s.reports), true)
+				key := task.ReportKey(task.NodeSource(simNamespace, "node3"), fmt.Sprint("overflow", s.reports), task.Complete)
 				r := s.newReport(inc.inst.now(), max(size, 100+s.random.IntN(100)), [32]byte{})
-				if s.put(inc, Item{Key: key, All: true, Report: r}) {
-					s.keys = append(s.keys, known{key: key, all: true, hash: r.Document().Hash, body: r.Document().Body})
+				if s.put(inc, Item{Key: key, Kind: task.Complete, Report: r}) {
+					s.keys = append(s.keys, known{key: key, kind: task.Complete, hash: r.Document().Hash, body: r.Document().Body})
 				}
 			}
 		})

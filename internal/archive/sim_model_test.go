@@ -397,7 +397,7 @@ func (m *model) beginPurge(inc *incarnation, s Selection) *purge {
 
 // isOf reports whether a place is that of a reference from a file.
 func (m *model) isOf(p place, sum [32]byte) bool {
-	return p.kind == ofFile && (p.key.Source() == task.FileSource(simNamespace, sum, false) || p.key.Source() == task.FileSource(simNamespace, sum, true))
+	return p.kind == ofFile && (p.key.Source() == task.FileSource(simNamespace, sum, task.Summary) || p.key.Source() == task.FileSource(simNamespace, sum, task.Complete))
 }
 
 // endPurge checks that what was purged is gone.
@@ -576,7 +576,7 @@ func (m *model) has(s state, c *copyOf, now time.Time) bool {
 type load struct {
 	key         task.Key
 	file        *[32]byte // the newest report of a file is asked for
-	all         bool
+	kind        task.Kind
 	begun       time.Time
 	left        bool // the caller has left before the end
 	refusing    bool // grow refuses
@@ -712,7 +712,7 @@ func (m *model) possible(inc *incarnation, at place, from, to time.Time) (ids ma
 // newest is possible for the newest report of a file.
 func (m *model) newest(inc *incarnation, l load, to time.Time) (ids map[reportID]bool, absent, exempt bool) {
 	ids, absent = make(map[reportID]bool), true
-	source := task.FileSource(simNamespace, *l.file, l.all)
+	source := task.FileSource(simNamespace, *l.file, l.kind)
 	var sure int64 // the time of a reference that must be found, if no newer one is
 	found := make(map[reportID]int64)
 	for _, name := range m.files[source] {
@@ -736,7 +736,7 @@ func (m *model) newest(inc *incarnation, l load, to time.Time) (ids map[reportID
 	for _, copies := range inc.copies {
 		for _, c := range copies {
 			queued, throughout := c.queued(l.begun, to)
-			if !queued || c.item.All != l.all || c.item.Report.File() != *l.file {
+			if !queued || c.item.Kind != l.kind || c.item.Report.File() != *l.file {
 				continue
 			}
 			found[c.id] = max(found[c.id], c.id.at)

@@ -241,7 +241,7 @@ func (a *Archive) store(ctx context.Context, b *Backend, i Item) error {
 		}
 	}
 	if file := r.File(); i.Target == nil && file != [32]byte{} {
-		k := task.FileKey(task.FileSource(a.Namespace, file, i.All), i.Key)
+		k := task.FileKey(task.FileSource(a.Namespace, file, i.Kind), i.Key)
 		ref := place{kind: ofFile, key: k, at: r.At().UnixNano()}
 		return a.storeValue(ctx, b, ref, value{kind: kindReference, at: r.At(), key: k, target: doc, size: size})
 	}

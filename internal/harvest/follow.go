@@ -170,7 +170,7 @@ func (f *Follower) ask(s *Source, it *item, l *lane) {
 	var out Outcome
 	var err error
 	if !q.none { // another source may want less
-		out, err = guard.Call(s.Logger, func() (Outcome, error) { return s.Fetch(s.ctx, target, q.all()) })
+		out, err = guard.Call(s.Logger, func() (Outcome, error) { return s.Fetch(s.ctx, target, q.kind) })
 	}
 	f.settle(s, it, l, q, out, err)
 }

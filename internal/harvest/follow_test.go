@@ -10,6 +10,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/testutil"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
 // Both kinds are fetched, and the event is told once.
@@ -86,11 +87,11 @@ func TestBoundsOfUpstreams(t *testing.T) {
 		p := u.start(nil, Config{}, func(s *Source) {
 			fetch := s.Fetch
 			s.Upstream = func(target Target) string { return target.Client }
-			s.Fetch = func(ctx context.Context, target Target, all bool) (Outcome, error) {
+			s.Fetch = func(ctx context.Context, target Target, kind task.Kind) (Outcome, error) {
 				if target.Client == "slow" {
 					<-ctx.Done()
 				}
-				return fetch(ctx, target, all)
+				return fetch(ctx, target, kind)
 			}
 		})
 		defer p.stop()

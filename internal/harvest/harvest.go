@@ -43,7 +43,7 @@ type Follower struct {
 // saving is a finished report that is not saved yet.
 type saving struct {
 	*item
-	kind int
+	kind task.Kind
 }
 
 // source returns the newest source, preferably one that is not paused. It returns nil if there is none. The caller holds the

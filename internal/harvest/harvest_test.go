@@ -71,12 +71,9 @@ func (u *upstream) task(id ID, change func(*fakeTask)) fakeTask {
 	return *u.tasks[id]
 }
 
-func (u *upstream) fetch(ctx context.Context, t Target, all bool) (Outcome, error) {
+func (u *upstream) fetch(ctx context.Context, t Target, kind task.Kind) (Outcome, error) {
 	u.mu.Lock()
-	now, kind := time.Now(), 0
-	if all {
-		kind = 1
-	}
+	now := time.Now()
 	k := u.tasks[t.ID]
 	if k.kept[kind] { // memory has it
 		defer u.mu.Unlock()

@@ -29,8 +29,8 @@ type item struct {
 	Target
 	place
 	began   time.Time    // when it was accepted, by the monotonic clock
-	kinds   [2]kindState // the high-level report, and the complete one
-	keys    [2]task.Key  // of finished reports that were not saved at once
+	kinds   [2]kindState // by task.Kind
+	keys    [2]task.Key  // by task.Kind, of finished reports that were not saved at once
 	told    bool         // Source.Finished was called, or is to be
 	telling bool         // Source.Finished has not returned yet
 	over    bool         // all that is missing is that it returns
@@ -48,24 +48,22 @@ type kindState struct{ finished, saved bool }
 
 // question is what is asked next.
 type question struct {
-	kind   int  // the index in item.kinds
+	kind   task.Kind
 	saving bool // whether the report is saved is all that is asked
 	none   bool // there is nothing left to ask
 }
 
-func (q question) all() bool { return q.kind == 1 }
-
 // question returns what is to be asked for an item.
 func (it *item) question(s *Source) question {
-	wanted := [...]bool{s.Summary, s.Complete}
+	wanted := [...]bool{task.Summary: s.Summary, task.Complete: s.Complete}
 	for kind, state := range it.kinds {
 		if wanted[kind] && !state.finished {
-			return question{kind: kind}
+			return question{kind: task.Kind(kind)}
 		}
 	}
 	for kind, state := range it.kinds {
 		if wanted[kind] && !state.saved {
-			return question{kind: kind, saving: true}
+			return question{kind: task.Kind(kind), saving: true}
 		}
 	}
 	return question{none: true}

@@ -141,15 +141,15 @@ func (in *instance) mend() {
 }
 
 // keyOfReport returns the key of a report, and the report.
-func keyOfReport(id ID, all bool) (task.Key, *task.Report) {
-	k := task.SubmissionKey(task.SubmissionSource("tested"), id.SubmitID, all)
-	body := []byte(fmt.Sprint(id, all))
+func keyOfReport(id ID, kind task.Kind) (task.Key, *task.Report) {
+	k := task.SubmissionKey(task.SubmissionSource("tested"), id.SubmitID, kind)
+	body := []byte(fmt.Sprint(id, kind))
 	return k, task.NewReport(task.Document{At: time.Now(), Hash: hex.EncodeToString(k[:16]), Length: len(body), Body: body})
 }
 
 // fetch fetches a report as the resolver does: from memory, the storage, or the upstream.
-func (in *instance) fetch(ctx context.Context, t Target, all bool) (Outcome, error) {
-	k, report := keyOfReport(t.ID, all)
+func (in *instance) fetch(ctx context.Context, t Target, kind task.Kind) (Outcome, error) {
+	k, report := keyOfReport(t.ID, kind)
 	in.mu.Lock()
 	kept, saved := in.kept[k], in.saved[k]
 	in.mu.Unlock()
@@ -161,7 +161,7 @@ func (in *instance) fetch(ctx context.Context, t Target, all bool) (Outcome, err
 		in.keep(k, found.Report, !found.Queued)
 		return Outcome{State: Finished, Report: found.Report, Saved: !found.Queued, Key: k}, nil
 	}
-	out, err := in.sim.upstream.fetch(ctx, t, all)
+	out, err := in.sim.upstream.fetch(ctx, t, kind)
 	switch {
 	case err == nil && out.State == Unknown && unreadable != nil:
 		return Outcome{}, unreadable
@@ -169,7 +169,7 @@ func (in *instance) fetch(ctx context.Context, t Target, all bool) (Outcome, err
 		return out, err
 	}
 	in.keep(k, report, false)
-	if !in.archive.Save(archive.Item{Key: k, Report: report, All: all}) && ctx.Err() == nil {
+	if !in.archive.Save(archive.Item{Key: k, Report: report, Kind: kind}) && ctx.Err() == nil {
 		in.sim.Error("the queue has no room")
 	}
 	return Outcome{State: Finished, Report: report, Key: k}, nil
@@ -361,7 +361,7 @@ func (sim *simulation) settle() (summary string) {
 	for id := range sim.confirmed {
 		k := sim.upstream.task(id, func(*fakeTask) {})
 		asked += k.asked[0] + k.asked[1]
-		switch stored := sim.isStored(reader, id, false) && sim.isStored(reader, id, true); {
+		switch stored := sim.isStored(reader, id, task.Summary) && sim.isStored(reader, id, task.Complete); {
 		case stored && k.told > 0:
 			kept++
 		case sim.told[id] == "":
@@ -399,8 +399,8 @@ func (sim *simulation) notes(reader *archive.Archive) (found []string) {
 }
 
 // isStored reports whether the storage has a report.
-func (sim *simulation) isStored(reader *archive.Archive, id ID, all bool) bool {
-	k, report := keyOfReport(id, all)
+func (sim *simulation) isStored(reader *archive.Archive, id ID, kind task.Kind) bool {
+	k, report := keyOfReport(id, kind)
 	found, err := reader.Load(sim.Context(), k, func(int64) error { return nil })
 	if err != nil {
 		sim.Error(err)

@@ -38,7 +38,7 @@ type Source struct {
 	// Fetch asks for the report of a target, the complete one or the high-level one. It is called by several goroutines, must
 	// limit its own time, and return when ctx ends. An answer that it keeps must not be older than MaxAge. It must not take the
 	// target for known because it is pending. An error is a problem that may pass; it is shown to operators.
-	Fetch func(ctx context.Context, t Target, all bool) (Outcome, error)
+	Fetch func(ctx context.Context, t Target, kind task.Kind) (Outcome, error)
 
 	// Upstream returns the name of the upstream that Fetch asks first. The bounds are those of one upstream.
 	Upstream func(Target) string

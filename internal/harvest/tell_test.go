@@ -138,11 +138,11 @@ func TestPanics(t *testing.T) {
 		panicked := 0
 		p := u.start(nil, Config{}, func(s *Source) {
 			fetch, tell := s.Fetch, s.Finished
-			s.Fetch = func(ctx context.Context, target Target, all bool) (Outcome, error) {
+			s.Fetch = func(ctx context.Context, target Target, kind task.Kind) (Outcome, error) {
 				if panicked++; panicked == 1 {
 					panic("a question")
 				}
-				return fetch(ctx, target, all)
+				return fetch(ctx, target, kind)
 			}
 			s.Finished = func(target Target) {
 				tell(target)
@@ -205,9 +205,9 @@ func TestSavedMeanwhile(t *testing.T) {
 		p := u.start(m, Config{Instance: "one"}, func(s *Source) {
 			source = s
 			fetch := s.Fetch
-			s.Fetch = func(ctx context.Context, target Target, all bool) (Outcome, error) {
-				out, err := fetch(ctx, target, all)
-				out.Key = keyOf(all)
+			s.Fetch = func(ctx context.Context, target Target, kind task.Kind) (Outcome, error) {
+				out, err := fetch(ctx, target, kind)
+				out.Key = keyOf(kind)
 				return out, err
 			}
 		})
@@ -217,12 +217,12 @@ func TestSavedMeanwhile(t *testing.T) {
 		time.Sleep(time.Minute)
 		p.Pause(source)
 		synctest.Wait()
-		p.Saved(p.archive, keyOf(false))
+		p.Saved(p.archive, keyOf(task.Summary))
 		if list := p.List(); len(list) != 1 || !list[0].Finished {
 			t.Errorf("pending is %+v, want one that is finished", list)
 		}
 		p.Saved(p.archive, task.NewKey("another"))
-		p.Saved(p.archive, keyOf(true))
+		p.Saved(p.archive, keyOf(task.Complete))
 		begun := time.Now()
 		if p.Flush(); time.Since(begun) > 0 {
 			t.Errorf("what is noted at once was waited for, %s", time.Since(begun))
@@ -233,8 +233,8 @@ func TestSavedMeanwhile(t *testing.T) {
 	})
 }
 
-func keyOf(all bool) task.Key {
-	if all {
+func keyOf(kind task.Kind) task.Key {
+	if kind == task.Complete {
 		return task.NewKey("complete")
 	}
 	return task.NewKey("summary")

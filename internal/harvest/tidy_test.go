@@ -8,6 +8,7 @@ import (
 	"time"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
 // A process that ends in good order leaves nothing to be told again, although other targets of the same note are pending. What
@@ -58,11 +59,11 @@ func TestToldBeforeItEnds(t *testing.T) {
 		u, m := newUpstream(), storagetest.New(storagetest.Redis)
 		p := u.start(m, Config{Instance: "one"}, func(s *Source) {
 			fetch := s.Fetch
-			s.Fetch = func(ctx context.Context, target Target, all bool) (Outcome, error) {
-				if all {
+			s.Fetch = func(ctx context.Context, target Target, kind task.Kind) (Outcome, error) {
+				if kind == task.Complete {
 					return Outcome{}, errAway
 				}
-				return fetch(ctx, target, all)
+				return fetch(ctx, target, kind)
 			}
 		})
 		target := u.submit(1, time.Second)

@@ -25,6 +25,15 @@ func ValidID(id string) bool {
 	return true
 }
 
+// Kind is which of a task's two reports is meant. Broker and nodes have a parameter for it, all.
+type Kind uint8
+
+// The kinds of reports.
+const (
+	Summary  Kind = iota // the high-level report
+	Complete             // all=true
+)
+
 // Key identifies a report: its source, followed by a hash. So every key has the same size however long the IDs in it are.
 type Key [sha256.Size]byte
 
@@ -61,10 +70,9 @@ func NodeSource(namespace, appServerID string) Source {
 // SubmissionSource returns the source of reports by their submissions.
 func SubmissionSource(namespace string) Source { return newSource("submission", namespace) }
 
-// FileSource returns the source of references to the high-level or the complete reports of a file, given the SHA-256 sum of
-// the file.
-func FileSource(namespace string, sum [sha256.Size]byte, all bool) Source {
-	return newSource("file", namespace, string(sum[:]), strconv.FormatBool(all))
+// FileSource returns the source of references to the reports of a file, given the SHA-256 sum of the file.
+func FileSource(namespace string, sum [sha256.Size]byte, kind Kind) Source {
+	return newSource("file", namespace, string(sum[:]), strconv.FormatBool(kind == Complete))
 }
 
 // Source returns the source of the key.
@@ -78,18 +86,18 @@ func (k Key) in(s Source) Key {
 
 // ReportKey returns the key of a report by its node and task. The high-level report and the complete report of a task are
 // two reports.
-func ReportKey(node Source, taskID string, all bool) Key { return named(node, taskID, all) }
+func ReportKey(node Source, taskID string, kind Kind) Key { return named(node, taskID, kind) }
 
 // SubmissionKey returns the key of a report by its submission.
-func SubmissionKey(submissions Source, submitID string, all bool) Key {
-	return named(submissions, submitID, all)
+func SubmissionKey(submissions Source, submitID string, kind Kind) Key {
+	return named(submissions, submitID, kind)
 }
 
-func named(s Source, name string, all bool) (k Key) {
+func named(s Source, name string, kind Kind) (k Key) {
 	// There is room for a UUID. A hit must take little stack (see docs/ARCHITECTURE.md).
 	buf := appendPart(make([]byte, 0, 64), string(s[:]))
 	buf = appendPart(buf, name)
-	buf = appendPart(buf, strconv.FormatBool(all))
+	buf = appendPart(buf, strconv.FormatBool(kind == Complete))
 	k = sha256.Sum256(buf)
 	copy(k[:], s[:])
 	return k

@@ -7,7 +7,7 @@ import (
 
 func TestKeysDiffer(t *testing.T) {
 	node, other, elsewhere, submissions := NodeSource("a", "b"), NodeSource("a", "bc"), NodeSource("b", "b"), SubmissionSource("a")
-	file := FileSource("a", [32]byte{1}, false)
+	file := FileSource("a", [32]byte{1}, Summary)
 	seen := make(map[Key]string)
 	for name, k := range map[string]Key{
 		"nothing":              NewKey(),
@@ -16,17 +16,17 @@ func TestKeysDiffer(t *testing.T) {
 		"ab":                   NewKey("ab"),
 		"a, b":                 NewKey("a", "b"),
 		"a, b, empty":          NewKey("a", "b", ""),
-		"high-level report":    ReportKey(node, "c", false),
-		"complete report":      ReportKey(node, "c", true),
-		"in another namespace": ReportKey(elsewhere, "c", false),
-		"of another node":      ReportKey(other, "c", false),
-		"submission":           SubmissionKey(submissions, "c", false),
-		"complete":             SubmissionKey(submissions, "c", true),
-		"another submission":   SubmissionKey(submissions, "b", false),
-		"a file":               FileKey(file, ReportKey(node, "c", false)),
-		"complete, of a file":  FileKey(file, ReportKey(node, "c", true)),
-		"another file":         FileKey(FileSource("a", [32]byte{2}, false), ReportKey(node, "c", false)),
-		"all of a file":        FileKey(FileSource("a", [32]byte{1}, true), ReportKey(node, "c", false)),
+		"high-level report":    ReportKey(node, "c", Summary),
+		"complete report":      ReportKey(node, "c", Complete),
+		"in another namespace": ReportKey(elsewhere, "c", Summary),
+		"of another node":      ReportKey(other, "c", Summary),
+		"submission":           SubmissionKey(submissions, "c", Summary),
+		"complete":             SubmissionKey(submissions, "c", Complete),
+		"another submission":   SubmissionKey(submissions, "b", Summary),
+		"a file":               FileKey(file, ReportKey(node, "c", Summary)),
+		"complete, of a file":  FileKey(file, ReportKey(node, "c", Complete)),
+		"another file":         FileKey(FileSource("a", [32]byte{2}, Summary), ReportKey(node, "c", Summary)),
+		"all of a file":        FileKey(FileSource("a", [32]byte{1}, Complete), ReportKey(node, "c", Summary)),
 	} {
 		if other, ok := seen[k]; ok {
 			t.Errorf("%s and %s have the same key", name, other)
@@ -36,8 +36,8 @@ func TestKeysDiffer(t *testing.T) {
 }
 
 func TestKeyBeginsWithItsSource(t *testing.T) {
-	node, file := NodeSource("a", "b"), FileSource("a", [32]byte{1}, true)
-	report := ReportKey(node, "c", true)
+	node, file := NodeSource("a", "b"), FileSource("a", [32]byte{1}, Complete)
+	report := ReportKey(node, "c", Complete)
 	if report.Source() != node {
 		t.Error("the key of a report does not begin with its node")
 	}
