@@ -20,6 +20,7 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/cli"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -98,7 +99,7 @@ func fillNode(ctx context.Context, s *cli.Node, upstreams []liveUpstream) {
 	case err != nil: // the caller has left
 		return
 	case r.problem != nil:
-		s.SystemInfoProblem = r.problem.code()
+		s.SystemInfoProblem = r.problem.Code()
 	default:
 		s.SystemInfo = &info
 	}
@@ -112,7 +113,7 @@ func fillNode(ctx context.Context, s *cli.Node, upstreams []liveUpstream) {
 		}
 		worst = max(worst, status)
 	}
-	if r.problem != nil && r.problem.role != roleNone { // not a problem of this machine
+	if r.problem != nil && r.problem.Role != problem.RoleNone { // not a problem of this machine
 		worst = max(worst, statusDegraded)
 	}
 	s.State = worst.String()

@@ -25,6 +25,7 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/guard"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -381,14 +382,14 @@ func newUpstreams(h *Handler, o endpointOptions) (nodes map[string]*upstream, br
 		if _, exists := nodes[n.AppServerID]; exists {
 			return nil, nil, fmt.Errorf("node %q is configured twice", n.AppServerID)
 		}
-		if nodes[n.AppServerID], err = n.newUpstream(repl, roleNode, n.AppServerID, o); err != nil {
+		if nodes[n.AppServerID], err = n.newUpstream(repl, problem.RoleNode, n.AppServerID, o); err != nil {
 			return nil, nil, fmt.Errorf("node %q: %w", n.AppServerID, err)
 		}
 	}
 	if h.Broker == nil {
 		return nodes, nil, nil
 	}
-	if broker, err = h.Broker.newUpstream(repl, roleBroker, "", o); err != nil {
+	if broker, err = h.Broker.newUpstream(repl, problem.RoleBroker, "", o); err != nil {
 		return nil, nil, fmt.Errorf("broker: %w", err)
 	}
 	return nodes, broker, nil

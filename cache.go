@@ -19,6 +19,7 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/cli"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/coalesce"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -741,9 +742,9 @@ func (r *reservation) take(size int64) error {
 	if r.grow(size) {
 		return nil
 	}
-	return &problem{
-		kind: problemBusy, retryAfter: time.Second,
-		detail: "the reports that are being read and sent use up the memory for them" + tryAgain,
+	return &problem.Problem{
+		Kind: problem.Busy, RetryAfter: time.Second,
+		Detail: "the reports that are being read and sent use up the memory for them" + problem.TryAgain,
 	}
 }
 
@@ -838,7 +839,7 @@ type callKey struct{ report, upstreams task.Key }
 
 // origin names an upstream.
 type origin struct {
-	role role
+	role problem.Role
 	name string // a node's application server ID
 }
 

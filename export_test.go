@@ -6,6 +6,8 @@ import (
 	"sync"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 )
 
 // StoreUsers returns the number of configurations that use what a namespace shares.
@@ -36,18 +38,7 @@ func sumOfShared(of func(*shared) int) (sum int) {
 const RaceDetector = raceDetector
 
 // ProblemCodes returns the codes of all problems.
-func ProblemCodes() (codes []string) {
-	for kind, k := range problemKinds {
-		if !k.upstream {
-			codes = append(codes, k.code)
-			continue
-		}
-		for _, role := range []role{roleNode, roleBroker} {
-			codes = append(codes, (&problem{kind: problemKind(kind), role: role}).code())
-		}
-	}
-	return codes
-}
+func ProblemCodes() []string { return problem.Codes() }
 
 // dialled has the transports that DialUpstreams has changed.
 var dialled sync.Map

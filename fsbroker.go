@@ -18,6 +18,8 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 )
 
 func init() {
@@ -295,19 +297,19 @@ func (h *Handler) serve(w http.ResponseWriter, r *http.Request, info *requestInf
 }
 
 // admit authenticates the request and returns the problem that keeps it from being served, if there is one.
-func (h *Handler) admit(r *http.Request, q *query, info *requestInfo, e *endpoint) *problem {
+func (h *Handler) admit(r *http.Request, q *query, info *requestInfo, e *endpoint) *problem.Problem {
 	info.client = h.clients.authenticate(r.Header, q)
 	if info.client == nil {
-		return &problem{kind: problemUnauthorized, detail: "send a valid secret in a header: Authorization: Bearer <secret> (a field of a form is not read)"}
+		return &problem.Problem{Kind: problem.Unauthorized, Detail: "send a valid secret in a header: Authorization: Bearer <secret> (a field of a form is not read)"}
 	}
 	if q.given&paramsSecret != 0 {
 		info.client.warnOfQuery(h.logger)
 	}
 	if !info.client.may(e) {
-		return &problem{kind: problemForbidden, detail: "this client may not use " + e.path + ": its operator can allow that"}
+		return &problem.Problem{Kind: problem.Forbidden, Detail: "this client may not use " + e.path + ": its operator can allow that"}
 	}
 	if !slices.Contains(e.methods, r.Method) {
-		return &problem{kind: problemMethodNotAllowed, detail: "this endpoint does not have the method: use one that the header Allow names", methods: e.methods}
+		return &problem.Problem{Kind: problem.MethodNotAllowed, Detail: "this endpoint does not have the method: use one that the header Allow names", Methods: e.methods}
 	}
 	return q.problem
 }
@@ -363,7 +365,7 @@ func (h *Handler) undelivered(w http.ResponseWriter, r *http.Request) bool {
 
 // respond writes the response for a result, or for the error that took its place, and counts the request.
 func (h *Handler) respond(w http.ResponseWriter, r *http.Request, info *requestInfo, res result, err error) {
-	p, _ := errors.AsType[*problem](err)
+	p, _ := errors.AsType[*problem.Problem](err)
 	info.cache, info.node = res.outcome(p), res.node
 	if res.from != nil {
 		info.upstream = res.from.role
@@ -375,11 +377,11 @@ func (h *Handler) respond(w http.ResponseWriter, r *http.Request, info *requestI
 	case p != nil:
 		status = writeProblem(w, r, p, cacheStatus(res, p))
 	default: // the caller has left; this is for the access log
-		status = statusClientClosedRequest
+		status = problem.StatusCallerLeft
 		w.WriteHeader(status)
 	}
 	if h.undelivered(w, r) {
-		status = statusClientClosedRequest
+		status = problem.StatusCallerLeft
 	}
 	if info.cache == outcomeHit && info.client.hits.count(status) {
 		return
@@ -400,7 +402,7 @@ func (h *Handler) pass(w http.ResponseWriter, r *http.Request, info *requestInfo
 		countRequest(call.status(recorder.Status(), h.undelivered(w, r)), outcomeNone, info.clientName(), e)
 	}()
 	if p == nil {
-		info.upstream = roleBroker
+		info.upstream = problem.RoleBroker
 		p = h.namespace.proxy.serve(recorder, r, e, rest, call)
 	}
 	if p != nil {

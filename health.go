@@ -8,21 +8,22 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/cli"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 )
 
 // health is the state of an upstream, from checks and from requests. It does not know how the upstream is reached.
 type health struct {
-	role         role
+	role         problem.Role
 	failDuration time.Duration
 	logger       *zap.Logger
 	notify       func(event, reason string) // reports a change to event handlers
 
-	mu           sync.Mutex // guards the fields below
-	dialFailed   time.Time  // when the upstream last could not be connected to; zero since it could
-	dialProblem  *problem   // of that time
-	answerFailed time.Time  // when a request last failed although it could be connected to
-	inARow       int        // requests that failed since the last that succeeded, but for those with a refused secret
-	accepted     bool       // the secret, since it was refused
+	mu           sync.Mutex       // guards the fields below
+	dialFailed   time.Time        // when the upstream last could not be connected to; zero since it could
+	dialProblem  *problem.Problem // of that time
+	answerFailed time.Time        // when a request last failed although it could be connected to
+	inARow       int              // requests that failed since the last that succeeded, but for those with a refused secret
+	accepted     bool             // the secret, since it was refused
 	failures     [4]*failure
 	last         *failure // the last failure of the upstream or of one of its answers
 
@@ -66,8 +67,8 @@ const (
 type response struct {
 	start      time.Time
 	status     int
-	problem    *problem // nil if the answer can be used
-	cause      error    // of the problem; it may hold what the upstream sent
+	problem    *problem.Problem // nil if the answer can be used
+	cause      error            // of the problem; it may hold what the upstream sent
 	dialFailed bool
 	details    []zap.Field // about the cause, for the log
 }
@@ -107,7 +108,7 @@ func (h *health) status(now time.Time) (healthStatus, *failure) {
 }
 
 // downFor returns how long the upstream is not asked because a recent dial has failed, and the problem of that dial.
-func (h *health) downFor(now time.Time) (time.Duration, *problem) {
+func (h *health) downFor(now time.Time) (time.Duration, *problem.Problem) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	return max(0, h.downUntil().Sub(now)), h.dialProblem
@@ -174,12 +175,12 @@ func (h *health) update(source healthSource, r response, now time.Time) *failure
 		h.succeed(source, r.start)
 		return nil
 	}
-	switch kind := r.problem.kind; {
-	case kind == problemBusy, kind == problemInternal, source == sourceOther && !r.problem.isPassing():
+	switch kind := r.problem.Kind; {
+	case kind == problem.Busy, kind == problem.Internal, source == sourceOther && !r.problem.IsPassing():
 		return nil
 	}
-	f := &failure{Code: r.problem.code(), Cause: r.causeText(), At: now}
-	h.fail(source, r.problem.kind, f)
+	f := &failure{Code: r.problem.Code(), Cause: r.causeText(), At: now}
+	h.fail(source, r.problem.Kind, f)
 	return f
 }
 
@@ -200,7 +201,7 @@ func (h *health) succeed(source healthSource, start time.Time) {
 }
 
 // fail adds a failure. The caller holds the mutex.
-func (h *health) fail(source healthSource, kind problemKind, f *failure) {
+func (h *health) fail(source healthSource, kind problem.Kind, f *failure) {
 	if h.failed == 0 {
 		h.begin = f.At
 	}
@@ -216,10 +217,10 @@ func (h *health) fail(source healthSource, kind problemKind, f *failure) {
 		return
 	}
 	switch kind {
-	case problemRefusedSecret:
+	case problem.RefusedSecret:
 		h.failures[sourceSecret], h.accepted = f, false
 		return
-	case problemAnswerTooLarge, problemOverloaded: // which passes, or only this report is
+	case problem.AnswerTooLarge, problem.Overloaded: // which passes, or only this report is
 	default:
 		h.inARow++
 	}
@@ -312,5 +313,5 @@ func (r response) causeText() string {
 	if r.dialFailed {
 		return r.cause.Error()
 	}
-	return strings.TrimSuffix(r.problem.detail, tryAgain)
+	return strings.TrimSuffix(r.problem.Detail, problem.TryAgain)
 }

@@ -11,6 +11,8 @@ import (
 
 	"go.uber.org/zap"
 	"go.uber.org/zap/zaptest/observer"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 )
 
 // monitored is the health of a node, with what it has logged and reported.
@@ -24,7 +26,7 @@ func newMonitored() *monitored {
 	core, logs := observer.New(zap.DebugLevel)
 	m := &monitored{logs: logs}
 	m.health = &health{
-		role: roleNode, failDuration: 10 * time.Second, logger: zap.New(core), warnings: make(map[string]*warning),
+		role: problem.RoleNode, failDuration: 10 * time.Second, logger: zap.New(core), warnings: make(map[string]*warning),
 		notify: func(event, reason string) {
 			m.events = append(m.events, strings.TrimPrefix(event, "fsbroker_node_")+" "+reason)
 		},
@@ -33,11 +35,11 @@ func newMonitored() *monitored {
 }
 
 // exchange records an exchange that failed with a problem of that kind, or succeeded.
-func (m *monitored) exchange(source healthSource, kind ...problemKind) {
+func (m *monitored) exchange(source healthSource, kind ...problem.Kind) {
 	r := response{start: time.Now(), status: 200}
 	time.Sleep(time.Millisecond)
 	for _, k := range kind {
-		r.problem = &problem{kind: k, role: roleNode, detail: "the node is broken" + tryAgain}
+		r.problem = &problem.Problem{Kind: k, Role: problem.RoleNode, Detail: "the node is broken" + problem.TryAgain}
 	}
 	m.record(source, r)
 }
@@ -45,7 +47,7 @@ func (m *monitored) exchange(source healthSource, kind ...problemKind) {
 // refuse records an exchange that could not connect.
 func (m *monitored) refuse() {
 	m.record(sourceRequest, response{
-		start: time.Now(), problem: &problem{kind: problemUnreachable, role: roleNode}, cause: errors.New("connection refused"), dialFailed: true,
+		start: time.Now(), problem: &problem.Problem{Kind: problem.Unreachable, Role: problem.RoleNode}, cause: errors.New("connection refused"), dialFailed: true,
 	})
 }
 
@@ -83,16 +85,16 @@ const (
 func TestLogOfAFailingNode(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newMonitored()
-		m.exchange(sourceRequest, problemBadAnswer)
+		m.exchange(sourceRequest, problem.BadAnswer)
 		m.want(t, statusDegraded, []string{"warn node fails 1 " + broken})
-		m.exchange(sourceRequest, problemBadAnswer)
+		m.exchange(sourceRequest, problem.BadAnswer)
 		m.want(t, statusDegraded, nil)
-		m.exchange(sourceRequest, problemTimeout)
+		m.exchange(sourceRequest, problem.Timeout)
 		m.want(t, statusUnhealthy, []string{"warn node fails 1 " + timeout}, "unhealthy node_timeout")
 
 		for range 2 * 60 * 20 { // 20 minutes
 			time.Sleep(time.Second / 2)
-			m.exchange(sourceRequest, problemBadAnswer)
+			m.exchange(sourceRequest, problem.BadAnswer)
 		}
 		lines := m.logs.TakeAll()
 		if len(lines) != 2 || lines[0].ContextMap()["failures"].(int64) < 1000 {
@@ -105,9 +107,9 @@ func TestLogOfAFailingNode(t *testing.T) {
 		time.Sleep(11 * time.Second)    // nothing else is asked of it
 		m.want(t, statusHealthy, []string{"info node answers again 2403"}, "healthy node_bad_answer")
 
-		m.exchange(sourceRequest, problemBadAnswer)
-		m.exchange(sourceRequest, problemBadAnswer)
-		m.exchange(sourceRequest, problemBadAnswer)
+		m.exchange(sourceRequest, problem.BadAnswer)
+		m.exchange(sourceRequest, problem.BadAnswer)
+		m.exchange(sourceRequest, problem.BadAnswer)
 		m.want(t, statusUnhealthy, []string{"warn node fails 3 " + broken}, "unhealthy node_bad_answer")
 	})
 }
@@ -126,7 +128,7 @@ func TestLogOfANodeThatFailsSometimes(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				m := newMonitored()
 				for begin := time.Now(); time.Since(begin) < time.Hour-time.Minute; {
-					m.exchange(sourceRequest, problemBadAnswer)
+					m.exchange(sourceRequest, problem.BadAnswer)
 					time.Sleep(test.pause)
 					m.exchange(sourceRequest)
 				}
@@ -146,9 +148,9 @@ func TestLogOfFailuresThatAlternate(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newMonitored()
 		for range 100 {
-			m.exchange(sourceRequest, problemBadAnswer)
-			m.exchange(sourceRequest, problemTimeout)
-			m.exchange(sourceRequest, problemRefusedSecret)
+			m.exchange(sourceRequest, problem.BadAnswer)
+			m.exchange(sourceRequest, problem.Timeout)
+			m.exchange(sourceRequest, problem.RefusedSecret)
 			m.exchange(sourceRequest)
 		}
 		m.want(t, statusUnhealthy, []string{
@@ -162,16 +164,16 @@ func TestLogOfFailuresThatAlternate(t *testing.T) {
 func TestFailuresThatDoNotCount(t *testing.T) {
 	for name, test := range map[string]struct {
 		source healthSource
-		kind   problemKind
+		kind   problem.Kind
 		state  healthStatus
 	}{
-		"a report that is too large": {sourceRequest, problemAnswerTooLarge, statusDegraded},
-		"a busy moment":              {sourceRequest, problemOverloaded, statusDegraded},
-		"no memory":                  {sourceRequest, problemBusy, statusHealthy},
-		"a panic":                    {sourceCheck, problemInternal, statusHealthy},
-		"no explanation":             {sourceOther, problemBadAnswer, statusHealthy},
-		"refuses to explain":         {sourceOther, problemRefusedSecret, statusHealthy},
-		"explains too late":          {sourceOther, problemTimeout, statusDegraded},
+		"a report that is too large": {sourceRequest, problem.AnswerTooLarge, statusDegraded},
+		"a busy moment":              {sourceRequest, problem.Overloaded, statusDegraded},
+		"no memory":                  {sourceRequest, problem.Busy, statusHealthy},
+		"a panic":                    {sourceCheck, problem.Internal, statusHealthy},
+		"no explanation":             {sourceOther, problem.BadAnswer, statusHealthy},
+		"refuses to explain":         {sourceOther, problem.RefusedSecret, statusHealthy},
+		"explains too late":          {sourceOther, problem.Timeout, statusDegraded},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -203,7 +205,7 @@ func TestLogOfANodeThatIsDown(t *testing.T) {
 		m.want(t, statusDown, []string{"warn node fails 1 " + refused}, "unhealthy node_unreachable")
 		time.Sleep(11 * time.Second)
 		m.want(t, statusUnhealthy, nil)
-		m.exchange(sourceRequest, problemBadAnswer)
+		m.exchange(sourceRequest, problem.BadAnswer)
 		m.want(t, statusDegraded, []string{"warn node fails 1 " + broken}, "healthy node_unreachable")
 		m.exchange(sourceRequest)
 		time.Sleep(11 * time.Second)
@@ -221,15 +223,15 @@ func TestLogOfANodeThatIsDown(t *testing.T) {
 func TestChecksBesideRequests(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newMonitored()
-		m.exchange(sourceCheck, problemBadAnswer)
+		m.exchange(sourceCheck, problem.BadAnswer)
 		m.exchange(sourceRequest)
 		m.want(t, statusUnhealthy, []string{"warn node fails 1 " + broken}, "unhealthy node_bad_answer")
 		for range unhealthyAfter {
-			m.exchange(sourceRequest, problemTimeout)
+			m.exchange(sourceRequest, problem.Timeout)
 		}
 		m.exchange(sourceCheck)
 		m.want(t, statusUnhealthy, []string{"warn node fails 1 " + timeout})
-		m.exchange(sourceCheck, problemBadAnswer)
+		m.exchange(sourceCheck, problem.BadAnswer)
 		m.exchange(sourceRequest)
 		time.Sleep(11 * time.Second)
 		m.want(t, statusUnhealthy, nil)
@@ -249,7 +251,7 @@ func TestCheckAfterARefusedSecret(t *testing.T) {
 		m := newMonitored()
 		check := response{start: time.Now(), status: 200}
 		time.Sleep(time.Second)
-		m.exchange(sourceRequest, problemRefusedSecret)
+		m.exchange(sourceRequest, problem.RefusedSecret)
 		m.want(t, statusUnhealthy, []string{refused}, "unhealthy node_refused_secret")
 		m.record(sourceCheck, check) // which began before
 		m.exchange(sourceOther)
@@ -258,8 +260,8 @@ func TestCheckAfterARefusedSecret(t *testing.T) {
 		m.exchange(sourceCheck)
 		m.want(t, statusHealthy, []string{"info node answers again 1"}, "healthy node_refused_secret")
 
-		m.exchange(sourceRequest, problemBadAnswer)
-		m.exchange(sourceRequest, problemRefusedSecret)
+		m.exchange(sourceRequest, problem.BadAnswer)
+		m.exchange(sourceRequest, problem.RefusedSecret)
 		m.exchange(sourceCheck)
 		time.Sleep(11 * time.Second)
 		m.want(t, statusDegraded, []string{"warn node fails 1 " + broken, refused}, "unhealthy node_refused_secret", "healthy node_refused_secret")
@@ -273,7 +275,7 @@ func TestChecksThatNeedNoSecret(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newMonitored()
 		for range 100 {
-			m.exchange(sourceRequest, problemRefusedSecret)
+			m.exchange(sourceRequest, problem.RefusedSecret)
 			time.Sleep(5 * time.Second)
 			m.exchange(sourceCheck)
 		}

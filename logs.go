@@ -12,6 +12,8 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 )
 
 // requestInfo is what placeholders and the access log show of a request. It is attached when the request comes in, and
@@ -20,7 +22,7 @@ type requestInfo struct {
 	client   *client // nil without a valid secret
 	node     *origin // whose report it is; nil if that is not known
 	cache    outcome
-	upstream role // of the upstream that answered; none if the report was kept
+	upstream problem.Role // of the upstream that answered; none if the report was kept
 
 	vary [1]string // of the response; here it takes no allocation of its own
 }
@@ -85,7 +87,7 @@ func (i *requestInfo) MarshalLogObject(enc zapcore.ObjectEncoder) error {
 	if name := i.nodeName(); name != "" {
 		enc.AddString("fsbroker_node", name)
 	}
-	if i.upstream != roleNone {
+	if i.upstream != problem.RoleNone {
 		enc.AddString("fsbroker_upstream", i.upstream.String())
 	}
 	return nil

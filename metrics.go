@@ -12,6 +12,7 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/cli"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 )
 
 // outcome is what the cache did for a request. It is a label of metrics and a field of logs.
@@ -98,8 +99,8 @@ func countRequest(status int, cache outcome, client string, e *endpoint) {
 
 // fetchOutcome returns the outcome of a fetch, for metrics and spans.
 func fetchOutcome(status int, err error) string {
-	if p, ok := errors.AsType[*problem](err); ok {
-		return p.reason()
+	if p, ok := errors.AsType[*problem.Problem](err); ok {
+		return p.Reason()
 	}
 	switch {
 	case err != nil:
@@ -113,12 +114,12 @@ func fetchOutcome(status int, err error) string {
 }
 
 // countProxied counts a request that was passed through to an upstream. Its duration is the caller's as well.
-func countProxied(role role, node, outcome string) {
+func countProxied(role problem.Role, node, outcome string) {
 	questionsTotal.WithLabelValues(role.String(), node, outcome).Inc()
 }
 
 // countFetch counts a request to an upstream.
-func countFetch(role role, node, outcome string, took time.Duration) {
+func countFetch(role problem.Role, node, outcome string, took time.Duration) {
 	questionsTotal.WithLabelValues(role.String(), node, outcome).Inc()
 	questionSeconds.WithLabelValues(role.String(), node).Observe(took.Seconds())
 }
@@ -154,7 +155,7 @@ type stats struct {
 // upstreamStats are the values of one node or broker.
 type upstreamStats struct {
 	namespace  string
-	role       role
+	role       problem.Role
 	name, host string
 	up         bool
 	inFlight   int64

@@ -22,6 +22,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/cli"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -147,7 +148,7 @@ func (o endpointOptions) usesTLS(port string) bool {
 var errHTTPBesideTLS = errors.New("the scheme of the address is http, but the transport is configured for TLS: write https://, remove the TLS options, or except the port with tls_except_ports")
 
 // newUpstream resolves and checks an Endpoint. The name is a node's application server ID.
-func (e Endpoint) newUpstream(repl *caddy.Replacer, role role, name string, o endpointOptions) (*upstream, error) {
+func (e Endpoint) newUpstream(repl *caddy.Replacer, role problem.Role, name string, o endpointOptions) (*upstream, error) {
 	address, err := replacePlaceholders(repl, e.Address)
 	if err != nil {
 		return nil, fmt.Errorf("resolving the address: %w", err)
@@ -199,7 +200,7 @@ var errUnknown = errors.New("the upstream does not know it")
 // node's current report instead of its copy.
 func (u *upstream) fetchTask(ctx context.Context, q query, fresh bool) (*task.Report, error) {
 	params := url.Values{"taskID": {q.taskID}, "all": {strconv.FormatBool(q.kind == task.Complete)}}
-	if u.role == roleBroker {
+	if u.role == problem.RoleBroker {
 		params.Set("appServerID", q.appServerID)
 		setNocache(params, fresh)
 	}
@@ -225,7 +226,7 @@ func (u *upstream) fetchReport(ctx context.Context, params url.Values) (*task.Re
 	status, err := u.fetch(ctx, "task", params, sourceRequest, func(body io.Reader, grow func(int64) error) (err error) {
 		marked := &marker{Reader: body}
 		report, err = task.ReadReport(marked, grow)
-		if _, ok := errors.AsType[*problem](err); err != nil && !ok {
+		if _, ok := errors.AsType[*problem.Problem](err); err != nil && !ok {
 			return u.notA("report", err, marked)
 		}
 		return err
@@ -242,11 +243,11 @@ func (u *upstream) fetchReport(ctx context.Context, params url.Values) (*task.Re
 }
 
 // notA returns the problem that an answer is not what it should be.
-func (u *upstream) notA(wanted string, err error, body *marker) *problem {
+func (u *upstream) notA(wanted string, err error, body *marker) *problem.Problem {
 	if body.isHTML() {
-		return u.problem(problemBadAnswer, "sent something that looks like HTML and is not a "+wanted+": its operator checks that its address is that of the "+u.role.String())
+		return u.problem(problem.BadAnswer, "sent something that looks like HTML and is not a "+wanted+": its operator checks that its address is that of the "+u.role.String())
 	}
-	return u.problem(problemBadAnswer, fmt.Sprintf("sent something that is not a %s: %s"+tryAgain, wanted, err))
+	return u.problem(problem.BadAnswer, fmt.Sprintf("sent something that is not a %s: %s"+problem.TryAgain, wanted, err))
 }
 
 // fetchSubmission fetches what the broker says about a submission. The error is errUnknown if the broker does not know it.
@@ -285,7 +286,7 @@ func (u *upstream) fetchSystemInfo(ctx context.Context, timeout time.Duration) (
 		return nil
 	})
 	if err == nil && r.problem == nil && r.status != http.StatusOK {
-		r.problem = u.problem(problemBadAnswer, fmt.Sprintf("answered with the status %d instead of its system information", r.status))
+		r.problem = u.problem(problem.BadAnswer, fmt.Sprintf("answered with the status %d instead of its system information", r.status))
 	}
 	return r, info, err
 }

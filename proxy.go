@@ -24,6 +24,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 )
 
 // proxy passes requests for the broker's other endpoints through to it, by means of Caddy's reverse_proxy handler.
@@ -76,16 +77,16 @@ func (p *proxy) match(r *http.Request) *endpoint {
 }
 
 // bypassStatus returns the field of RFC 9211 for a problem with a request that the cache is not for.
-func bypassStatus(p *problem) string {
-	if p.requested() {
-		return "fsbroker; fwd=bypass; detail=" + p.code()
+func bypassStatus(p *problem.Problem) string {
+	if p.Requested() {
+		return "fsbroker; fwd=bypass; detail=" + p.Code()
 	}
-	return "fsbroker; detail=" + p.code()
+	return "fsbroker; detail=" + p.Code()
 }
 
 // serve passes a request on, without the caller's secret and with the rest of its query. A problem means that there is no
 // response yet.
-func (p *proxy) serve(w caddyhttp.ResponseRecorder, r *http.Request, e *endpoint, rawQuery string, call *proxiedCall) *problem {
+func (p *proxy) serve(w caddyhttp.ResponseRecorder, r *http.Request, e *endpoint, rawQuery string, call *proxiedCall) *problem.Problem {
 	out := r.WithContext(context.WithValue(r.Context(), proxiedCallKey{}, call))
 	out.URL = &url.URL{Path: e.path, RawQuery: rawQuery}
 	out.RequestURI = out.URL.RequestURI() // reverse_proxy logs it
@@ -95,11 +96,11 @@ func (p *proxy) serve(w caddyhttp.ResponseRecorder, r *http.Request, e *endpoint
 	if err == nil || w.Status() != 0 {
 		return nil
 	}
-	if problem, ok := errors.AsType[*problem](err); ok {
+	if problem, ok := errors.AsType[*problem.Problem](err); ok {
 		return problem
 	}
 	p.logger.Error("reverse_proxy refused a request", zap.Error(err))
-	return &problem{kind: problemInternal, detail: "the request could not be passed on: its operator finds the cause in the log"}
+	return &problem.Problem{Kind: problem.Internal, Detail: "the request could not be passed on: its operator finds the cause in the log"}
 }
 
 // withoutSecrets returns a copy of a request's header without the fields that callers present a secret in, whatever
@@ -145,7 +146,7 @@ func (c *proxiedCall) status(written int, undelivered bool) int {
 	case c.broken.Load():
 		return http.StatusBadGateway
 	case !c.returned || undelivered:
-		return statusClientClosedRequest
+		return problem.StatusCallerLeft
 	}
 	return written
 }
@@ -248,7 +249,7 @@ func (u *upstream) judgeProxied(ctx context.Context, r *response, dial *dialTrac
 	switch r.status {
 	case 0:
 	case http.StatusSwitchingProtocols:
-		r.cause = u.problem(problemBadAnswer, "switched to another protocol without being asked to: its operator must correct that")
+		r.cause = u.problem(problem.BadAnswer, "switched to another protocol without being asked to: its operator must correct that")
 	case http.StatusUnauthorized, http.StatusForbidden:
 		r.cause = u.refusedSecret()
 	case http.StatusBadRequest:
@@ -257,7 +258,7 @@ func (u *upstream) judgeProxied(ctx context.Context, r *response, dial *dialTrac
 		u.plain.Store(u.base.Scheme == "http")
 	}
 	u.judge(ctx, 0, r, dial)
-	if r.problem != nil && r.problem.kind == problemRejectedRequest {
+	if r.problem != nil && r.problem.Kind == problem.RejectedRequest {
 		r.problem = nil
 	}
 }

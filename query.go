@@ -11,6 +11,7 @@ import (
 	"strings"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -25,9 +26,9 @@ type query struct {
 	onlyCached  bool   // ask no upstream
 	wait        uint32 // seconds to hold the answer until the report is finished; if it is not given, the header Prefer counts
 
-	given          parameter // the parameters that the query has
-	serect, secret string    // the caller's secret, in both spellings
-	problem        *problem  // the first problem of the query; only told to a caller with a valid secret
+	given          parameter        // the parameters that the query has
+	serect, secret string           // the caller's secret, in both spellings
+	problem        *problem.Problem // the first problem of the query; only told to a caller with a valid secret
 }
 
 // target returns the query without what concerns only its caller, for use as a key.
@@ -105,7 +106,7 @@ func (q *query) split(pair string) (name, value string, ok bool) {
 	name, nameErr := url.QueryUnescape(rawName)
 	value, valueErr := url.QueryUnescape(rawValue)
 	if nameErr != nil || valueErr != nil || strings.Contains(pair, ";") {
-		q.reject(problemMalformedQuery, "the query is malformed: percent-encode its values and separate parameters with &")
+		q.reject(problem.MalformedQuery, "the query is malformed: percent-encode its values and separate parameters with &")
 		return "", "", false
 	}
 	return name, value, true
@@ -146,7 +147,7 @@ func (q *query) parse(pair string) {
 	}
 
 	if q.given&which != 0 {
-		q.reject(problemRepeatedParameter, fmt.Sprintf("the parameter %s is given more than once: give it once", name))
+		q.reject(problem.RepeatedParameter, fmt.Sprintf("the parameter %s is given more than once: give it once", name))
 		if which&paramsSecret != 0 && *text != value {
 			*text = "" // which is no secret: all of them must be right, and only one is kept
 		}
@@ -158,14 +159,14 @@ func (q *query) parse(pair string) {
 		*text = value
 	case flag != nil:
 		if *flag, ok = parseBool(value); !ok {
-			q.reject(problemMalformedParameter, fmt.Sprintf("the parameter %s must be true or false (or 1/0, yes/no, on/off)", name))
+			q.reject(problem.MalformedParameter, fmt.Sprintf("the parameter %s must be true or false (or 1/0, yes/no, on/off)", name))
 		}
 		if all {
 			q.kind = task.Complete
 		}
 	default:
 		if q.wait, ok = parseSeconds(value); !ok {
-			q.reject(problemMalformedParameter, fmt.Sprintf("the parameter %s must be a whole number of seconds", name))
+			q.reject(problem.MalformedParameter, fmt.Sprintf("the parameter %s must be a whole number of seconds", name))
 		}
 	}
 }
@@ -178,11 +179,11 @@ func (q *query) check() {
 	case q.given&paramSubmitID != 0:
 		q.checkID("submitID", q.submitID)
 	case q.given&(paramAppServerID|paramTaskID) == 0:
-		q.reject(problemMissingParameter, "no report is named: give submitID, or appServerID and taskID together, or sha256")
+		q.reject(problem.MissingParameter, "no report is named: give submitID, or appServerID and taskID together, or sha256")
 	case q.given&paramAppServerID == 0:
-		q.reject(problemMissingParameter, "taskID needs appServerID beside it (or give submitID instead of both)")
+		q.reject(problem.MissingParameter, "taskID needs appServerID beside it (or give submitID instead of both)")
 	case q.given&paramTaskID == 0:
-		q.reject(problemMissingParameter, "appServerID needs taskID beside it (or give submitID instead of both)")
+		q.reject(problem.MissingParameter, "appServerID needs taskID beside it (or give submitID instead of both)")
 	default:
 		q.checkID("appServerID", q.appServerID)
 		q.checkID("taskID", q.taskID)
@@ -191,16 +192,16 @@ func (q *query) check() {
 
 func (q *query) checkID(name, id string) {
 	if !task.ValidID(id) {
-		q.reject(problemMalformedParameter, fmt.Sprintf("the parameter %s must be an ID of 1 to %d bytes without control characters", name, task.MaxIDLength))
+		q.reject(problem.MalformedParameter, fmt.Sprintf("the parameter %s must be an ID of 1 to %d bytes without control characters", name, task.MaxIDLength))
 	}
 }
 
 func (q *query) checkFile() {
 	if _, ok := parseSum(q.sha256); !ok {
-		q.reject(problemMalformedParameter, "the parameter sha256 must be 64 hexadecimal digits")
+		q.reject(problem.MalformedParameter, "the parameter sha256 must be 64 hexadecimal digits")
 	}
 	if q.given&paramsBesideFile != 0 {
-		q.reject(problemConflictingParameter, "sha256 cannot be used with submitID, appServerID, taskID, nocache or wait: leave them out")
+		q.reject(problem.ConflictingParameter, "sha256 cannot be used with submitID, appServerID, taskID, nocache or wait: leave them out")
 	}
 }
 
@@ -208,15 +209,15 @@ func (q *query) checkFile() {
 func (q *query) direct(header http.Header) {
 	noCache, onlyCached := cacheDirectives(header)
 	if noCache && q.sha256 != "" {
-		q.reject(problemConflictingParameter, "sha256 only finds what is kept: leave out Cache-Control: no-cache")
+		q.reject(problem.ConflictingParameter, "sha256 only finds what is kept: leave out Cache-Control: no-cache")
 	}
 	q.nocache, q.onlyCached = q.nocache || noCache, onlyCached
 }
 
 // reject keeps the first problem.
-func (q *query) reject(kind problemKind, detail string) {
+func (q *query) reject(kind problem.Kind, detail string) {
 	if q.problem == nil {
-		q.problem = &problem{kind: kind, detail: detail}
+		q.problem = &problem.Problem{Kind: kind, Detail: detail}
 	}
 }
 

@@ -8,6 +8,7 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/cli"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 )
 
 // live has the resolvers of all configurations that run, for metrics and the admin API.
@@ -41,7 +42,7 @@ func (rg *registry) all() []*resolver {
 // upstreamID is how an operator knows a node or a broker.
 type upstreamID struct {
 	namespace  string
-	role       role
+	role       problem.Role
 	name, host string
 }
 

@@ -16,7 +16,9 @@ import (
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/coalesce"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/guard"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -72,9 +74,9 @@ type result struct {
 }
 
 // outcome returns what the cache did for a request, given its result or the problem that took its place.
-func (r result) outcome(p *problem) outcome {
+func (r result) outcome(p *problem.Problem) outcome {
 	switch {
-	case p != nil && p.requested():
+	case p != nil && p.Requested():
 		return outcomeError
 	case p != nil || r.entry == nil:
 		return outcomeNone
@@ -139,7 +141,7 @@ func (rs *resolver) find(ctx context.Context, k task.Key, node *origin, asked *q
 		}
 	}
 	res.node = node
-	if res.from != nil && res.from.role == roleNode {
+	if res.from != nil && res.from.role == problem.RoleNode {
 		res.node = res.from
 	}
 	return res, err
@@ -147,7 +149,7 @@ func (rs *resolver) find(ctx context.Context, k task.Key, node *origin, asked *q
 
 // resolveStored returns the report that is stored under k, without asking an upstream.
 func (rs *resolver) resolveStored(ctx context.Context, k task.Key, q query) (result, error) {
-	notCached := &problem{kind: problemNotCached, detail: "no report is kept: ask without Cache-Control: only-if-cached"}
+	notCached := &problem.Problem{Kind: problem.NotCached, Detail: "no report is kept: ask without Cache-Control: only-if-cached"}
 	if q.nocache { // which leaves nothing
 		return result{}, notCached
 	}
@@ -186,9 +188,9 @@ func (rs *resolver) resolveFile(ctx context.Context, fileSum string, kind task.K
 	case e != nil:
 		return result{fetchResult: fetchResult{entry: e}, hit: true, node: rs.nodeOf(e.key())}, nil
 	}
-	return result{}, rs.withStorageError(&problem{
-		kind:   problemUnknownFile,
-		detail: "no finished report of this file is kept: ask by submitID, or by appServerID and taskID, or submit the file",
+	return result{}, rs.withStorageError(&problem.Problem{
+		Kind:   problem.UnknownFile,
+		Detail: "no finished report of this file is kept: ask by submitID, or by appServerID and taskID, or submit the file",
 	}, err)
 }
 
@@ -203,7 +205,7 @@ func (rs *resolver) nodeOf(k task.Key) *origin {
 }
 
 // key returns the key of the report that q asks for, and its node if that is configured.
-func (rs *resolver) key(q *query) (k task.Key, node *origin, p *problem) {
+func (rs *resolver) key(q *query) (k task.Key, node *origin, p *problem.Problem) {
 	switch u := rs.nodes[q.appServerID]; {
 	case rs.broker == nil && q.submitID != "":
 		return k, nil, errNoBroker
@@ -223,11 +225,11 @@ func (rs *resolver) keyOfOther(q *query) task.Key {
 }
 
 var (
-	errNoBroker = &problem{
-		kind:   problemNoBroker,
-		detail: "submitID cannot be resolved because no broker is configured: give appServerID and taskID",
+	errNoBroker = &problem.Problem{
+		Kind:   problem.NoBroker,
+		Detail: "submitID cannot be resolved because no broker is configured: give appServerID and taskID",
 	}
-	errUnknownNode = &problem{kind: problemUnknownNode, detail: "no node has this appServerID: check it"}
+	errUnknownNode = &problem.Problem{Kind: problem.UnknownNode, Detail: "no node has this appServerID: check it"}
 )
 
 // call fetches the report under k, together with all other callers that ask for it.
@@ -269,7 +271,7 @@ func (rs *resolver) fetch(ctx context.Context, k task.Key, kept *entry, q query,
 	if kept == nil && !rs.absent.has(k) {
 		var err error
 		kept, err = rs.loadStored(ctx, k, q.kind) // an upstream may know the report if the storage cannot be read
-		if p, ok := errors.AsType[*problem](err); ok && !fresh {
+		if p, ok := errors.AsType[*problem.Problem](err); ok && !fresh {
 			return fetchResult{}, p
 		}
 		if kept != nil && !fresh {
@@ -284,8 +286,8 @@ func (rs *resolver) fetch(ctx context.Context, k task.Key, kept *entry, q query,
 		}
 		return fetchResult{entry: e, from: a.from, span: lastSpan(ctx)}, nil
 	}
-	p, ok := errors.AsType[*problem](err)
-	if ok && kept == nil && p.kind != problemSubmissionFailed {
+	p, ok := errors.AsType[*problem.Problem](err)
+	if ok && kept == nil && p.Kind != problem.SubmissionFailed {
 		e, unreadable := rs.loadStored(ctx, k, q.kind)
 		if e != nil && !fresh { // another instance has stored it meanwhile
 			return fetchResult{entry: e, stored: true}, nil
@@ -325,7 +327,7 @@ func (rs *resolver) fetchFromUpstreams(ctx context.Context, q query, fresh bool)
 		if err == nil {
 			return answer{report: report, from: &u.origin}, nil
 		}
-		if _, ok := errors.AsType[*problem](err); !ok && !errors.Is(err, errUnknown) {
+		if _, ok := errors.AsType[*problem.Problem](err); !ok && !errors.Is(err, errUnknown) {
 			return answer{}, err // ctx has ended
 		}
 		if failed == nil && !errors.Is(err, errUnknown) {
@@ -335,9 +337,9 @@ func (rs *resolver) fetchFromUpstreams(ctx context.Context, q query, fresh bool)
 	if failed != nil {
 		return answer{}, failed
 	}
-	return answer{}, &problem{
-		kind:   problemUnknownTask,
-		detail: "no upstream knows this task, or it has been deleted: check the IDs, or submit the file again",
+	return answer{}, &problem.Problem{
+		Kind:   problem.UnknownTask,
+		Detail: "no upstream knows this task, or it has been deleted: check the IDs, or submit the file again",
 	}
 }
 
@@ -349,7 +351,7 @@ func (rs *resolver) explainUnknown(ctx context.Context, q query) (answer, error)
 	if ctx.Err() != nil {
 		return answer{}, context.Cause(ctx)
 	}
-	if p, ok := errors.AsType[*problem](err); ok && p.isPassing() {
+	if p, ok := errors.AsType[*problem.Problem](err); ok && p.IsPassing() {
 		return answer{}, p
 	}
 	detail := "the broker does not know this submission, or has deleted it: check submitID, or submit the file again"
@@ -358,16 +360,16 @@ func (rs *resolver) explainUnknown(ctx context.Context, q query) (answer, error)
 	case sub.Queued:
 		return answer{report: task.NothingYet(time.Now()), from: &rs.broker.origin}, nil
 	case sub.Failed:
-		return answer{}, &problem{
-			kind:   problemSubmissionFailed,
-			detail: "the broker could not give this submission to a node: submit the file again",
+		return answer{}, &problem.Problem{
+			Kind:   problem.SubmissionFailed,
+			Detail: "the broker could not give this submission to a node: submit the file again",
 		}
 	case rs.nodes[sub.AppServerID] != nil:
 		return rs.fetchTaskOf(ctx, sub, q)
 	case sub.AppServerID != "":
 		detail = "the broker has no report of this submission, and its node is not configured here: the operator must add the node"
 	}
-	return answer{}, &problem{kind: problemUnknownSubmission, detail: detail}
+	return answer{}, &problem.Problem{Kind: problem.UnknownSubmission, Detail: detail}
 }
 
 // fetchTaskOf returns the report of the task that a submission became. It is fetched together with callers that ask for
@@ -382,10 +384,10 @@ func (rs *resolver) fetchTaskOf(ctx context.Context, sub task.Submission, q quer
 		return answer{e.report, node, &k}, nil
 	}
 	res, err := rs.call(ctx, k, q)
-	if p, ok := errors.AsType[*problem](err); ok && p.kind == problemUnknownTask {
-		return answer{}, &problem{
-			kind:   problemUnknownSubmission,
-			detail: "the broker has no report of this submission, and its task is unknown, or has been deleted: submit the file again",
+	if p, ok := errors.AsType[*problem.Problem](err); ok && p.Kind == problem.UnknownTask {
+		return answer{}, &problem.Problem{
+			Kind:   problem.UnknownSubmission,
+			Detail: "the broker has no report of this submission, and its task is unknown, or has been deleted: submit the file again",
 		}
 	}
 	if err != nil {
@@ -422,21 +424,21 @@ func (rs *resolver) check(ctx context.Context, u *upstream) {
 
 // withStorageError adds to a problem that the storage cannot be read, or that there is no memory to do so. The caller must
 // not take the report for unknown, or the upstream for the only cause, while the storage may have the report.
-func (rs *resolver) withStorageError(p *problem, err error) error {
-	busy, ok := errors.AsType[*problem](err)
+func (rs *resolver) withStorageError(p *problem.Problem, err error) error {
+	busy, ok := errors.AsType[*problem.Problem](err)
 	switch {
 	case err == nil:
 		return p
 	case ok:
 		return busy
-	case p.status() != http.StatusNotFound && p.kind != problemNotCached:
-		return p.with("the storage that may have it cannot be read either")
+	case p.Status() != http.StatusNotFound && p.Kind != problem.NotCached:
+		return p.With("the storage that may have it cannot be read either")
 	}
-	detail := "no upstream knows it any more, and the storage that may have it cannot be read" + tryAgain
-	if !p.requested() {
-		detail = "memory does not have it, and the storage that may have it cannot be read" + tryAgain
+	detail := "no upstream knows it any more, and the storage that may have it cannot be read" + problem.TryAgain
+	if !p.Requested() {
+		detail = "memory does not have it, and the storage that may have it cannot be read" + problem.TryAgain
 	}
-	return &problem{kind: problemStorageUnavailable, retryAfter: rs.failDuration, detail: detail}
+	return &problem.Problem{Kind: problem.StorageUnavailable, RetryAfter: rs.failDuration, Detail: detail}
 }
 
 // loadStored returns what is stored under k, which memory keeps from then on. It returns nil if there is nothing.
@@ -494,7 +496,7 @@ func (rs *resolver) keepStored(k task.Key, kind task.Kind, found archive.Found) 
 
 // mentionKept tells a nocache caller that gets a problem about a report that is kept.
 func (rs *resolver) mentionKept(err error, k task.Key) error {
-	p, ok := errors.AsType[*problem](err)
+	p, ok := errors.AsType[*problem.Problem](err)
 	if !ok {
 		return err
 	}
@@ -502,7 +504,7 @@ func (rs *resolver) mentionKept(err error, k task.Key) error {
 	if !ok || e.report.IsEmpty() {
 		return err
 	}
-	return p.with("a report is kept here: ask without nocache to get it")
+	return p.With("a report is kept here: ask without nocache to get it")
 }
 
 // selection returns what a purge of q selects of the namespace, or what all namespaces have in common if q names nothing.
@@ -540,8 +542,8 @@ func (rs *resolver) nudge(q query) {
 
 // isAccepted reports whether a problem means that no upstream knows a submission, although it was accepted through here.
 func (rs *resolver) isAccepted(q query, err error) bool {
-	p, ok := errors.AsType[*problem](err)
-	return ok && p.kind == problemUnknownSubmission && rs.follower != nil && rs.follower.Accepted(q.submitID)
+	p, ok := errors.AsType[*problem.Problem](err)
+	return ok && p.Kind == problem.UnknownSubmission && rs.follower != nil && rs.follower.Accepted(q.submitID)
 }
 
 // firstUpstream returns the name of the upstream that is asked first for a target. It implements harvest.Source.
@@ -562,7 +564,7 @@ func (rs *resolver) fetchFollowed(ctx context.Context, t harvest.Target, kind ta
 	ctx, cancel := context.WithTimeoutCause(ctx, rs.questionTimeout, errTooSlow)
 	defer cancel()
 	res, err := rs.resolve(ctx, &query{submitID: t.SubmitID, appServerID: t.AppServerID, taskID: t.TaskID, kind: kind})
-	p, isProblem := errors.AsType[*problem](err)
+	p, isProblem := errors.AsType[*problem.Problem](err)
 	switch {
 	case err == nil && !res.entry.report.Known():
 		return harvest.Outcome{State: harvest.Unknown}, nil
@@ -576,10 +578,19 @@ func (rs *resolver) fetchFollowed(ctx context.Context, t harvest.Target, kind ta
 		}, nil
 	case !isProblem:
 		return harvest.Outcome{}, err
-	case p.kind == problemUnknownSubmission, p.kind == problemUnknownTask:
+	case p.Kind == problem.UnknownSubmission, p.Kind == problem.UnknownTask:
 		return harvest.Outcome{State: harvest.Unknown}, nil
-	case p.kind == problemSubmissionFailed:
+	case p.Kind == problem.SubmissionFailed:
 		return harvest.Outcome{State: harvest.Failed}, nil
 	}
-	return harvest.Outcome{RetryAfter: p.retryAfter}, errors.New(p.code())
+	return harvest.Outcome{RetryAfter: p.RetryAfter}, errors.New(p.Code())
+}
+
+// asProblem returns the problem that an error means if a call has panicked, or else the error. What a storage has wrapped is a
+// failure of the storage like any other.
+func asProblem(err error) error {
+	if err == guard.ErrPanic { //nolint:errorlint // on purpose
+		return problem.Panicked
+	}
+	return err
 }

@@ -2,6 +2,7 @@ package fsbroker
 
 import (
 	"errors"
+	"math"
 	"net/http"
 	"strconv"
 	"strings"
@@ -9,11 +10,9 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
-
-// statusClientClosedRequest is what nginx and Caddy log if the client has left before the response.
-const statusClientClosedRequest = 499
 
 // vary has the request header fields that a response depends on. A shared cache that merges requests for one URL looks at
 // nothing else, so it has all that may hold a secret.
@@ -104,7 +103,7 @@ func (rp *responder) prepare(w http.ResponseWriter, r *http.Request, res result)
 
 // refuse writes the problem that keeps a report from being sent: there is no memory for that, or the report is damaged.
 func (rp *responder) refuse(w http.ResponseWriter, r *http.Request, res result, err error) int {
-	p, ok := errors.AsType[*problem](err)
+	p, ok := errors.AsType[*problem.Problem](err)
 	if !ok {
 		rp.logger.Error("a kept report is damaged", zap.Error(err))
 		p = errDamaged
@@ -124,28 +123,28 @@ func (rp *responder) stream(w http.ResponseWriter, report *task.Report) {
 
 // writeProblem writes a problem document and returns the status of the response. Caddy's error handling would log the
 // request URI and send no body.
-func writeProblem(w http.ResponseWriter, r *http.Request, p *problem, cacheStatus string) int {
-	body := p.document()
+func writeProblem(w http.ResponseWriter, r *http.Request, p *problem.Problem, cacheStatus string) int {
+	body := p.Document()
 	header := w.Header()
 	header.Set("Content-Type", "application/problem+json")
 	header.Set("Content-Length", strconv.Itoa(len(body)))
 	header.Set("Cache-Control", "no-store")
 	header.Set("Cache-Status", cacheStatus)
 	header.Set("X-Content-Type-Options", "nosniff")
-	switch p.kind {
-	case problemUnauthorized:
+	switch p.Kind {
+	case problem.Unauthorized:
 		header.Set("WWW-Authenticate", challenge(r.Header))
-	case problemMethodNotAllowed:
-		header.Set("Allow", strings.Join(p.methods, ", "))
+	case problem.MethodNotAllowed:
+		header.Set("Allow", strings.Join(p.Methods, ", "))
 	}
-	if p.retryAfter > 0 {
-		header.Set("Retry-After", wholeSeconds(p.retryAfter))
+	if p.RetryAfter > 0 {
+		header.Set("Retry-After", wholeSeconds(p.RetryAfter))
 	}
-	w.WriteHeader(p.status())
+	w.WriteHeader(p.Status())
 	if r.Method != http.MethodHead {
 		_, _ = w.Write(body) // an error means that the client has left
 	}
-	return p.status()
+	return p.Status()
 }
 
 // writeOptions answers OPTIONS. CORS is left to the site, which can add the header fields that it wants.
@@ -167,13 +166,13 @@ func challenge(header http.Header) string {
 }
 
 // errPreconditionFailed means that If-Match names another report.
-var errPreconditionFailed = &problem{
-	kind:   problemPreconditionFailed,
-	detail: "the report is not the one that If-Match names: ask for it without If-Match",
+var errPreconditionFailed = &problem.Problem{
+	Kind:   problem.PreconditionFailed,
+	Detail: "the report is not the one that If-Match names: ask for it without If-Match",
 }
 
 // errDamaged means that the memory of the machine is faulty.
-var errDamaged = &problem{kind: problemInternal, detail: "the kept report cannot be read: try again with nocache"}
+var errDamaged = &problem.Problem{Kind: problem.Internal, Detail: "the kept report cannot be read: try again with nocache"}
 
 // fields sets header fields, whose values share one array: most allocations of a hit would be slices of one string
 // (BenchmarkHit). Names must be in the canonical form of http.Header.
@@ -190,16 +189,16 @@ func (f *fields) set(name, value string) {
 }
 
 // cacheStatus returns the field of RFC 9211 for a result, or for the problem that took its place.
-func cacheStatus(res result, p *problem) string {
+func cacheStatus(res result, p *problem.Problem) string {
 	forward := "fsbroker; fwd=uri-miss"
 	if res.nocache {
 		forward = "fsbroker; fwd=request"
 	}
 	switch res.outcome(p) {
 	case outcomeError:
-		return forward + "; detail=" + p.code()
+		return forward + "; detail=" + p.Code()
 	case outcomeNone:
-		return "fsbroker; detail=" + p.code()
+		return "fsbroker; detail=" + p.Code()
 	case outcomeStorage:
 		return "fsbroker; hit; detail=storage"
 	case outcomeHit:
@@ -211,4 +210,9 @@ func cacheStatus(res result, p *problem) string {
 		return forward
 	}
 	return forward + "; stored"
+}
+
+// wholeSeconds formats d for Retry-After. It rounds up, so callers do not come back too early.
+func wholeSeconds(d time.Duration) string {
+	return strconv.Itoa(int(math.Ceil(d.Seconds())))
 }

@@ -54,7 +54,7 @@ func endSpan(span trace.Span, r response, err error) {
 	}
 	span.SetAttributes(attribute.String("fsbroker.outcome", fetchOutcome(r.status, err)))
 	if r.problem != nil {
-		span.SetStatus(codes.Error, r.problem.code())
+		span.SetStatus(codes.Error, r.problem.Code())
 	}
 	span.End()
 }

@@ -11,6 +11,8 @@ import (
 	"time"
 
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 )
 
 // uploadChunk is how much of a caller's body is read at once, in bytes, which is what Go's transport sends at once.
@@ -28,9 +30,9 @@ type callerBody struct {
 
 	mu      sync.Mutex // held while it is read
 	reads   *backgroundReader
-	rest    []byte   // of the last chunk
-	err     error    // that follows the rest
-	problem *problem // why it could not be read
+	rest    []byte           // of the last chunk
+	err     error            // that follows the rest
+	problem *problem.Problem // why it could not be read
 }
 
 func newCallerBody(body io.Reader) *callerBody {
@@ -83,11 +85,11 @@ func (b *callerBody) judge(err error) error {
 		b.whole.Store(true)
 		return io.EOF
 	case tooLarge:
-		b.problem = &problem{kind: problemRequestTooLarge, detail: "the request has more than " + strconv.FormatInt(limit.Limit, 10) + " bytes: send less"}
+		b.problem = &problem.Problem{Kind: problem.RequestTooLarge, Detail: "the request has more than " + strconv.FormatInt(limit.Limit, 10) + " bytes: send less"}
 	case isTimeout(err):
-		b.problem = &problem{kind: problemRequestTimeout, detail: "the request did not arrive in time: send it again, faster"}
+		b.problem = &problem.Problem{Kind: problem.RequestTimeout, Detail: "the request did not arrive in time: send it again, faster"}
 	default:
-		b.problem = &problem{kind: problemIncompleteRequest, detail: "the request is malformed, or ended early: send it again"}
+		b.problem = &problem.Problem{Kind: problem.IncompleteRequest, Detail: "the request is malformed, or ended early: send it again"}
 	}
 	return b.problem
 }
@@ -102,13 +104,13 @@ func (b *callerBody) refuse() {
 
 // late returns the problem of a body that did not arrive in time, or nil. The server ends the context of such a request
 // while the body is read, although the caller has not left.
-func (b *callerBody) late() *problem {
+func (b *callerBody) late() *problem.Problem {
 	if b == nil {
 		return nil
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.problem == nil || b.problem.kind != problemRequestTimeout {
+	if b.problem == nil || b.problem.Kind != problem.RequestTimeout {
 		return nil
 	}
 	return b.problem

@@ -25,6 +25,7 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/guard"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -71,38 +72,38 @@ type upstreamSecret struct {
 
 // problem returns a problem of the upstream. Its detail begins with the upstream's role. Callers may try again when the
 // upstream is asked again after it could not be connected to, unless the problem says another time.
-func (u *upstream) problem(kind problemKind, detail string) *problem {
-	p := &problem{kind: kind, role: u.role, detail: "the " + u.role.String() + " " + detail}
-	if kind == problemBadAnswer || p.isPassing() {
-		p.retryAfter = u.health.failDuration
+func (u *upstream) problem(kind problem.Kind, detail string) *problem.Problem {
+	p := &problem.Problem{Kind: kind, Role: u.role, Detail: "the " + u.role.String() + " " + detail}
+	if kind == problem.BadAnswer || p.IsPassing() {
+		p.RetryAfter = u.health.failDuration
 	}
 	return p
 }
 
 // refusedSecret returns the problem of an upstream that answers 401 or 403.
-func (u *upstream) refusedSecret() *problem {
-	return u.problem(problemRefusedSecret, "refused the secret that is configured for it: its operator must correct secret or secret_in")
+func (u *upstream) refusedSecret() *problem.Problem {
+	return u.problem(problem.RefusedSecret, "refused the secret that is configured for it: its operator must correct secret or secret_in")
 }
 
 // rejectedRequest returns the problem of an upstream that answers 400.
-func (u *upstream) rejectedRequest() *problem {
-	return u.problem(problemRejectedRequest,
+func (u *upstream) rejectedRequest() *problem.Problem {
+	return u.problem(problem.RejectedRequest,
 		"answered with the status 400: perhaps it refused the secret that is configured for it, or does not accept the IDs: check the IDs; its operator checks secret and secret_in")
 }
 
 // down returns a problem while the last dial failure is recent, so callers fail fast. It is that failure again if an operator
 // must end it, so that every caller reads how, and 503 otherwise.
-func (u *upstream) down(now time.Time) *problem {
+func (u *upstream) down(now time.Time) *problem.Problem {
 	left, cause := u.health.downFor(now)
 	if left == 0 {
 		return nil
 	}
-	down := u.problem(problemDown, "could not be connected to a moment ago"+tryAgain)
-	if cause != nil && (cause.kind == problemUntrustedCertificate || cause.kind == problemWrongScheme) {
+	down := u.problem(problem.Down, "could not be connected to a moment ago"+problem.TryAgain)
+	if cause != nil && (cause.Kind == problem.UntrustedCertificate || cause.Kind == problem.WrongScheme) {
 		*down = *cause
-		down.earlier = true
+		down.Earlier = true
 	}
-	down.retryAfter = left
+	down.RetryAfter = left
 	return down
 }
 
@@ -112,7 +113,7 @@ type bodyReader func(body io.Reader, grow func(held int64) error) error
 
 // fetch sends a request and reads the answer. It returns the status, which is 200, 204 or 404. ctx belongs to the fetch
 // and not to a caller: the transport reads values from it, and the answer belongs to all callers that wait for it. An
-// error that is not a *problem means that ctx has ended.
+// error that is not a *problem.Problem means that ctx has ended.
 func (u *upstream) fetch(ctx context.Context, path string, params url.Values, source healthSource, read bodyReader) (status int, err error) {
 	if err := u.line.Acquire(ctx, 1); err != nil {
 		return 0, context.Cause(ctx)
@@ -161,7 +162,7 @@ func (u *upstream) exchange(ctx context.Context, timeout time.Duration, path str
 	if ce := u.logger.Check(zap.DebugLevel, "fetched"); ce != nil {
 		code := ""
 		if r.problem != nil {
-			code = r.problem.code()
+			code = r.problem.Code()
 		}
 		ce.Write(zap.String("path", path), zap.Int("status", status), zap.Int64("size", body.size),
 			zap.Duration("duration", time.Since(start)), zap.String("problem", code))
@@ -219,16 +220,16 @@ func (u *upstream) roundTrip(req *http.Request, body *answerBody, read bodyReade
 	case http.StatusGone:
 		return http.StatusNotFound, nil
 	case http.StatusTooManyRequests, http.StatusServiceUnavailable:
-		p := u.problem(problemOverloaded, fmt.Sprintf("answered with the status %d: it is overloaded"+tryAgain, resp.StatusCode))
-		p.retryAfter = retryAfter(resp.Header, u.health.failDuration)
+		p := u.problem(problem.Overloaded, fmt.Sprintf("answered with the status %d: it is overloaded"+problem.TryAgain, resp.StatusCode))
+		p.RetryAfter = retryAfter(resp.Header, u.health.failDuration)
 		return resp.StatusCode, p
 	case http.StatusUnauthorized, http.StatusForbidden:
 		return resp.StatusCode, u.refusedSecret()
 	case http.StatusBadRequest:
 		return resp.StatusCode, u.rejectedRequest()
 	}
-	return resp.StatusCode, u.problem(problemBadAnswer,
-		fmt.Sprintf("answered with the unexpected status %d"+tryAgain, resp.StatusCode))
+	return resp.StatusCode, u.problem(problem.BadAnswer,
+		fmt.Sprintf("answered with the unexpected status %d"+problem.TryAgain, resp.StatusCode))
 }
 
 // isContextError reports whether err is the error of a context, and not only like one, as the timeout of a dial is.
@@ -265,7 +266,7 @@ type answerBody struct {
 // read reads the body of resp. An error of reading the body takes precedence over an error of read.
 func (b *answerBody) read(resp *http.Response, read bodyReader) error {
 	if encoding := resp.Header.Get("Content-Encoding"); encoding != "" && !strings.EqualFold(encoding, "identity") {
-		return b.upstream.problem(problemBadAnswer, "sent a content encoding that it was not asked for: its operator must correct that")
+		return b.upstream.problem(problem.BadAnswer, "sent a content encoding that it was not asked for: its operator must correct that")
 	}
 	if err := b.checkSize(resp.ContentLength); err != nil {
 		return err
@@ -313,7 +314,7 @@ func (m *marker) isHTML() bool { return m.first == '<' }
 // checkSize checks the size of the body so far, or the size that the upstream states.
 func (b *answerBody) checkSize(size int64) error {
 	if size > b.upstream.maxAnswer {
-		return b.upstream.problem(problemAnswerTooLarge,
+		return b.upstream.problem(problem.AnswerTooLarge,
 			fmt.Sprintf("sent more than %d bytes: its operator may raise max_report", b.upstream.maxAnswer))
 	}
 	return nil
@@ -344,12 +345,12 @@ func (u *upstream) diagnose(ctx context.Context, timeout time.Duration, r *respo
 	if r.cause == nil {
 		return
 	}
-	p, _ := errors.AsType[*problem](r.cause)
+	p, _ := errors.AsType[*problem.Problem](r.cause)
 	// A TLS server answers a plain request with 400, or closes the connection.
-	plainRefused := p == nil && r.status == 0 && !r.dialFailed && !isTimeout(r.cause) || p != nil && p.kind == problemRejectedRequest
+	plainRefused := p == nil && r.status == 0 && !r.dialFailed && !isTimeout(r.cause) || p != nil && p.Kind == problem.RejectedRequest
 	switch {
 	case plainRefused && u.base.Scheme == "http" && u.speaksTLS(ctx):
-		r.problem, r.dialFailed = u.problem(problemWrongScheme, "speaks TLS, but its address says http: its operator must write https:// in its address"), true
+		r.problem, r.dialFailed = u.problem(problem.WrongScheme, "speaks TLS, but its address says http: its operator must write https:// in its address"), true
 		r.cause = errSpeaksTLS // the error may hold what the upstream sent
 	case p != nil:
 		r.problem = p
@@ -361,9 +362,9 @@ func (u *upstream) diagnose(ctx context.Context, timeout time.Duration, r *respo
 		if timeout > 0 {
 			within = "within " + timeout.String()
 		}
-		r.problem = u.problem(problemTimeout, "did not answer "+within+tryAgain)
+		r.problem = u.problem(problem.Timeout, "did not answer "+within+problem.TryAgain)
 	default:
-		r.problem = u.problem(problemBadAnswer, describeBroken(*r)+tryAgain)
+		r.problem = u.problem(problem.BadAnswer, describeBroken(*r)+problem.TryAgain)
 	}
 }
 
@@ -381,9 +382,9 @@ func describeBroken(r response) string {
 // diagnoseLocal sets the problem that an error of this machine means, and warns of it from time to time.
 func (u *upstream) diagnoseLocal(r *response) {
 	r.dialFailed = false
-	r.problem = &problem{
-		kind: problemBusy, retryAfter: time.Second,
-		detail: "the server has no file descriptors, ports or memory left to ask an upstream" + tryAgain,
+	r.problem = &problem.Problem{
+		Kind: problem.Busy, RetryAfter: time.Second,
+		Detail: "the server has no file descriptors, ports or memory left to ask an upstream" + problem.TryAgain,
 	}
 	if u.warnings.due(u.health.failDuration) {
 		u.logger.Warn("no local resources are left to connect: raise the limit of open files", zap.Error(r.cause))
@@ -414,7 +415,7 @@ const (
 )
 
 // diagnoseDial returns the problem that a failure to connect means, with details for the log.
-func (u *upstream) diagnoseDial(err error) (*problem, []zap.Field) {
+func (u *upstream) diagnoseDial(err error) (*problem.Problem, []zap.Field) {
 	if untrusted, ok := errors.AsType[*tls.CertificateVerificationError](err); ok && len(untrusted.UnverifiedCertificates) > 0 {
 		cert, hint := untrusted.UnverifiedCertificates[0], hintUntrusted
 		if invalid, ok := errors.AsType[x509.CertificateInvalidError](err); ok && invalid.Reason == x509.Expired {
@@ -430,7 +431,7 @@ func (u *upstream) diagnoseDial(err error) (*problem, []zap.Field) {
 		for _, ip := range cert.IPAddresses {
 			names = append(names, ip.String())
 		}
-		return u.problem(problemUntrustedCertificate, "presented a certificate that is not trusted: its operator finds the cause in the log"), []zap.Field{
+		return u.problem(problem.UntrustedCertificate, "presented a certificate that is not trusted: its operator finds the cause in the log"), []zap.Field{
 			zap.String("issuer", u.redact(cert.Issuer.String())),
 			zap.String("subject", u.redact(cert.Subject.String())),
 			zap.Strings("names", names),
@@ -439,12 +440,12 @@ func (u *upstream) diagnoseDial(err error) (*problem, []zap.Field) {
 		}
 	}
 	if _, ok := errors.AsType[tls.RecordHeaderError](err); ok {
-		return u.problem(problemWrongScheme, "does not speak TLS, but its address says https: its operator must write http:// in its address, or switch on TLS on the "+u.role.String()), nil
+		return u.problem(problem.WrongScheme, "does not speak TLS, but its address says https: its operator must write http:// in its address, or switch on TLS on the "+u.role.String()), nil
 	}
 	if isTimeout(err) {
-		return u.problem(problemTimeout, "could not be connected to in time"+tryAgain), nil
+		return u.problem(problem.Timeout, "could not be connected to in time"+problem.TryAgain), nil
 	}
-	return u.problem(problemUnreachable, "could not be connected to"+tryAgain+"; its operator finds the cause in the log"), nil
+	return u.problem(problem.Unreachable, "could not be connected to"+problem.TryAgain+"; its operator finds the cause in the log"), nil
 }
 
 // isTimeout reports whether err is a timeout.

@@ -17,6 +17,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -81,7 +82,7 @@ func TestPollThatPanics(t *testing.T) {
 			callers.Go(func() {
 				res := result{fetchResult: fetchResult{entry: unkept(task.NothingYet(time.Now()))}}
 				_, err := ps.wait(t.Context(), query{submitID: "s1"}, res, time.Minute)
-				if p, ok := errors.AsType[*problem](err); !ok || p.kind != problemInternal {
+				if p, ok := errors.AsType[*problem.Problem](err); !ok || p.Kind != problem.Internal {
 					t.Errorf("got %v", err)
 				}
 			})
