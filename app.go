@@ -348,7 +348,7 @@ func (ns *namespace) setUp(transport *reverseproxy.HTTPTransport, logger *zap.Lo
 	}
 	nodes, broker, err := newUpstreams(o, endpointOptions{
 		upstreamOptions: upstreamOptions{
-			transport: transport, memory: ns.member.memory, timeout: time.Duration(o.Timeout), maxAnswer: o.MaxReport, logger: logger,
+			transport: transport, budget: ns.member.budget, timeout: time.Duration(o.Timeout), maxAnswer: o.MaxReport, logger: logger,
 		},
 		tls: transport.TLS, failDuration: time.Duration(o.FailDuration), notify: notify,
 	})

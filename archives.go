@@ -19,9 +19,9 @@ func newPooledArchive(namespace string, s *shared) pooledArchive {
 	p := pooledArchive{memory: s.memory}
 	p.Archive = archive.New(archive.Config{
 		Namespace: namespace, Metrics: storageMetrics,
-		Room: func() { s.saveUnsaved(p.Archive) },
+		Room: func() { s.saving.resume(p.Archive) },
 		Stored: func(i archive.Item) {
-			saved := s.noteSaved(i, p.Archive)
+			saved := s.saving.stored(i, p.Archive)
 			if f := s.follower.Load(); f != nil {
 				f.Saved(p.Archive, saved...)
 			}
@@ -32,7 +32,7 @@ func newPooledArchive(namespace string, s *shared) pooledArchive {
 
 // Destruct implements caddy.Destructor.
 func (p pooledArchive) Destruct() error {
-	p.memory.detach(p.Archive)
+	p.memory.saving.detach(p.Archive)
 	p.Close()
 	return nil
 }
@@ -47,7 +47,7 @@ func openArchive(namespace, id string, s *shared, b *archive.Backend) (*archive.
 	a := v.(pooledArchive).Archive
 	a.Attach(b)
 	if !loaded {
-		s.attach(a)
+		s.saving.attach(a)
 	}
 	return a, nil
 }

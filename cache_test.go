@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/budget"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -39,14 +40,21 @@ func gzippedReport(t testing.TB, size int) *task.Report {
 
 func numbered(i int) task.Key { return task.NewKey("test", fmt.Sprint(i)) }
 
+// usage returns what counts as memory.
+func (m *memory) usage() budget.Usage {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.budget.Usage()
+}
+
 func TestCacheBound(t *testing.T) {
 	const limit = 1 << 20
 	c := newMemory(limit)
 	defer c.close()
 	for i := range 1000 {
 		c.keep(numbered(i), inflatedReport(10<<10), kept{ttl: time.Hour})
-		if c.used > limit {
-			t.Fatalf("%d bytes are used, more than %d", c.used, limit)
+		if c.usage().Kept > limit {
+			t.Fatalf("%d bytes are used, more than %d", c.usage().Kept, limit)
 		}
 	}
 	if n := c.kept.ItemCount(); n < 80 || n != c.entries {
@@ -66,8 +74,8 @@ func TestCacheBound(t *testing.T) {
 	}
 
 	c.setLimit(100 << 10)
-	if c.used > 100<<10 {
-		t.Errorf("%d bytes are used after the limit was lowered", c.used)
+	if c.usage().Kept > 100<<10 {
+		t.Errorf("%d bytes are used after the limit was lowered", c.usage().Kept)
 	}
 }
 
@@ -97,13 +105,13 @@ func TestCacheReplacesAndExpires(t *testing.T) {
 		if e, ok := c.get(numbered(1)); !ok || e.report != second {
 			t.Error("the second has not replaced the first")
 		}
-		if c.used != int64(second.Size())+entryOverhead {
-			t.Errorf("one value uses %d bytes", c.used)
+		if c.usage().Kept != int64(second.Size())+entryOverhead {
+			t.Errorf("one value uses %d bytes", c.usage().Kept)
 		}
 		time.Sleep(50 * time.Millisecond)
 		synctest.Wait()
-		if c.used != 0 || c.kept.ItemCount() != 0 {
-			t.Errorf("%d bytes in %d items are still there", c.used, c.kept.ItemCount())
+		if c.usage().Kept != 0 || c.kept.ItemCount() != 0 {
+			t.Errorf("%d bytes in %d items are still there", c.usage().Kept, c.kept.ItemCount())
 		}
 	})
 }
@@ -198,8 +206,8 @@ func TestCacheEvictsInOneOrder(t *testing.T) {
 			t.Errorf("the copy of %d is left, which was not requested again", i)
 		}
 	}
-	if left < n/2-1 || m.stats().Bytes > m.limit {
-		t.Errorf("%d copies are left, %d bytes of %d", left, m.stats().Bytes, m.limit)
+	if left < n/2-1 || m.stats().Bytes > m.usage().Limit {
+		t.Errorf("%d copies are left, %d bytes of %d", left, m.stats().Bytes, m.usage().Limit)
 	}
 }
 
@@ -331,50 +339,6 @@ func TestSameDocumentAgain(t *testing.T) {
 	})
 }
 
-// An upstream leaves as much as it takes, so one that stalls or floods does not keep out the others.
-func TestReservations(t *testing.T) {
-	const limit, large = 64 << 20, 4 << 20
-	m := newMemory(limit)
-	defer m.close()
-	for i := 0; m.stats().Bytes < limit-large; i++ {
-		m.keep(numbered(i), inflatedReport(1<<20), kept{ttl: time.Hour})
-	}
-	var sick, healthy share
-	taken := 0
-	for m.reserve(&sick).grow(large) {
-		taken += large
-	}
-	if taken > limit/2+large || taken < limit/2-large {
-		t.Errorf("one upstream takes %d MiB of %d", taken>>20, limit>>20)
-	}
-	if !m.reserve(&healthy).grow(large) {
-		t.Error("another upstream has no room")
-	}
-	for range 100 {
-		if !m.reserve(&sick).grow(task.SmallDocument) {
-			t.Fatal("a small answer has no room")
-		}
-	}
-	if stats := m.stats(); stats.Bytes > limit+100*task.SmallDocument {
-		t.Errorf("%+v", stats)
-	}
-
-	alone := newMemory(1 << 20)
-	defer alone.close()
-	var s share
-	r := alone.reserve(&s)
-	if !r.grow(10 << 20) {
-		t.Error("the only answer has no room")
-	}
-	if alone.reserve(new(share)).grow(large) {
-		t.Error("there is room for another")
-	}
-	r.release()
-	if stats := alone.stats(); stats.Reading != 0 || s.reading != 0 {
-		t.Errorf("%+v, share %d", stats, s.reading)
-	}
-}
-
 // A report that is larger than the memory is inflated for one caller at a time.
 func TestOneDecoderAlwaysHasRoom(t *testing.T) {
 	m := newMemory(64 << 10)
@@ -409,11 +373,11 @@ func TestOneDecoderAlwaysHasRoom(t *testing.T) {
 func TestSmallCopiesDoNotWaitForReading(t *testing.T) {
 	m := newMemory(1 << 20)
 	defer m.close()
-	reading := m.reserve(new(share))
-	if !reading.grow(2 << 20) {
+	reading := m.budget.Reserve(new(budget.Share))
+	if reading.Grow(2<<20) != nil {
 		t.Fatal("the only answer has no room")
 	}
-	defer reading.release()
+	defer reading.Release()
 	if _, err := m.acquireContent(unkept(gzippedReport(t, 100<<10)), true); err == nil {
 		t.Error("there is room for a large report")
 	}
@@ -424,7 +388,7 @@ func TestSmallCopiesDoNotWaitForReading(t *testing.T) {
 			break
 		}
 		defer m.releaseContent(c)
-		if held++; m.stats().Sending > m.limit {
+		if held++; m.stats().Sending > m.usage().Limit {
 			t.Fatalf("%d callers hold %+v", held, m.stats())
 		}
 	}
@@ -453,15 +417,15 @@ func TestCacheConcurrently(t *testing.T) {
 					m.release(&f.form)
 				}
 				m.release(&e.whole)
-				r := m.reserve(new(share))
-				r.grow(1000)
-				r.release()
+				r := m.budget.Reserve(new(budget.Share))
+				_ = r.Grow(1000)
+				r.Release()
 			}
 		})
 	}
 	wg.Wait()
 	m.close()
-	if stats := m.stats(); stats.Bytes != 0 || stats.Entries != 0 || m.kept.ItemCount() != 0 || m.order.length != 0 || m.used != 0 {
+	if stats := m.stats(); stats.Bytes != 0 || stats.Entries != 0 || m.kept.ItemCount() != 0 || m.order.length != 0 || m.usage().Kept != 0 {
 		t.Errorf("a closed cache: %+v, %d items", stats, m.kept.ItemCount())
 	}
 	m.keep(numbered(1), inflatedReport(10), kept{ttl: time.Hour})

@@ -11,6 +11,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/budget"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
@@ -42,7 +43,7 @@ type learner struct {
 
 	body        io.ReadCloser
 	reads       *backgroundReader // of the body
-	reservation *reservation
+	reservation *budget.Reservation
 	held        []byte
 	err         error          // that ended what is held; io.EOF if that is the whole answer
 	rest        *io.PipeWriter // to the reader of what follows; nil if there is none
@@ -63,7 +64,7 @@ func learn(ctx context.Context, f *harvest.Follower, broker *upstream, client st
 		follower: f, client: client, broker: broker,
 		body: resp.Body, reads: newBackgroundReader(resp.Body, chunkSize),
 	}
-	l.reservation = broker.memory.reserve(&broker.share)
+	l.reservation = broker.budget.Reserve(&broker.share)
 	resp.Body = l
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), maxNoting)
 	defer cancel()
@@ -82,7 +83,7 @@ func learn(ctx context.Context, f *harvest.Follower, broker *upstream, client st
 
 // hold receives what is held of the answer.
 func (l *learner) hold(ctx context.Context) {
-	for len(l.held) < maxHeld && l.err == nil && l.reservation.grow(int64(2*(len(l.held)+chunkSize))) { // the old and the new
+	for len(l.held) < maxHeld && l.err == nil && l.reservation.Grow(int64(2*(len(l.held)+chunkSize))) == nil { // the old and the new
 		c, ok := l.reads.next(ctx.Done())
 		if !ok {
 			return
@@ -149,6 +150,6 @@ func (l *learner) Close() error {
 	if l.rest != nil {
 		_ = l.rest.Close()
 	}
-	l.reservation.release()
+	l.reservation.Release()
 	return l.body.Close()
 }

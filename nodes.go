@@ -21,6 +21,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/budget"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/cli"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
@@ -226,7 +227,7 @@ func (u *upstream) fetchReport(ctx context.Context, params url.Values) (*task.Re
 	status, err := u.fetch(ctx, "task", params, sourceRequest, func(body io.Reader, grow func(int64) error) (err error) {
 		marked := &marker{Reader: body}
 		report, err = task.ReadReport(marked, grow)
-		if _, ok := errors.AsType[*problem.Problem](err); err != nil && !ok {
+		if err != nil && !errors.Is(err, budget.ErrNoRoom) {
 			return u.notA("report", err, marked)
 		}
 		return err

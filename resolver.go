@@ -15,6 +15,7 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/budget"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/coalesce"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/guard"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
@@ -271,8 +272,8 @@ func (rs *resolver) fetch(ctx context.Context, k task.Key, kept *entry, q query,
 	if kept == nil && !rs.absent.has(k) {
 		var err error
 		kept, err = rs.loadStored(ctx, k, q.kind) // an upstream may know the report if the storage cannot be read
-		if p, ok := errors.AsType[*problem.Problem](err); ok && !fresh {
-			return fetchResult{}, p
+		if errors.Is(err, budget.ErrNoRoom) && !fresh {
+			return fetchResult{}, problem.NoRoom
 		}
 		if kept != nil && !fresh {
 			return fetchResult{entry: kept, stored: true}, nil
@@ -425,12 +426,11 @@ func (rs *resolver) check(ctx context.Context, u *upstream) {
 // withStorageError adds to a problem that the storage cannot be read, or that there is no memory to do so. The caller must
 // not take the report for unknown, or the upstream for the only cause, while the storage may have the report.
 func (rs *resolver) withStorageError(p *problem.Problem, err error) error {
-	busy, ok := errors.AsType[*problem.Problem](err)
 	switch {
 	case err == nil:
 		return p
-	case ok:
-		return busy
+	case errors.Is(err, budget.ErrNoRoom):
+		return problem.NoRoom
 	case p.Status() != http.StatusNotFound && p.Kind != problem.NotCached:
 		return p.With("the storage that may have it cannot be read either")
 	}
@@ -480,10 +480,10 @@ func (rs *resolver) loadNewest(ctx context.Context, sum [sha256.Size]byte, kind 
 // reserveStored reserves memory for a report that is read from the storage, like what is read from a node. It returns what
 // extends the reservation, and what ends it.
 func (rs *resolver) reserveStored() (grow func(held int64) error, release func()) {
-	reading := rs.shared.reserve(&rs.shared.storage)
+	reading := rs.shared.budget.Reserve(&rs.shared.storage)
 	return func(held int64) error {
-		return reading.take(2 * held) // the stored value, and the report in it
-	}, reading.release
+		return reading.Grow(2 * held) // the stored value, and the report in it
+	}, reading.Release
 }
 
 // keepStored keeps in memory what was found in the storage under k.
@@ -574,7 +574,7 @@ func (rs *resolver) fetchFollowed(ctx context.Context, t harvest.Target, kind ta
 		return harvest.Outcome{}, errNoRoom
 	case err == nil:
 		return harvest.Outcome{
-			State: harvest.Finished, Report: res.entry.report, Saved: rs.shared.isSaved(res.entry, rs.archive), Key: res.entry.key(),
+			State: harvest.Finished, Report: res.entry.report, Saved: rs.shared.saving.isSaved(res.entry, rs.archive), Key: res.entry.key(),
 		}, nil
 	case !isProblem:
 		return harvest.Outcome{}, err

@@ -10,6 +10,7 @@ import (
 
 	"go.uber.org/zap"
 
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/budget"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
@@ -103,8 +104,8 @@ func (rp *responder) prepare(w http.ResponseWriter, r *http.Request, res result)
 
 // refuse writes the problem that keeps a report from being sent: there is no memory for that, or the report is damaged.
 func (rp *responder) refuse(w http.ResponseWriter, r *http.Request, res result, err error) int {
-	p, ok := errors.AsType[*problem.Problem](err)
-	if !ok {
+	p := problem.NoRoom
+	if !errors.Is(err, budget.ErrNoRoom) {
 		rp.logger.Error("a kept report is damaged", zap.Error(err))
 		p = errDamaged
 	}

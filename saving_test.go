@@ -90,13 +90,13 @@ func TestUnsavedIsQueuedWhenThereIsRoom(t *testing.T) {
 		for i := range reports {
 			keepFinished(m, i, 100)
 		}
-		if queued := a.Stats().Queued; queued != 10_000 || len(m.unsaved[a]) != reports-queued {
-			t.Fatalf("%d are queued, %d are not", queued, len(m.unsaved[a]))
+		if queued := a.Stats().Queued; queued != 10_000 || len(m.saving.unsaved[a]) != reports-queued {
+			t.Fatalf("%d are queued, %d are not", queued, len(m.saving.unsaved[a]))
 		}
 		f.Set(storagetest.Delayed(20 * time.Millisecond))
 		time.Sleep(30 * time.Second)
-		if queued := a.Stats().Queued; queued != 0 || len(m.unsaved[a]) != 0 {
-			t.Errorf("%d are still queued, %d are not", queued, len(m.unsaved[a]))
+		if queued := a.Stats().Queued; queued != 0 || len(m.saving.unsaved[a]) != 0 {
+			t.Errorf("%d are still queued, %d are not", queued, len(m.saving.unsaved[a]))
 		}
 		wantAllStored(t, a, reports)
 	})
@@ -140,7 +140,7 @@ func TestUnsavedIsQueuedBeforeItIsEvicted(t *testing.T) {
 				a, f := openFaulty(t, m, "one")
 				f.Set(storagetest.Failing(errStorageAway))
 				i := 0
-				for ; len(m.unsaved[a]) == 0; i++ {
+				for ; len(m.saving.unsaved[a]) == 0; i++ {
 					keepFinished(m, i, 1<<20)
 				}
 				last := numbered(i - 1)
@@ -150,7 +150,7 @@ func TestUnsavedIsQueuedBeforeItIsEvicted(t *testing.T) {
 					t.Fatal("it is queued too early")
 				}
 				leave(m)
-				if n := len(m.unsaved[a]); n != 0 || m.stats().Entries != 0 {
+				if n := len(m.saving.unsaved[a]); n != 0 || m.stats().Entries != 0 {
 					t.Errorf("%d are not saved, %d are kept", n, m.stats().Entries)
 				}
 				f.Mend()
@@ -251,7 +251,7 @@ func (m *memory) isUnsaved(a *archive.Archive, k task.Key) bool {
 	if !ok {
 		return false
 	}
-	_, ok = m.unsaved[a][e]
+	_, ok = m.saving.unsaved[a][e]
 	return ok
 }
 
@@ -262,12 +262,12 @@ func TestPurgeOfWhatIsUnsaved(t *testing.T) {
 		a, f := openFaulty(t, m, "one")
 		f.Set(storagetest.Failing(errStorageAway))
 		i := 0
-		for ; len(m.unsaved[a]) == 0; i++ {
+		for ; len(m.saving.unsaved[a]) == 0; i++ {
 			keepFinished(m, i, 1<<20)
 		}
 		last := numbered(i - 1)
-		if n := m.purge(archive.Selection{Keys: []task.Key{last}}.Matches); n != 1 || len(m.unsaved[a]) != 0 {
-			t.Errorf("%d are purged, %d are unsaved", n, len(m.unsaved[a]))
+		if n := m.purge(archive.Selection{Keys: []task.Key{last}}.Matches); n != 1 || len(m.saving.unsaved[a]) != 0 {
+			t.Errorf("%d are purged, %d are unsaved", n, len(m.saving.unsaved[a]))
 		}
 		f.Mend()
 		time.Sleep(time.Minute)
@@ -348,11 +348,11 @@ func TestReferences(t *testing.T) {
 	target := numbered(1)
 	of := keepFinished(m, 1, 100)
 	e := m.keep(numbered(2), of.report, kept{ttl: time.Hour, kind: task.Complete, target: &target})
-	if i := m.item(e); i.Target != &target || i.Kind != task.Complete || i.Key != numbered(2) || i.Report != of.report {
+	if i := m.saving.item(e); i.Target != &target || i.Kind != task.Complete || i.Key != numbered(2) || i.Report != of.report {
 		t.Errorf("the item is %+v", i)
 	}
 	other := keepFinished(m, 1, 100) // the task has another report
-	if i := m.item(e); i.Target != nil || other.report.Same(of.report) {
+	if i := m.saving.item(e); i.Target != nil || other.report.Same(of.report) {
 		t.Errorf("the item of another report is %+v", i)
 	}
 	m.purge(archive.Selection{Keys: []task.Key{target}}.Matches)

@@ -24,6 +24,7 @@ import (
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/budget"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/guard"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
@@ -43,8 +44,8 @@ type upstream struct {
 	upstreamOptions
 	line     *semaphore.Weighted // bounds the requests in flight; first come, first served
 	health   health
-	share    share       // of the memory for answers
-	plain    atomic.Bool // it has answered plain HTTP, so it does not speak TLS
+	share    budget.Share // of the memory for answers
+	plain    atomic.Bool  // it has answered plain HTTP, so it does not speak TLS
 	probe    tlsProbe
 	warnings limiter // of local errors
 	inFlight atomic.Int64
@@ -57,9 +58,9 @@ const maxInFlight = 64
 // upstreamOptions are the options that the upstreams of a handler have in common.
 type upstreamOptions struct {
 	transport http.RoundTripper
-	memory    *memory       // for the answers
-	timeout   time.Duration // of one request, including the body of the answer
-	maxAnswer int64         // bytes
+	budget    *budget.Budget // for the answers
+	timeout   time.Duration  // of one request, including the body of the answer
+	maxAnswer int64          // bytes
 	logger    *zap.Logger
 }
 
@@ -148,8 +149,8 @@ func (u *upstream) exchange(ctx context.Context, timeout time.Duration, path str
 	defer func() { endSpan(span, r, err) }()
 
 	var dial dialTrace
-	body := &answerBody{upstream: u, reservation: u.memory.reserve(&u.share)}
-	defer body.reservation.release()
+	body := &answerBody{upstream: u, reservation: u.budget.Reserve(&u.share)}
+	defer body.reservation.Release()
 	status, err := guard.Call(u.logger, func() (int, error) {
 		return u.roundTrip(u.request(httptrace.WithClientTrace(timed, dial.trace()), path, params), body, read)
 	})
@@ -257,7 +258,7 @@ func retryAfter(header http.Header, byDefault time.Duration) time.Duration {
 // reserved: what the upstream states as the size does not count.
 type answerBody struct {
 	upstream    *upstream
-	reservation *reservation
+	reservation *budget.Reservation
 	body        io.Reader
 	size        int64
 	err         error // the first error of reading the body
@@ -272,7 +273,7 @@ func (b *answerBody) read(resp *http.Response, read bodyReader) error {
 		return err
 	}
 	b.body = resp.Body
-	if err := read(b, b.reservation.take); b.err == nil {
+	if err := read(b, b.reservation.Grow); b.err == nil {
 		return err
 	}
 	return b.err
@@ -354,6 +355,8 @@ func (u *upstream) diagnose(ctx context.Context, timeout time.Duration, r *respo
 		r.cause = errSpeaksTLS // the error may hold what the upstream sent
 	case p != nil:
 		r.problem = p
+	case errors.Is(r.cause, budget.ErrNoRoom):
+		r.problem = problem.NoRoom
 	case r.dialFailed:
 		r.problem, r.details = u.diagnoseDial(r.cause)
 		r.cause = errors.New(u.redact(r.cause.Error())) // it may name what a certificate states

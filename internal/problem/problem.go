@@ -159,6 +159,12 @@ func (p *Problem) Requested() bool { return kinds[p.Kind].requested && !p.Earlie
 // Left is what a caller gets that has left, so nobody reads it.
 var Left = &Problem{Kind: CallerLeft, Detail: "the caller has left before there was a response"}
 
+// NoRoom is what a caller gets for whose report there is no memory.
+var NoRoom = &Problem{
+	Kind: Busy, RetryAfter: time.Second,
+	Detail: "the reports that are being read and sent use up the memory for them" + TryAgain,
+}
+
 // Panicked is what the callers of a call get that has panicked.
 var Panicked = &Problem{
 	Kind:   Internal,
