@@ -22,6 +22,7 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/upstream"
 )
 
 func init() {
@@ -77,7 +78,7 @@ func adminError(status int, err error) error { return caddy.APIError{HTTPStatus:
 
 // showNodes returns the state of the nodes and brokers. It asks each for its system information.
 func showNodes(r *http.Request) (any, error) {
-	all := live.upstreams()
+	all := liveUpstreams()
 	ids := slices.SortedFunc(maps.Keys(all), func(a, b upstreamID) int {
 		return cmp.Or(cmp.Compare(a.namespace, b.namespace), cmp.Compare(a.role, b.role), cmp.Compare(a.name, b.name), cmp.Compare(a.host, b.host))
 	})
@@ -91,36 +92,33 @@ func showNodes(r *http.Request) (any, error) {
 	return states, nil
 }
 
-// fillNode combines what several resolvers know of one node or broker. It asks it through the first of them.
-func fillNode(ctx context.Context, s *cli.Node, upstreams []liveUpstream) {
-	first := upstreams[0]
-	r, info, err := first.resolver.fetchSystemInfo(ctx, first.upstream)
-	switch {
-	case err != nil: // the caller has left
-		return
-	case r.problem != nil:
-		s.SystemInfoProblem = r.problem.Code()
-	default:
-		s.SystemInfo = &info
+// fillNode combines what several sites know of one node or broker. It asks it through the first of them.
+func fillNode(ctx context.Context, s *cli.Node, upstreams []*upstream.Upstream) {
+	info, p := upstreams[0].SystemInfo(ctx)
+	s.SystemInfo = info
+	if p != nil {
+		if p.Kind == problem.CallerLeft {
+			return
+		}
+		s.SystemInfoProblem = p.Code()
 	}
-	first.health.record(sourceOther, r)
-	worst := statusHealthy
+	worst := upstream.Healthy
 	for _, u := range upstreams {
-		s.Questions += u.inFlight.Load()
-		status, last := u.health.status(time.Now())
+		s.Questions += u.InFlight()
+		status, last := u.Status()
 		if last != nil && (s.LastProblem == nil || status > worst || status == worst && last.At.After(s.LastProblem.At)) {
 			s.LastProblem = last
 		}
 		worst = max(worst, status)
 	}
-	if r.problem != nil && r.problem.Role != problem.RoleNone { // not a problem of this machine
-		worst = max(worst, statusDegraded)
+	if p != nil && p.Role != problem.RoleNone { // not a problem of this machine
+		worst = max(worst, upstream.Degraded)
 	}
 	s.State = worst.String()
 }
 
 // showCache returns how full the cache of each namespace is, and its queue to the storage.
-func showCache(*http.Request) (any, error) { return live.stats().caches, nil }
+func showCache(*http.Request) (any, error) { return liveStats().caches, nil }
 
 var (
 	errPurge = errors.New("give submitID, or appServerID and taskID together, or appServerID, sha256 or older_than alone, once each, to purge some of the reports, or nothing to purge everything")
@@ -129,7 +127,7 @@ var (
 
 // purgeRequest is what to purge.
 type purgeRequest struct {
-	query     query             // a submission, a task or a node; empty if it is none of these
+	id        harvest.ID        // a submission, a task or a node; empty if it is none of these
 	selection archive.Selection // otherwise
 	from      int               // where to go on
 }
@@ -154,7 +152,7 @@ func parsePurge(rawQuery string) (p purgeRequest, err error) {
 	switch names := strings.Join(slices.Sorted(maps.Keys(values)), " "); names {
 	case "":
 	case "submitID", "appServerID", "appServerID taskID":
-		p.query = query{submitID: values.Get("submitID"), appServerID: values.Get("appServerID"), taskID: values.Get("taskID")}
+		p.id = harvest.ID{SubmitID: values.Get("submitID"), AppServerID: values.Get("appServerID"), TaskID: values.Get("taskID")}
 		for name := range values {
 			if !task.ValidID(values.Get(name)) {
 				return p, errPurge
@@ -184,8 +182,8 @@ func purgeCache(r *http.Request) (any, error) {
 	if err != nil {
 		return nil, adminError(http.StatusBadRequest, err)
 	}
-	targets := live.purgeTargets(p.query, p.selection)
-	if len(targets) == 0 && p.query != (query{}) {
+	targets := purgeTargets(p.id, p.selection)
+	if len(targets) == 0 && p.id != (harvest.ID{}) {
 		return nil, adminError(http.StatusNotFound, errors.New("no upstream is configured that can know it: check appServerID, or configure a broker"))
 	}
 	return purge(r.Context(), targets, p.from)
@@ -210,7 +208,7 @@ func purge(ctx context.Context, targets []purgeTarget, from int) (cli.Purged, er
 
 func purgeMemory(targets []purgeTarget) (n int) {
 	for _, t := range targets {
-		n += t.shared.purge(t.selection.Matches)
+		n += t.ns.memory.purge(t.selection.Matches)
 	}
 	return n
 }
@@ -261,7 +259,7 @@ func newPending(p harvest.Pending) cli.Pending {
 // showPending returns what each namespace that follows anything follows, by client, the oldest first.
 func showPending(*http.Request) (any, error) {
 	all := make(map[string][]cli.Pending)
-	for namespace, f := range live.followers() {
+	for namespace, f := range liveFollowers() {
 		list := []cli.Pending{}
 		for _, p := range f.List() {
 			list = append(list, newPending(p))
@@ -277,12 +275,12 @@ var errGiveUp = errors.New("give submitID, or appServerID and taskID together, o
 // giveUp ends the following of a submission or a task, in every namespace.
 func giveUp(r *http.Request) (any, error) {
 	p, err := parsePurge(r.URL.RawQuery)
-	if err != nil || p.from != 0 || p.query.submitID == "" && p.query.taskID == "" {
+	if err != nil || p.from != 0 || p.id.SubmitID == "" && p.id.TaskID == "" {
 		return nil, adminError(http.StatusBadRequest, errGiveUp)
 	}
 	var done cli.GivenUp
-	for _, f := range live.followers() {
-		if f.GiveUp(p.query.id()) {
+	for _, f := range liveFollowers() {
+		if f.GiveUp(p.id) {
 			done.GivenUp++
 		}
 	}

@@ -138,7 +138,7 @@ var secretHeaders = [...]string{"Secret", "X-Api-Key"}
 
 // authenticate returns the client that a request comes from, or nil. Every secret that is presented must be valid, in each
 // line of a repeated field, and an empty one is not: a wrong secret beside a right one is a mistake that must not go unnoticed.
-func (cs clients) authenticate(header http.Header, q *query) *client {
+func (cs clients) authenticate(header http.Header, q *parsedQuery) *client {
 	var found *client
 	valid := true
 	for _, line := range header["Authorization"] {

@@ -8,7 +8,6 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
-	"net/url"
 	"runtime"
 	"strings"
 	"testing"
@@ -28,14 +27,24 @@ import (
 // benchHandler returns a handler with nodes, and with kept reports of a size of the first node, as tasks t0, t1, ….
 func benchHandler(b *testing.B, nodes, reports, size int) *Handler {
 	b.Helper()
+	var addresses []string
+	for i := range nodes {
+		addresses = append(addresses, fmt.Sprintf("10.0.0.1:%d", i+1))
+	}
+	return benchSite(b, addresses, nil, reports, size)
+}
+
+// benchSite is like benchHandler, with the addresses of the nodes, and a storage if there is one.
+func benchSite(b *testing.B, addresses []string, s *storage, reports, size int) *Handler {
+	b.Helper()
 	h := &Handler{
 		Secrets: []Secret{{Client: "bench", Secret: "bench-secret"}},
 		Broker:  &Broker{Endpoint: Endpoint{Address: "127.0.0.1:1"}},
 		Cache:   &Cache{MaxSize: 16 << 30},
 		logger:  zap.NewNop(),
 	}
-	for i := range nodes {
-		h.Nodes = append(h.Nodes, Node{AppServerID: fmt.Sprintf("node-%d", i), Endpoint: Endpoint{Address: fmt.Sprintf("10.0.0.1:%d", i+1)}})
+	for i, address := range addresses {
+		h.Nodes = append(h.Nodes, Node{AppServerID: fmt.Sprintf("node-%d", i), Endpoint: Endpoint{Address: address}})
 	}
 	h.setDefaults()
 	repl := caddy.NewReplacer()
@@ -43,22 +52,22 @@ func benchHandler(b *testing.B, nodes, reports, size int) *Handler {
 	if h.clients, err = newClients(repl, h.Secrets, h.served()); err != nil {
 		b.Fatal(err)
 	}
-	h.namespace = &namespace{name: defaultNamespace, options: h}
-	if err := h.namespace.setUp(&reverseproxy.HTTPTransport{Transport: new(http.Transport)}, h.logger, nil); err != nil {
+	parts := siteParts{first: h, transport: &reverseproxy.HTTPTransport{Transport: new(http.Transport)}, storage: s, logger: h.logger}
+	if h.site, err = joinNamespace(caddy.Context{}, parts); err != nil {
 		b.Fatal(err)
 	}
-	b.Cleanup(func() { _ = h.namespace.close() })
-	h.responder = responder{memory: h.namespace.member.memory, logger: h.logger}
+	b.Cleanup(func() { _ = h.site.close() })
+	h.responder = responder{memory: h.site.ns.memory, logger: h.logger}
 
 	r, err := task.ReadReport(bytes.NewReader(benchDocument(size)), func(int64) error { return nil })
 	if err != nil {
 		b.Fatal(err)
 	}
-	rs := h.namespace.resolver
+	rs := h.site
 	for i := range reports {
-		rs.shared.keep(task.ReportKey(rs.nodes["node-0"].source, fmt.Sprintf("t%d", i), task.Summary), task.NewReport(r.Document()), kept{ttl: time.Hour})
+		rs.ns.memory.keep(task.ReportKey(rs.nodes["node-0"].source, fmt.Sprintf("t%d", i), task.Summary), task.NewReport(r.Document()), kept{ttl: time.Hour})
 	}
-	rs.shared.keep(task.SubmissionKey(rs.submitted, "s0", task.Summary), task.NewReport(r.Document()), kept{ttl: time.Hour})
+	rs.ns.memory.keep(task.SubmissionKey(rs.submitted, "s0", task.Summary), task.NewReport(r.Document()), kept{ttl: time.Hour})
 	return h
 }
 
@@ -204,15 +213,9 @@ func BenchmarkMiss(b *testing.B) {
 		}))
 		b.Cleanup(node.Close)
 		b.Run(fmt.Sprint(size), func(b *testing.B) {
-			h := benchHandler(b, 1, 0, size)
+			h := benchSite(b, []string{node.URL}, nil, 0, size)
 			transport := &http.Transport{DisableCompression: true}
-			u := h.namespace.resolver.nodes["node-0"]
-			u.transport = transport
-			base, err := url.Parse(node.URL)
-			if err != nil {
-				b.Fatal(err)
-			}
-			u.base = base
+			h.site.nodes["node-0"].Transport = transport
 			b.SetBytes(int64(len(document)))
 			b.ReportAllocs()
 			r := benchRequest("appServerID=node-0&taskID=t0&nocache")
@@ -276,17 +279,10 @@ func BenchmarkRequestInfo(b *testing.B) {
 // that of another file. The page cache has what is stored.
 func BenchmarkStored(b *testing.B) {
 	const reports = 5_000
-	h := benchHandler(b, 1, 0, 15<<10)
-	rs := h.namespace.resolver
-	backend := &archive.Backend{
+	h := benchSite(b, []string{"10.0.0.1:1"}, &storage{Backend: &archive.Backend{
 		Storage: &certmagic.FileStorage{Path: b.TempDir()}, Logger: zap.NewNop(), Retention: defaultRetention,
-	}
-	a, err := openArchive(defaultNamespace, b.Name(), rs.shared, backend)
-	if err != nil {
-		b.Fatal(err)
-	}
-	b.Cleanup(func() { _ = closeArchive(b.Name(), a, backend) })
-	rs.archive = a
+	}}, 0, 15<<10)
+	rs, a := h.site, h.site.archive
 	r, err := task.ReadReport(bytes.NewReader(benchDocument(15<<10)), func(int64) error { return nil })
 	if err != nil {
 		b.Fatal(err)
@@ -294,7 +290,7 @@ func BenchmarkStored(b *testing.B) {
 	for i := range reports {
 		d := r.Document()
 		d.File = [sha256.Size]byte(numbered(i))
-		rs.shared.keep(task.ReportKey(rs.nodes["node-0"].source, fmt.Sprintf("t%d", i), task.Summary), task.NewReport(d), kept{ttl: time.Hour})
+		rs.ns.memory.keep(task.ReportKey(rs.nodes["node-0"].source, fmt.Sprintf("t%d", i), task.Summary), task.NewReport(d), kept{ttl: time.Hour})
 	}
 	for a.Stats().Queued > 0 {
 		time.Sleep(time.Millisecond)
@@ -308,7 +304,7 @@ func BenchmarkStored(b *testing.B) {
 	for i := 0; b.Loop(); i++ {
 		if i%reports == 0 {
 			b.StopTimer()
-			rs.shared.purge(archive.Selection{}.Matches)
+			rs.ns.memory.purge(archive.Selection{}.Matches)
 			b.StartTimer()
 		}
 		clear(w.header)

@@ -22,7 +22,7 @@ func TestPollingWhenTheClockStepsBack(t *testing.T) {
 	for ago, least := range map[time.Duration]time.Duration{
 		-time.Hour: interval, 0: interval - interval/10, interval / 2: interval/2 - interval/10, time.Hour: 0,
 	} {
-		res := result{fetchResult: fetchResult{entry: unkept(task.NothingYet(time.Now().Add(-ago)))}, hit: true}
+		res := result{entry: unkept(task.NothingYet(time.Now().Add(-ago))), hit: true}
 		if pause := ps.pause(res); pause < least || pause > least+interval/5+1 {
 			t.Errorf("the pause after a report of %s ago is %s", ago, pause)
 		}
@@ -33,19 +33,19 @@ func TestPollingWhenTheClockStepsBack(t *testing.T) {
 func TestPollersHaveNoGoroutine(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const reports, interval = 1000, 2 * time.Second
-		nothing := result{fetchResult: fetchResult{entry: unkept(task.NothingYet(time.Now()))}}
+		nothing := result{entry: unkept(task.NothingYet(time.Now()))}
 		polls := 0
 		var mu sync.Mutex
-		ps := newPollers(func(context.Context, *query) (result, error) {
+		ps := newPollers(func(context.Context, *query) result {
 			mu.Lock()
 			defer mu.Unlock()
 			polls++
-			return nothing, nil
+			return nothing
 		}, interval, zap.NewNop())
 		before := runtime.NumGoroutine()
 		var waiting sync.WaitGroup
 		for i := range reports {
-			waiting.Go(func() { _, _ = ps.wait(t.Context(), query{submitID: fmt.Sprint(i)}, nothing, time.Hour) })
+			waiting.Go(func() { ps.wait(t.Context(), query{target: submission(fmt.Sprint(i))}, nothing, time.Hour) })
 		}
 		time.Sleep(10 * interval)
 		synctest.Wait()

@@ -8,29 +8,29 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/upstream"
 )
 
-// StoreUsers returns the number of configurations that use what a namespace shares.
-func StoreUsers(namespace string) int {
-	n, _ := pool.References(namespace)
+// NamespaceUsers returns the number of configurations that use a namespace.
+func NamespaceUsers(name string) int {
+	n, _ := namespaces.References(name)
 	return n
 }
 
 // Waiters returns the number of callers that wait for a report to be finished.
 func Waiters() int {
-	return sumOfShared(func(s *shared) int { return int(s.waiters.Load()) })
+	return sumOfNamespaces(func(ns *namespace) int { return int(ns.waiters.Load()) })
 }
 
 // Held returns the number of callers that wait for a call: for an upstream's response, or for the storage.
 func Held() int {
-	return sumOfShared(func(s *shared) int { return s.calls.Callers() })
+	return sumOfNamespaces(func(ns *namespace) int { return ns.calls.Callers() })
 }
 
-func sumOfShared(of func(*shared) int) (sum int) {
-	pool.Range(func(_, s any) bool {
-		sum += of(s.(*shared))
-		return true
-	})
+func sumOfNamespaces(of func(*namespace) int) (sum int) {
+	for ns := range eachNamespace() {
+		sum += of(ns)
+	}
 	return sum
 }
 
@@ -45,12 +45,12 @@ var dialled sync.Map
 
 // DialUpstreams replaces how new configurations connect to their upstreams.
 func DialUpstreams(dial func(ctx context.Context, network, address string) (net.Conn, error)) {
-	for _, rs := range live.all() {
-		for u := range rs.upstreams() {
-			transport := u.transport.(*reverseproxy.HTTPTransport).Transport
+	for _, upstreams := range liveUpstreams() {
+		for _, u := range upstreams {
+			transport := u.Transport.(*reverseproxy.HTTPTransport).Transport
 			if _, changed := dialled.LoadOrStore(transport, true); !changed {
 				transport.DialContext = dial
-				withPatientWrites(transport)
+				upstream.WithPatientWrites(transport)
 			}
 		}
 	}

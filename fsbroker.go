@@ -104,7 +104,7 @@ type Handler struct {
 	logger    *zap.Logger
 	server    *caddyhttp.Server // in whose routes the handler is; nil in a test without one
 	clients   clients
-	namespace *namespace
+	site      *site
 	responder responder
 }
 
@@ -142,20 +142,20 @@ func (h *Handler) Provision(ctx caddy.Context) error {
 	if err != nil {
 		return fmt.Errorf("getting the fsbroker app: %w", err)
 	}
-	if h.namespace, err = app.(*App).namespaceOf(ctx, h); err != nil {
+	if h.site, err = app.(*App).siteOf(ctx, h); err != nil {
 		return err
 	}
-	if h.namespace.options == h { // the others are alike
+	if h.site.first == h { // the others are alike
 		for _, doubt := range doubts {
-			h.logger.Warn(doubt, zap.String("namespace", h.namespace.name))
+			h.logger.Warn(doubt, zap.String("namespace", h.site.ns.name))
 		}
 	}
-	h.responder = responder{memory: h.namespace.member.memory, retryAfter: time.Duration(h.PollInterval), logger: h.logger}
+	h.responder = responder{memory: h.site.ns.memory, retryAfter: time.Duration(h.PollInterval), logger: h.logger}
 	var ok bool
 	if h.server, ok = ctx.Value(caddyhttp.ServerCtxKey).(*caddyhttp.Server); ok {
 		// Cleanup comes only after the grace period, which waiting callers would use up.
-		h.server.RegisterOnShutdown(h.namespace.shutDown)
-		h.server.RegisterOnStop(h.namespace.drain)
+		h.server.RegisterOnShutdown(h.site.shutDown)
+		h.server.RegisterOnStop(h.site.drain)
 	}
 	return nil
 }
@@ -273,7 +273,7 @@ func (h *Handler) ServeHTTP(w http.ResponseWriter, r *http.Request, _ caddyhttp.
 
 // serve responds to a request.
 func (h *Handler) serve(w http.ResponseWriter, r *http.Request, info *requestInfo) {
-	e := h.namespace.proxy.match(r)
+	e := h.site.proxy.match(r)
 	switch {
 	case r.Method == http.MethodOptions:
 		countRequest(writeOptions(w, e), outcomeNone, "", e)
@@ -285,19 +285,19 @@ func (h *Handler) serve(w http.ResponseWriter, r *http.Request, info *requestInf
 	q := parseQuery(r.URL.RawQuery)
 	q.direct(r.Header)
 	if p := h.admit(r, &q, info, e); p != nil {
-		h.respond(w, r, info, result{}, p)
+		h.respond(w, r, info, failed(p))
 		return
 	}
-	res, err := h.namespace.resolver.resolve(r.Context(), &q)
-	if err == nil && !res.entry.report.Finished() {
-		h.namespace.resolver.follow(q, res.entry.report, info.clientName())
-		res, err = h.wait(w, r, &q, res)
+	res := h.site.resolve(r.Context(), &q.query)
+	if res.problem == nil && !res.entry.report.Finished() {
+		h.site.follow(&q.query, res.entry.report, info.clientName())
+		res = h.wait(w, r, &q, res)
 	}
-	h.respond(w, r, info, res, err)
+	h.respond(w, r, info, res)
 }
 
 // admit authenticates the request and returns the problem that keeps it from being served, if there is one.
-func (h *Handler) admit(r *http.Request, q *query, info *requestInfo, e *endpoint) *problem.Problem {
+func (h *Handler) admit(r *http.Request, q *parsedQuery, info *requestInfo, e *endpoint) *problem.Problem {
 	info.client = h.clients.authenticate(r.Header, q)
 	if info.client == nil {
 		return &problem.Problem{Kind: problem.Unauthorized, Detail: "send a valid secret in a header: Authorization: Bearer <secret> (a field of a form is not read)"}
@@ -316,7 +316,7 @@ func (h *Handler) admit(r *http.Request, q *query, info *requestInfo, e *endpoin
 
 // wait waits for an unfinished report for as long as the caller asks for, up to MaxWait. That counts from the start of the
 // request: there is no wait if the first answer has taken all of it.
-func (h *Handler) wait(w http.ResponseWriter, r *http.Request, q *query, res result) (result, error) {
+func (h *Handler) wait(w http.ResponseWriter, r *http.Request, q *parsedQuery, res result) result {
 	seconds := q.wait
 	if q.given&paramWait == 0 {
 		seconds = preferredWait(r.Header)
@@ -328,12 +328,12 @@ func (h *Handler) wait(w http.ResponseWriter, r *http.Request, q *query, res res
 	}
 	left := time.Until(start.Add(granted))
 	if left <= 0 {
-		return res, nil
+		return res
 	}
 	w.Header().Set("Preference-Applied", "wait="+wholeSeconds(granted))
-	h.namespace.member.waiters.Add(1)
-	defer h.namespace.member.waiters.Add(-1)
-	return h.namespace.pollers.wait(r.Context(), q.target(), res, left)
+	h.site.ns.waiters.Add(1)
+	defer h.site.ns.waiters.Add(-1)
+	return h.site.pollers.wait(r.Context(), q.query, res, left)
 }
 
 // startOf returns when the server began to serve a request. Without a server, that is now.
@@ -363,22 +363,21 @@ func (h *Handler) undelivered(w http.ResponseWriter, r *http.Request) bool {
 	return err != nil && !errors.Is(err, http.ErrNotSupported)
 }
 
-// respond writes the response for a result, or for the error that took its place, and counts the request.
-func (h *Handler) respond(w http.ResponseWriter, r *http.Request, info *requestInfo, res result, err error) {
-	p, _ := errors.AsType[*problem.Problem](err)
-	info.cache, info.node = res.outcome(p), res.node
+// respond writes the response for a result, and counts the request.
+func (h *Handler) respond(w http.ResponseWriter, r *http.Request, info *requestInfo, res result) {
+	info.cache, info.node = res.outcome(), res.node
 	if res.from != nil {
-		info.upstream = res.from.role
+		info.upstream = res.from.Role
 	}
 	var status int
-	switch {
-	case err == nil:
-		status = h.responder.write(w, r, res)
-	case p != nil:
-		status = writeProblem(w, r, p, cacheStatus(res, p))
-	default: // the caller has left; this is for the access log
-		status = problem.StatusCallerLeft
+	switch p := res.problem; {
+	case p == nil:
+		status = h.responder.write(w, r, &res)
+	case p.Kind == problem.CallerLeft: // this is for the access log
+		status = p.Status()
 		w.WriteHeader(status)
+	default:
+		status = writeProblem(w, r, p, cacheStatus(&res))
 	}
 	if h.undelivered(w, r) {
 		status = problem.StatusCallerLeft
@@ -394,7 +393,7 @@ func (h *Handler) pass(w http.ResponseWriter, r *http.Request, info *requestInfo
 	q, rest := cutSecrets(r.URL.RawQuery)
 	p := h.admit(r, &q, info, e)
 	if p == nil {
-		p = h.namespace.proxy.broker.down(time.Now())
+		p = h.site.proxy.broker.Down()
 	}
 	recorder := caddyhttp.NewResponseRecorder(w, nil, nil)
 	call := &proxiedCall{client: info.clientName()}
@@ -403,7 +402,7 @@ func (h *Handler) pass(w http.ResponseWriter, r *http.Request, info *requestInfo
 	}()
 	if p == nil {
 		info.upstream = problem.RoleBroker
-		p = h.namespace.proxy.serve(recorder, r, e, rest, call)
+		p = h.site.proxy.serve(recorder, r, e, rest, call)
 	}
 	if p != nil {
 		writeProblem(recorder, r, p, bypassStatus(p))

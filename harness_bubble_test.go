@@ -109,6 +109,11 @@ type pipeListener struct {
 // Accept implements net.Listener.
 func (l *pipeListener) Accept() (net.Conn, error) {
 	select {
+	case <-l.closed: // although there may be a connection for the next listener
+		return nil, net.ErrClosed
+	default:
+	}
+	select {
 	case conn := <-l.conns:
 		return conn, nil
 	case <-l.closed:

@@ -19,6 +19,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/caddyserver/caddy/v2"
@@ -345,6 +346,9 @@ func (s *site) restart(directives string) {
 	s.t.Helper()
 	if err := caddy.Stop(); err != nil {
 		s.t.Fatal(err)
+	}
+	if bubble != nil {
+		synctest.Wait() // for the server, which caddy.Stop does not wait for: it may still accept a connection
 	}
 	s.client.CloseIdleConnections()
 	s.load(directives)

@@ -8,8 +8,6 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
-
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
 )
 
 // Harvest configures that submissions and tasks are followed until their reports are finished, so that the reports are kept
@@ -33,49 +31,14 @@ type Harvest struct {
 
 const defaultHarvestFor = 24 * time.Hour
 
-// followers pools the followers of a process by namespace: what is followed outlives a configuration.
-var followers = caddy.NewUsagePool()
-
-// pooledFollower is a follower in a pool, and what it shares with the rest of its namespace.
-type pooledFollower struct {
-	*harvest.Follower
-	shared *shared
-}
-
-// Destruct implements caddy.Destructor.
-func (p pooledFollower) Destruct() error {
-	p.shared.follower.CompareAndSwap(p.Follower, nil)
-	p.Close()
-	return nil
-}
-
-// joinFollower returns the follower of a namespace, which does nothing until a source is attached.
-func joinFollower(namespace string, s *shared, logger *zap.Logger) (*harvest.Follower, error) {
-	v, _, err := followers.LoadOrNew(namespace, func() (caddy.Destructor, error) {
-		// Now, and not when it starts: Caddy's own first call, from its start on, must not write another name to the file.
-		instance, lockDir, err := instanceName()
-		if err != nil {
-			logger.Warn("this instance has no name that lasts: after a restart, it takes a while until what was pending is resumed", zap.Error(err))
-		}
-		f := harvest.New(harvest.Config{Namespace: namespace, Instance: instance, LockDir: lockDir, Metrics: harvestMetrics})
-		s.follower.Store(f)
-		return pooledFollower{f, s}, nil
-	})
-	if err != nil {
-		return nil, err
-	}
-	return v.(pooledFollower).Follower, nil
-}
-
 // instanceName returns the name of this instance, which lasts, and the directory for the locks that tell processes apart
-// which have the same name.
-func instanceName() (name, lockDir string, err error) {
+// which have the same name. It must be called before Caddy's own first call, from its start on, which would write another name
+// to the file.
+func instanceName(logger *zap.Logger) (name, lockDir string) {
 	id, err := caddy.InstanceID()
 	if err != nil {
-		return uuid.NewString(), "", err
+		logger.Warn("this instance has no name that lasts: after a restart, it takes a while until what was pending is resumed", zap.Error(err))
+		return uuid.NewString(), ""
 	}
-	return id.String(), filepath.Join(caddy.AppDataDir(), "fsbroker"), nil
+	return id.String(), filepath.Join(caddy.AppDataDir(), "fsbroker")
 }
-
-// Interface guard
-var _ caddy.Destructor = pooledFollower{}

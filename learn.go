@@ -9,11 +9,10 @@ import (
 	"sync"
 	"time"
 
-	"go.uber.org/zap"
-
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/budget"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/upstream"
 )
 
 const (
@@ -39,7 +38,7 @@ const (
 type learner struct {
 	follower *harvest.Follower
 	client   string
-	broker   *upstream
+	broker   *upstream.Upstream
 
 	body        io.ReadCloser
 	reads       *backgroundReader // of the body
@@ -56,7 +55,7 @@ func isSubmit(req *http.Request) bool {
 
 // learn replaces the body of the broker's answer to a client's submission by one that is read on the way. It returns when
 // what the broker has accepted is noted, or cannot be read and noted in time.
-func learn(ctx context.Context, f *harvest.Follower, broker *upstream, client string, resp *http.Response) {
+func learn(ctx context.Context, f *harvest.Follower, broker *upstream.Upstream, client string, resp *http.Response) {
 	if resp.StatusCode < 200 || resp.StatusCode > 299 {
 		return
 	}
@@ -64,7 +63,7 @@ func learn(ctx context.Context, f *harvest.Follower, broker *upstream, client st
 		follower: f, client: client, broker: broker,
 		body: resp.Body, reads: newBackgroundReader(resp.Body, chunkSize),
 	}
-	l.reservation = broker.budget.Reserve(&broker.share)
+	l.reservation = broker.Reserve()
 	resp.Body = l
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), maxNoting)
 	defer cancel()
@@ -125,8 +124,8 @@ func (l *learner) target(a task.Accepted) harvest.Target {
 
 // warn logs that an answer cannot be read, from time to time.
 func (l *learner) warn(err error) {
-	if err != nil && l.broker.warnings.due(l.broker.health.failDuration) {
-		l.broker.logger.Warn("the answer to a submission cannot be read to its end: what it does not name is not followed", zap.Error(err))
+	if err != nil {
+		l.broker.WarnSometimes("the answer to a submission cannot be read to its end: what it does not name is not followed", err)
 	}
 }
 

@@ -14,13 +14,14 @@ import (
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/upstream"
 )
 
 // requestInfo is what placeholders and the access log show of a request. It is attached when the request comes in, and
 // complete before the response is written: header fields of the response may contain the placeholders.
 type requestInfo struct {
-	client   *client // nil without a valid secret
-	node     *origin // whose report it is; nil if that is not known
+	client   *client          // nil without a valid secret
+	node     *upstream.Origin // whose report it is; nil if that is not known
 	cache    outcome
 	upstream problem.Role // of the upstream that answered; none if the report was kept
 
@@ -75,7 +76,7 @@ func (i *requestInfo) nodeName() string {
 	if i.node == nil {
 		return ""
 	}
-	return i.node.name
+	return i.node.Name
 }
 
 // MarshalLogObject implements zapcore.ObjectMarshaler.

@@ -4,8 +4,8 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"slices"
 	"strconv"
-	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -13,6 +13,7 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/cli"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/upstream"
 )
 
 // outcome is what the cache did for a request. It is a label of metrics and a field of logs.
@@ -40,27 +41,16 @@ var (
 		Help: "Requests, by status code, endpoint, client, and what the cache did for them: hit, storage, miss, bypass, collapsed, error or none.",
 	}, []string{"code", "cache", "client", "endpoint"})
 
-	questionsTotal = prometheus.NewCounterVec(prometheus.CounterOpts{
-		Name: "caddy_fsbroker_questions_total",
-		Help: "Requests to nodes and the broker, by outcome: answered, nothing_yet, unknown, abandoned by all callers, or the problem.",
-	}, []string{"role", "node", "outcome"})
-
-	questionSeconds = prometheus.NewHistogramVec(prometheus.HistogramOpts{
-		Name:    "caddy_fsbroker_question_duration_seconds",
-		Help:    "Duration of requests to nodes and the broker, including the body of the answer.",
-		Buckets: []float64{.005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10, 30},
-	}, []string{"role", "node"})
-
-	storageMetrics = archive.NewMetrics()
-	harvestMetrics = harvest.NewMetrics()
+	upstreamMetrics = upstream.NewMetrics()
+	storageMetrics  = archive.NewMetrics()
+	harvestMetrics  = harvest.NewMetrics()
 )
 
 // registerMetrics registers all metrics with a configuration's registry, unless another handler has done so. The gauges
 // are read from current.
 func registerMetrics(registry *prometheus.Registry, current func() stats) error {
-	collectors := append(storageMetrics.Collectors(), requestsTotal, questionsTotal, questionSeconds, gauges{current})
-	collectors = append(collectors, harvestMetrics.Collectors()...)
-	for _, c := range collectors {
+	own := []prometheus.Collector{requestsTotal, gauges{current}}
+	for _, c := range slices.Concat(own, upstreamMetrics.Collectors(), storageMetrics.Collectors(), harvestMetrics.Collectors()) {
 		err := registry.Register(c)
 		if _, already := errors.AsType[prometheus.AlreadyRegisteredError](err); err != nil && !already {
 			return fmt.Errorf("registering metrics: %w", err)
@@ -95,33 +85,6 @@ func (c *hitCounters) count(status int) bool {
 // countRequest counts a request. The client is empty without a valid secret.
 func countRequest(status int, cache outcome, client string, e *endpoint) {
 	requestsTotal.WithLabelValues(strconv.Itoa(status), cache.String(), client, e.path).Inc()
-}
-
-// fetchOutcome returns the outcome of a fetch, for metrics and spans.
-func fetchOutcome(status int, err error) string {
-	if p, ok := errors.AsType[*problem.Problem](err); ok {
-		return p.Reason()
-	}
-	switch {
-	case err != nil:
-		return "abandoned"
-	case status == http.StatusNoContent:
-		return "nothing_yet"
-	case status == http.StatusNotFound:
-		return "unknown"
-	}
-	return "answered"
-}
-
-// countProxied counts a request that was passed through to an upstream. Its duration is the caller's as well.
-func countProxied(role problem.Role, node, outcome string) {
-	questionsTotal.WithLabelValues(role.String(), node, outcome).Inc()
-}
-
-// countFetch counts a request to an upstream.
-func countFetch(role problem.Role, node, outcome string, took time.Duration) {
-	questionsTotal.WithLabelValues(role.String(), node, outcome).Inc()
-	questionSeconds.WithLabelValues(role.String(), node).Observe(took.Seconds())
 }
 
 // The gauges.

@@ -1,114 +1,193 @@
 package fsbroker
 
 import (
+	"cmp"
+	"iter"
+	"slices"
 	"sync"
 	"sync/atomic"
 
-	"go.opentelemetry.io/otel/trace"
-
 	"github.com/caddyserver/caddy/v2"
 
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/budget"
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/cli"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/coalesce"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
-// shared is what a namespace shares across configurations: the memory tier, and the calls under way that fill it. It holds
-// nothing of a configuration, so it outlives each of them.
-type shared struct {
-	*memory
-	calls   coalesce.Group[callKey, fetchResult]
-	storage budget.Share // of the memory for answers: what is being read from the storage
-
-	membersMu sync.Mutex
-	members   map[*member]struct{}
-
+// namespace is what outlives a configuration, under a name: the reports in memory, the calls under way that fill it, the
+// archives, and what is followed. It holds nothing of a configuration. It changes only when a site joins or leaves.
+type namespace struct {
+	name    string
+	memory  *memory
+	calls   coalesce.Group[callKey, result]
+	storage budget.Share // of the memory for answers: what is being read from storages
 	waiters atomic.Int64 // callers that wait for a report to be finished
 
-	follower atomic.Pointer[harvest.Follower] // nil if nothing is followed
+	follower atomic.Pointer[harvest.Follower] // nil if no site follows anything
+
+	mu        sync.Mutex       // guards the fields below
+	sites     []member         // the newest last
+	tiers     map[string]*tier // by what identifies a storage: on a reload with another storage, two are used at once
+	following int              // how many sites follow anything
+}
+
+// member is a site in its namespace.
+type member struct {
+	*resolver
+	limit int64 // of memory, in bytes
+}
+
+// tier is an archive, with the number of sites that use it.
+type tier struct {
+	archive *archive.Archive
+	sites   int
 }
 
 // callKey is the key of a call: what is fetched, and the identity of the upstreams. Two configurations that use the same
 // upstreams in the same way share a call. A wrong secret of an old configuration does not affect a new one.
 type callKey struct{ report, upstreams task.Key }
 
-// origin names an upstream.
-type origin struct {
-	role problem.Role
-	name string // a node's application server ID
-}
-
-// fetchResult is what a call gives to all its callers.
-type fetchResult struct {
-	entry  *entry
-	stored bool               // it came from the storage
-	from   *origin            // the upstream that answered; nil if it was kept
-	span   *trace.SpanContext // of the request to the upstream; nil if nothing is traced
-}
-
-// pool holds the shared value of each namespace, for as long as a configuration uses it: a new configuration is
+// namespaces has the namespaces of the process, by their names, for as long as a configuration uses them: a new one is
 // provisioned before the old one is cleaned up.
-var pool = caddy.NewUsagePool()
+var namespaces = caddy.NewUsagePool()
 
-// member is a configuration that uses a shared value.
-type member struct {
-	*shared
-	namespace string
-	limit     int64
-}
-
-// joinShared returns a new member of a namespace, whose cache may have maxSize bytes. The largest limit of all members
-// counts.
-func joinShared(namespace string, maxSize int64) (*member, error) {
-	v, _, err := pool.LoadOrNew(namespace, func() (caddy.Destructor, error) {
-		return &shared{memory: newMemory(0), members: make(map[*member]struct{})}, nil
-	})
+// useNamespace returns the namespace with a name. It must be given back with disuse.
+func useNamespace(name string) (*namespace, error) {
+	v, _, err := namespaces.LoadOrNew(name, func() (caddy.Destructor, error) { return newNamespace(name), nil })
 	if err != nil {
 		return nil, err
 	}
-	m := &member{shared: v.(*shared), namespace: namespace, limit: maxSize}
-	m.membersMu.Lock()
-	defer m.membersMu.Unlock()
-	m.members[m] = struct{}{}
-	m.applyLimit()
-	return m, nil
+	return v.(*namespace), nil
 }
 
-// leave ends the membership. The limit stays when the last member leaves, for the benefit of one that joins at once.
-func (m *member) leave() error {
-	m.membersMu.Lock()
-	delete(m.members, m)
-	if len(m.members) > 0 {
-		m.applyLimit()
-	}
-	m.membersMu.Unlock()
-	_, err := pool.Delete(m.namespace)
+func newNamespace(name string) *namespace {
+	return &namespace{name: name, memory: newMemory(0), tiers: make(map[string]*tier)}
+}
+
+// disuse undoes useNamespace.
+func (ns *namespace) disuse() error {
+	_, err := namespaces.Delete(ns.name)
 	return err
 }
 
-// applyLimit sets the largest limit of all members. The caller holds membersMu.
-func (s *shared) applyLimit() {
-	var limit int64
-	for m := range s.members {
-		limit = max(limit, m.limit)
-	}
-	s.setLimit(limit)
-}
-
 // Destruct implements caddy.Destructor.
-func (s *shared) Destruct() error {
-	s.memory.close()
+func (ns *namespace) Destruct() error {
+	ns.memory.close()
 	return nil
 }
 
-func (s *shared) stats() cli.Cache {
-	stats := s.memory.stats()
-	stats.Waiters = s.waiters.Load()
-	return stats
+// eachNamespace iterates over all namespaces.
+func eachNamespace() iter.Seq[*namespace] {
+	return func(yield func(*namespace) bool) {
+		namespaces.Range(func(_, ns any) bool { return yield(ns.(*namespace)) })
+	}
+}
+
+// openArchive returns the archive for the storage with that ID. It makes the archive if there is none, and stores in it what
+// memory has. The backend must not be used by others.
+func (ns *namespace) openArchive(id string, b *archive.Backend) *archive.Archive {
+	ns.mu.Lock()
+	t := ns.tiers[id]
+	isNew := t == nil
+	if isNew {
+		t = &tier{archive: ns.newArchive()}
+		ns.tiers[id] = t
+	}
+	t.sites++
+	ns.mu.Unlock()
+	t.archive.Attach(b)
+	if isNew {
+		ns.memory.saving.attach(t.archive)
+	}
+	return t.archive
+}
+
+func (ns *namespace) newArchive() (a *archive.Archive) {
+	a = archive.New(archive.Config{
+		Namespace: ns.name, Metrics: storageMetrics,
+		Room: func() { ns.memory.saving.resume(a) },
+		Stored: func(i archive.Item) {
+			saved := ns.memory.saving.stored(i, a)
+			if f := ns.follower.Load(); f != nil {
+				f.Saved(a, saved...)
+			}
+		},
+	})
+	return a
+}
+
+// closeArchive undoes openArchive.
+func (ns *namespace) closeArchive(id string, b *archive.Backend) {
+	ns.mu.Lock()
+	t := ns.tiers[id]
+	t.sites--
+	isLast := t.sites == 0
+	if isLast {
+		delete(ns.tiers, id)
+	}
+	ns.mu.Unlock()
+	t.archive.Detach(b)
+	if isLast {
+		ns.memory.saving.detach(t.archive)
+		t.archive.Close()
+	}
+}
+
+// openFollower returns the follower, which does nothing until a source is attached. It makes one if there is none.
+func (ns *namespace) openFollower(instance, lockDir string) *harvest.Follower {
+	ns.mu.Lock()
+	defer ns.mu.Unlock()
+	if ns.following++; ns.following == 1 {
+		ns.follower.Store(harvest.New(harvest.Config{Namespace: ns.name, Instance: instance, LockDir: lockDir, Metrics: harvestMetrics}))
+	}
+	return ns.follower.Load()
+}
+
+// closeFollower undoes openFollower. It must come before the archive is closed, where the follower has its notes.
+func (ns *namespace) closeFollower() {
+	ns.mu.Lock()
+	var last *harvest.Follower
+	if ns.following--; ns.following == 0 {
+		last = ns.follower.Swap(nil)
+	}
+	ns.mu.Unlock()
+	if last != nil {
+		last.Close()
+	}
+}
+
+// join adds a site, whose memory may have limit bytes. The largest limit of all sites counts.
+func (ns *namespace) join(site *resolver, limit int64) {
+	ns.mu.Lock()
+	defer ns.mu.Unlock()
+	ns.sites = append(ns.sites, member{site, limit})
+	ns.applyLimit()
+}
+
+// leave removes a site. The limit stays when the last one leaves, for the benefit of one that joins at once.
+func (ns *namespace) leave(site *resolver) {
+	ns.mu.Lock()
+	defer ns.mu.Unlock()
+	ns.sites = slices.DeleteFunc(ns.sites, func(m member) bool { return m.resolver == site })
+	if len(ns.sites) > 0 {
+		ns.applyLimit()
+	}
+}
+
+// applyLimit sets the largest limit of all sites. The caller holds the mutex.
+func (ns *namespace) applyLimit() {
+	largest := slices.MaxFunc(ns.sites, func(a, b member) int { return cmp.Compare(a.limit, b.limit) })
+	ns.memory.setLimit(largest.limit)
+}
+
+// members returns the sites, the newest last.
+func (ns *namespace) members() []member {
+	ns.mu.Lock()
+	defer ns.mu.Unlock()
+	return slices.Clone(ns.sites)
 }
 
 // Interface guard
-var _ caddy.Destructor = (*shared)(nil)
+var _ caddy.Destructor = (*namespace)(nil)

@@ -2,29 +2,18 @@ package fsbroker
 
 import (
 	"cmp"
-	"context"
-	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net"
-	"net/http"
 	"net/url"
 	"slices"
 	"strconv"
 	"strings"
-	"time"
-
-	"go.uber.org/zap"
-	"golang.org/x/sync/semaphore"
 
 	"github.com/caddyserver/caddy/v2"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp/reverseproxy"
 
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/budget"
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/cli"
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/upstream"
 )
 
 // Node configures a processor node, which holds the reports of its tasks.
@@ -70,8 +59,8 @@ var secretPlaces = []string{"header", "secret", "serect"}
 var errSecretIn = errors.New("secret_in must be one or several of header, secret and serect, once each")
 
 // newSecret returns the secret of the endpoint with that value.
-func (e Endpoint) newSecret(value string) (*upstreamSecret, error) {
-	s := &upstreamSecret{value: value}
+func (e Endpoint) newSecret(value string) (upstream.Secret, error) {
+	s := upstream.Secret{Value: value}
 	places := e.SecretIn
 	if len(places) == 0 {
 		places = secretPlaces
@@ -79,11 +68,11 @@ func (e Endpoint) newSecret(value string) (*upstreamSecret, error) {
 	for i, place := range places {
 		switch {
 		case !slices.Contains(secretPlaces, place) || slices.Contains(places[:i], place):
-			return nil, errSecretIn
+			return upstream.Secret{}, errSecretIn
 		case place == "header":
-			s.inHeader = true
+			s.InHeader = true
 		default:
-			s.params = append(s.params, place)
+			s.Params = append(s.Params, place)
 		}
 	}
 	return s, nil
@@ -135,10 +124,8 @@ func parseAddress(address string, scheme func(port string) string) (*url.URL, er
 
 // endpointOptions are the options that the endpoints of a handler have in common.
 type endpointOptions struct {
-	upstreamOptions
-	tls          *reverseproxy.TLSConfig // nil if the transport has none
-	failDuration time.Duration
-	notify       func(u *upstream, event, reason string)
+	upstream.Options
+	tls *reverseproxy.TLSConfig // nil if the transport has none
 }
 
 // usesTLS reports whether the transport uses TLS for a port if the address has no scheme.
@@ -148,8 +135,8 @@ func (o endpointOptions) usesTLS(port string) bool {
 
 var errHTTPBesideTLS = errors.New("the scheme of the address is http, but the transport is configured for TLS: write https://, remove the TLS options, or except the port with tls_except_ports")
 
-// newUpstream resolves and checks an Endpoint. The name is a node's application server ID.
-func (e Endpoint) newUpstream(repl *caddy.Replacer, role problem.Role, name string, o endpointOptions) (*upstream, error) {
+// newUpstream resolves and checks an Endpoint.
+func (e Endpoint) newUpstream(repl *caddy.Replacer, origin upstream.Origin, o endpointOptions) (*upstream.Upstream, error) {
 	address, err := replacePlaceholders(repl, e.Address)
 	if err != nil {
 		return nil, fmt.Errorf("resolving the address: %w", err)
@@ -176,185 +163,5 @@ func (e Endpoint) newUpstream(repl *caddy.Replacer, role problem.Role, name stri
 	if err != nil {
 		return nil, err
 	}
-	o.logger = o.logger.With(zap.Stringer("role", role), zap.String("address", base.Host))
-	if name != "" {
-		o.logger = o.logger.With(zap.String("node", name))
-	}
-	u := &upstream{
-		origin:          origin{role, name},
-		base:            base,
-		secret:          secret,
-		identity:        task.NewKey(base.String(), value, fmt.Sprint(secret.inHeader, secret.params, o.timeout, o.maxAnswer)),
-		upstreamOptions: o.upstreamOptions,
-		line:            semaphore.NewWeighted(maxInFlight),
-	}
-	u.health.role, u.health.failDuration, u.health.logger = role, o.failDuration, o.logger
-	u.health.warnings = make(map[string]*warning)
-	u.health.notify = func(event, reason string) { o.notify(u, event, reason) }
-	return u, nil
-}
-
-// errUnknown means that an upstream does not know a task or a submission.
-var errUnknown = errors.New("the upstream does not know it")
-
-// fetchTask fetches the report of a node's task from the node, or from the broker. A fresh fetch asks the broker for the
-// node's current report instead of its copy.
-func (u *upstream) fetchTask(ctx context.Context, q query, fresh bool) (*task.Report, error) {
-	params := url.Values{"taskID": {q.taskID}, "all": {strconv.FormatBool(q.kind == task.Complete)}}
-	if u.role == problem.RoleBroker {
-		params.Set("appServerID", q.appServerID)
-		setNocache(params, fresh)
-	}
-	return u.fetchReport(ctx, params)
-}
-
-// fetchSubmitted fetches the report of a submission from the broker.
-func (u *upstream) fetchSubmitted(ctx context.Context, q query, fresh bool) (*task.Report, error) {
-	params := url.Values{"submitID": {q.submitID}, "all": {strconv.FormatBool(q.kind == task.Complete)}}
-	setNocache(params, fresh)
-	return u.fetchReport(ctx, params)
-}
-
-func setNocache(params url.Values, fresh bool) {
-	if fresh {
-		params.Set("nocache", "true")
-	}
-}
-
-// fetchReport fetches a report. The error is errUnknown if the upstream does not know it.
-func (u *upstream) fetchReport(ctx context.Context, params url.Values) (*task.Report, error) {
-	var report *task.Report
-	status, err := u.fetch(ctx, "task", params, sourceRequest, func(body io.Reader, grow func(int64) error) (err error) {
-		marked := &marker{Reader: body}
-		report, err = task.ReadReport(marked, grow)
-		if err != nil && !errors.Is(err, budget.ErrNoRoom) {
-			return u.notA("report", err, marked)
-		}
-		return err
-	})
-	switch {
-	case err != nil:
-		return nil, err
-	case status == http.StatusNoContent:
-		return task.NothingYet(time.Now()), nil
-	case status == http.StatusNotFound:
-		return nil, errUnknown
-	}
-	return report, nil
-}
-
-// notA returns the problem that an answer is not what it should be.
-func (u *upstream) notA(wanted string, err error, body *marker) *problem.Problem {
-	if body.isHTML() {
-		return u.problem(problem.BadAnswer, "sent something that looks like HTML and is not a "+wanted+": its operator checks that its address is that of the "+u.role.String())
-	}
-	return u.problem(problem.BadAnswer, fmt.Sprintf("sent something that is not a %s: %s"+problem.TryAgain, wanted, err))
-}
-
-// fetchSubmission fetches what the broker says about a submission. The error is errUnknown if the broker does not know it.
-func (u *upstream) fetchSubmission(ctx context.Context, submitID string) (task.Submission, error) {
-	var sub task.Submission
-	status, err := u.fetch(ctx, "submit-result", url.Values{"submitID": {submitID}}, sourceOther, func(body io.Reader, _ func(int64) error) (err error) {
-		sub, err = task.ReadSubmission(io.LimitReader(body, maxInfo))
-		return err
-	})
-	switch {
-	case err != nil:
-		return task.Submission{}, err
-	case status == http.StatusNoContent:
-		return task.Submission{Queued: true}, nil
-	case status == http.StatusNotFound:
-		return task.Submission{}, errUnknown
-	}
-	return sub, nil
-}
-
-// systemInfo is what an upstream says about itself, as the admin API shows it.
-type systemInfo = cli.SystemInfo
-
-// maxInfo is how much is read of what an upstream says about itself or about a submission, in bytes.
-const maxInfo = 64 << 10
-
-// fetchSystemInfo fetches what an upstream says about itself, even if the upstream is down. An error means that ctx has
-// ended.
-func (u *upstream) fetchSystemInfo(ctx context.Context, timeout time.Duration) (response, systemInfo, error) {
-	var info systemInfo
-	r, err := u.exchange(ctx, timeout, "system-info", make(url.Values), func(body io.Reader, _ func(int64) error) (err error) {
-		marked := &marker{Reader: io.LimitReader(body, maxInfo)}
-		if info, err = readSystemInfo(marked); err != nil {
-			return u.notA("JSON object", errors.New("it is not JSON, or something else"), marked)
-		}
-		return nil
-	})
-	if err == nil && r.problem == nil && r.status != http.StatusOK {
-		r.problem = u.problem(problem.BadAnswer, fmt.Sprintf("answered with the status %d instead of its system information", r.status))
-	}
-	return r, info, err
-}
-
-// readSystemInfo reads a JSON object. Members that are missing or have another type are left out.
-func readSystemInfo(body io.Reader) (systemInfo, error) {
-	var doc *struct {
-		VersionInfo struct {
-			Name, Version optional[string]
-		}
-		QueueInfo struct {
-			ActiveCount, QueueCount, CompletedCount optional[float64]
-		}
-		ActiveThreads, FreeDiscSpaceInMb optional[float64]
-	}
-	text, err := io.ReadAll(body)
-	if err != nil {
-		return systemInfo{}, err
-	}
-	err = json.Unmarshal(text, &doc)
-	if mismatch, ok := errors.AsType[*json.UnmarshalTypeError](err); ok && mismatch.Field != "" {
-		err = nil // of a member
-	}
-	if err == nil && doc == nil {
-		err = errors.New("it is null")
-	}
-	if err != nil {
-		return systemInfo{}, err
-	}
-	info := systemInfo{Name: short(doc.VersionInfo.Name), Version: short(doc.VersionInfo.Version)}
-	info.ActiveThreads, info.FreeDiskSpaceMB = whole(doc.ActiveThreads), whole(doc.FreeDiscSpaceInMb)
-	info.Queue = cli.QueueInfo{
-		Active:    whole(doc.QueueInfo.ActiveCount),
-		Queued:    whole(doc.QueueInfo.QueueCount),
-		Completed: whole(doc.QueueInfo.CompletedCount),
-	}
-	return info, nil
-}
-
-// optional is a JSON value that may be missing or have another type.
-type optional[T any] struct{ value *T }
-
-// UnmarshalJSON implements json.Unmarshaler.
-func (o *optional[T]) UnmarshalJSON(text []byte) error {
-	var value T
-	if json.Unmarshal(text, &value) == nil {
-		o.value = &value
-	}
-	return nil
-}
-
-// maxName bounds the name and the version of an upstream, in bytes.
-const maxName = 64
-
-// short returns a text that can be shown, or an empty string.
-func short(text optional[string]) string {
-	if text.value == nil || len(*text.value) > maxName || !task.ValidID(*text.value) {
-		return ""
-	}
-	return *text.value
-}
-
-// whole returns a number as an integer, or nil.
-func whole(number optional[float64]) *int64 {
-	if number.value == nil {
-		return nil
-	}
-	n := int64(*number.value)
-	return &n
+	return upstream.New(upstream.Config{Options: o.Options, Origin: origin, Base: base, Secret: secret}), nil
 }

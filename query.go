@@ -15,43 +15,34 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
+// target is the report that a caller asks for, by its submission, or by its node and task.
+type target struct {
+	harvest.ID
+	kind task.Kind
+}
+
 // query is what a caller asks for with GET /task.
 type query struct {
-	submitID    string // wins over the pair below
-	appServerID string
-	taskID      string
-	sha256      string // the SHA-256 sum of a file, whose newest report is wanted; instead of all of the above
-	kind        task.Kind
-	nocache     bool   // ask an upstream, whatever is kept
-	onlyCached  bool   // ask no upstream
-	wait        uint32 // seconds to hold the answer until the report is finished; if it is not given, the header Prefer counts
+	target
+	sha256     string // the SHA-256 sum of a file, whose newest report is wanted; instead of a submission or a task
+	nocache    bool   // ask an upstream, whatever is kept
+	onlyCached bool   // ask no upstream
+}
+
+// parsedQuery is a query with what the query of a request has beside it.
+type parsedQuery struct {
+	query
+	wait uint32 // seconds to hold the answer until the report is finished; if it is not given, the header Prefer counts
 
 	given          parameter        // the parameters that the query has
 	serect, secret string           // the caller's secret, in both spellings
 	problem        *problem.Problem // the first problem of the query; only told to a caller with a valid secret
 }
 
-// target returns the query without what concerns only its caller, for use as a key.
-func (q *query) target() query {
-	t := query{submitID: q.submitID, sha256: q.sha256, kind: q.kind, nocache: q.nocache, onlyCached: q.onlyCached}
-	if t.submitID == "" {
-		t.appServerID, t.taskID = q.appServerID, q.taskID
-	}
-	return t
-}
-
-// id returns the submission, or the node and its task, that a query names.
-func (q query) id() harvest.ID {
-	if q.submitID != "" {
-		return harvest.ID{SubmitID: q.submitID}
-	}
-	return harvest.ID{AppServerID: q.appServerID, TaskID: q.taskID}
-}
-
 // parseQuery parses a raw query. It returns the secrets even if the rest is malformed, so that the caller is
 // authenticated before anything is said about the query.
-func parseQuery(rawQuery string) query {
-	var q query
+func parseQuery(rawQuery string) parsedQuery {
+	var q parsedQuery
 	for pair := range strings.SplitSeq(rawQuery, "&") {
 		if pair != "" {
 			q.parse(pair)
@@ -83,7 +74,7 @@ const (
 
 // cutSecrets takes the caller's secrets out of a raw query for the broker. It returns them, and the rest of the query as it
 // was. A parameter whose name differs from that of a secret in its case presents none, but is left out as well.
-func cutSecrets(rawQuery string) (q query, rest string) {
+func cutSecrets(rawQuery string) (q parsedQuery, rest string) {
 	var kept []string
 	for pair := range strings.SplitSeq(rawQuery, "&") {
 		switch name, _, ok := q.split(pair); {
@@ -98,7 +89,7 @@ func cutSecrets(rawQuery string) (q query, rest string) {
 }
 
 // split splits a name=value pair. A malformed one is rejected.
-func (q *query) split(pair string) (name, value string, ok bool) {
+func (q *parsedQuery) split(pair string) (name, value string, ok bool) {
 	rawName, rawValue, _ := strings.Cut(pair, "=")
 	if strings.IndexByte(pair, '%') < 0 && strings.IndexByte(pair, '+') < 0 && strings.IndexByte(pair, ';') < 0 {
 		return rawName, rawValue, true // most are like this, and QueryUnescape looks at each byte
@@ -113,7 +104,7 @@ func (q *query) split(pair string) (name, value string, ok bool) {
 }
 
 // parse parses one name=value pair. Parameters that are not of the Task API are ignored.
-func (q *query) parse(pair string) {
+func (q *parsedQuery) parse(pair string) {
 	name, value, ok := q.split(pair)
 	if !ok {
 		return
@@ -129,11 +120,11 @@ func (q *query) parse(pair string) {
 	case "secret":
 		which, text = paramSecret, &q.secret
 	case "submitID":
-		which, text = paramSubmitID, &q.submitID
+		which, text = paramSubmitID, &q.SubmitID
 	case "appServerID":
-		which, text = paramAppServerID, &q.appServerID
+		which, text = paramAppServerID, &q.AppServerID
 	case "taskID":
-		which, text = paramTaskID, &q.taskID
+		which, text = paramTaskID, &q.TaskID
 	case "sha256":
 		which, text = paramSHA256, &q.sha256
 	case "all":
@@ -172,12 +163,13 @@ func (q *query) parse(pair string) {
 }
 
 // check checks that the given parameters identify a report.
-func (q *query) check() {
+func (q *parsedQuery) check() {
 	switch {
 	case q.given&paramSHA256 != 0:
 		q.checkFile()
-	case q.given&paramSubmitID != 0:
-		q.checkID("submitID", q.submitID)
+	case q.given&paramSubmitID != 0: // which wins over the pair
+		q.AppServerID, q.TaskID = "", ""
+		q.checkID("submitID", q.SubmitID)
 	case q.given&(paramAppServerID|paramTaskID) == 0:
 		q.reject(problem.MissingParameter, "no report is named: give submitID, or appServerID and taskID together, or sha256")
 	case q.given&paramAppServerID == 0:
@@ -185,18 +177,18 @@ func (q *query) check() {
 	case q.given&paramTaskID == 0:
 		q.reject(problem.MissingParameter, "appServerID needs taskID beside it (or give submitID instead of both)")
 	default:
-		q.checkID("appServerID", q.appServerID)
-		q.checkID("taskID", q.taskID)
+		q.checkID("appServerID", q.AppServerID)
+		q.checkID("taskID", q.TaskID)
 	}
 }
 
-func (q *query) checkID(name, id string) {
+func (q *parsedQuery) checkID(name, id string) {
 	if !task.ValidID(id) {
 		q.reject(problem.MalformedParameter, fmt.Sprintf("the parameter %s must be an ID of 1 to %d bytes without control characters", name, task.MaxIDLength))
 	}
 }
 
-func (q *query) checkFile() {
+func (q *parsedQuery) checkFile() {
 	if _, ok := parseSum(q.sha256); !ok {
 		q.reject(problem.MalformedParameter, "the parameter sha256 must be 64 hexadecimal digits")
 	}
@@ -206,7 +198,7 @@ func (q *query) checkFile() {
 }
 
 // direct applies the directives of a request's Cache-Control.
-func (q *query) direct(header http.Header) {
+func (q *parsedQuery) direct(header http.Header) {
 	noCache, onlyCached := cacheDirectives(header)
 	if noCache && q.sha256 != "" {
 		q.reject(problem.ConflictingParameter, "sha256 only finds what is kept: leave out Cache-Control: no-cache")
@@ -215,7 +207,7 @@ func (q *query) direct(header http.Header) {
 }
 
 // reject keeps the first problem.
-func (q *query) reject(kind problem.Kind, detail string) {
+func (q *parsedQuery) reject(kind problem.Kind, detail string) {
 	if q.problem == nil {
 		q.problem = &problem.Problem{Kind: kind, Detail: detail}
 	}

@@ -9,27 +9,24 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
 func TestParseQuery(t *testing.T) {
 	sum := strings.Repeat("0a", 32)
-	for raw, want := range map[string]query{
-		"submitID=s1":             {submitID: "s1", given: paramSubmitID},
-		"submitID=s1&all&nocache": {submitID: "s1", kind: task.Complete, nocache: true, given: paramSubmitID | paramAll | paramNoCache},
-		"&&taskID=t%201&appServerID=a+b&": {
-			appServerID: "a b", taskID: "t 1", given: paramAppServerID | paramTaskID,
-		},
-		"appServerID=a&taskID=t&all=no&secret=%26": {
-			appServerID: "a", taskID: "t", secret: "&", given: paramAppServerID | paramTaskID | paramAll | paramSecret,
-		},
-		"serect=x=y&submitID=s%C3%A4":           {submitID: "sä", serect: "x=y", given: paramSubmitID | paramSerect},
-		"secret&submitID=s1":                    {submitID: "s1", given: paramSubmitID | paramSecret},
-		"sha256=" + sum:                         {sha256: sum, given: paramSHA256},
-		"all&sha256=" + strings.ToUpper(sum):    {sha256: strings.ToUpper(sum), kind: task.Complete, given: paramSHA256 | paramAll},
-		"submitID=s1&wait=0":                    {submitID: "s1", given: paramSubmitID | paramWait},
-		"submitID=s1&wait=030":                  {submitID: "s1", wait: 30, given: paramSubmitID | paramWait},
-		"submitID=s1&wait=99999999999999999999": {submitID: "s1", wait: math.MaxUint32, given: paramSubmitID | paramWait},
+	for raw, want := range map[string]parsedQuery{
+		"submitID=s1":                              {query: query{target: target{ID: harvest.ID{SubmitID: "s1"}}}, given: paramSubmitID},
+		"submitID=s1&all&nocache":                  {query: query{target: target{ID: harvest.ID{SubmitID: "s1"}, kind: task.Complete}, nocache: true}, given: paramSubmitID | paramAll | paramNoCache},
+		"&&taskID=t%201&appServerID=a+b&":          {query: query{target: target{ID: harvest.ID{AppServerID: "a b", TaskID: "t 1"}}}, given: paramAppServerID | paramTaskID},
+		"appServerID=a&taskID=t&all=no&secret=%26": {query: query{target: target{ID: harvest.ID{AppServerID: "a", TaskID: "t"}}}, secret: "&", given: paramAppServerID | paramTaskID | paramAll | paramSecret},
+		"serect=x=y&submitID=s%C3%A4":              {query: query{target: target{ID: harvest.ID{SubmitID: "sä"}}}, serect: "x=y", given: paramSubmitID | paramSerect},
+		"secret&submitID=s1":                       {query: query{target: target{ID: harvest.ID{SubmitID: "s1"}}}, given: paramSubmitID | paramSecret},
+		"sha256=" + sum:                            {query: query{sha256: sum}, given: paramSHA256},
+		"all&sha256=" + strings.ToUpper(sum):       {query: query{target: target{kind: task.Complete}, sha256: strings.ToUpper(sum)}, given: paramSHA256 | paramAll},
+		"submitID=s1&wait=0":                       {query: query{target: target{ID: harvest.ID{SubmitID: "s1"}}}, given: paramSubmitID | paramWait},
+		"submitID=s1&wait=030":                     {query: query{target: target{ID: harvest.ID{SubmitID: "s1"}}}, wait: 30, given: paramSubmitID | paramWait},
+		"submitID=s1&wait=99999999999999999999":    {query: query{target: target{ID: harvest.ID{SubmitID: "s1"}}}, wait: math.MaxUint32, given: paramSubmitID | paramWait},
 	} {
 		if got := parseQuery(raw); got != want {
 			t.Errorf("%s: %+v, want %+v", raw, got, want)
@@ -102,8 +99,11 @@ func FuzzQuery(f *testing.F) {
 			return
 		}
 		for name, got := range map[string]string{
-			"submitID": q.submitID, "appServerID": q.appServerID, "taskID": q.taskID, "sha256": q.sha256, "secret": q.secret, "serect": q.serect,
+			"submitID": q.SubmitID, "appServerID": q.AppServerID, "taskID": q.TaskID, "sha256": q.sha256, "secret": q.secret, "serect": q.serect,
 		} {
+			if values.Has("submitID") && (name == "appServerID" || name == "taskID") {
+				values.Del(name) // which submitID wins over
+			}
 			if len(values[name]) > 1 || values.Get(name) != got {
 				t.Errorf("%s is %q, not %q", name, got, values[name])
 			}
@@ -113,10 +113,10 @@ func FuzzQuery(f *testing.F) {
 				t.Errorf("has %s %t, want %q", name, given, values[name])
 			}
 		}
-		if q.sha256 != "" && (q.submitID+q.appServerID+q.taskID != "" || q.nocache || q.given&paramWait != 0) {
+		if q.sha256 != "" && (q.SubmitID+q.AppServerID+q.TaskID != "" || q.nocache || q.given&paramWait != 0) {
 			t.Errorf("accepted beside a file: %+v", q)
 		}
-		if q.submitID == "" && q.sha256 == "" && (q.appServerID == "" || q.taskID == "") {
+		if q.SubmitID == "" && q.sha256 == "" && (q.AppServerID == "" || q.TaskID == "") {
 			t.Errorf("accepted without a report: %+v", q)
 		}
 	})

@@ -25,14 +25,14 @@ func TestReloadKeepsReports(t *testing.T) {
 	}
 	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
 	node.wantRequests(t, 1)
-	if n := fsbroker.StoreUsers("default"); n != 1 {
+	if n := fsbroker.NamespaceUsers("default"); n != 1 {
 		t.Errorf("%d handlers hold the store, want the one that runs", n)
 	}
 	// The cache ends with the last handler.
 	if err := caddy.Stop(); err != nil {
 		t.Fatal(err)
 	}
-	if n := fsbroker.StoreUsers("default"); n != 0 {
+	if n := fsbroker.NamespaceUsers("default"); n != 0 {
 		t.Errorf("%d handlers hold the store, though none runs", n)
 	}
 }

@@ -15,17 +15,18 @@ func TestUnfinishedIsKeptUntilTheFollowerAsks(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				s := savingMemory(t, 1<<20)
-				rs := newResolver("default", nil, nil, s, resolverOptions{pollInterval: time.Hour})
-				rs.keep(numbered(1), query{}, answer{report: report})
-				rs.follower = harvest.New(harvest.Config{Namespace: "default"})
-				defer rs.follower.Close()
-				rs.keep(numbered(2), query{}, answer{report: report})
+				rs := newResolver(s.namespace, nil, nil, resolverOptions{pollInterval: time.Hour})
+				rs.keep(numbered(1), target{}, report, nil)
+				follower := harvest.New(harvest.Config{Namespace: "default"})
+				defer follower.Close()
+				rs = newResolver(s.namespace, nil, nil, resolverOptions{pollInterval: time.Hour, follower: follower})
+				rs.keep(numbered(2), target{}, report, nil)
 				time.Sleep(24 * time.Second) // the shortest delay between two questions in the end
 				synctest.Wait()
-				if _, ok := s.get(numbered(1)); !ok {
+				if _, ok := s.memory.get(numbered(1)); !ok {
 					t.Error("without a follower, it is not kept for the poll interval")
 				}
-				if _, ok := s.get(numbered(2)); ok {
+				if _, ok := s.memory.get(numbered(2)); ok {
 					t.Error("the follower would get what is kept")
 				}
 			})

@@ -39,7 +39,7 @@ type responder struct {
 
 // write writes the report that was found and returns the status of the response. It takes little stack, as a hit must (see
 // docs/ARCHITECTURE.md).
-func (rp *responder) write(w http.ResponseWriter, r *http.Request, res result) int {
+func (rp *responder) write(w http.ResponseWriter, r *http.Request, res *result) int {
 	status, c := rp.prepare(w, r, res)
 	if status != http.StatusOK {
 		return status
@@ -58,12 +58,12 @@ func (rp *responder) write(w http.ResponseWriter, r *http.Request, res result) i
 
 // prepare sets the header fields of the response for a report. If the status is 200, it returns the content, which must be
 // released. Any other response it has written.
-func (rp *responder) prepare(w http.ResponseWriter, r *http.Request, res result) (status int, c content) {
+func (rp *responder) prepare(w http.ResponseWriter, r *http.Request, res *result) (status int, c content) {
 	report := res.entry.report
 	f := fields{header: w.Header()}
-	f.set("Cache-Status", cacheStatus(res, nil))
+	f.set("Cache-Status", cacheStatus(res))
 	f.set("X-Content-Type-Options", "nosniff") // reports hold strings that attackers wrote
-	if res.hit {
+	if res.kept() {
 		f.set("Age", strconv.Itoa(int(max(0, time.Since(report.At()))/time.Second)))
 	}
 	if report.Finished() {
@@ -82,7 +82,7 @@ func (rp *responder) prepare(w http.ResponseWriter, r *http.Request, res result)
 	inflated := report.Gzipped() && !gzipped
 	rep := e.describe(inflated)
 	if ifMatch := r.Header["If-Match"]; len(ifMatch) > 0 && !matchesETag(ifMatch, rep.ETag, false) {
-		return writeProblem(w, r, errPreconditionFailed, cacheStatus(res, nil)), c
+		return writeProblem(w, r, errPreconditionFailed, cacheStatus(res)), c
 	}
 	if matchesETag(r.Header["If-None-Match"], rep.ETag, true) {
 		f.set("Etag", rep.ETag)
@@ -103,14 +103,15 @@ func (rp *responder) prepare(w http.ResponseWriter, r *http.Request, res result)
 }
 
 // refuse writes the problem that keeps a report from being sent: there is no memory for that, or the report is damaged.
-func (rp *responder) refuse(w http.ResponseWriter, r *http.Request, res result, err error) int {
+func (rp *responder) refuse(w http.ResponseWriter, r *http.Request, res *result, err error) int {
 	p := problem.NoRoom
 	if !errors.Is(err, budget.ErrNoRoom) {
 		rp.logger.Error("a kept report is damaged", zap.Error(err))
 		p = errDamaged
 	}
 	w.Header().Del("Age") // of the report
-	return writeProblem(w, r, p, cacheStatus(res, p))
+	res.problem = p
+	return writeProblem(w, r, p, cacheStatus(res))
 }
 
 // stream writes an inflated document piece by piece. The response cannot say any more that the report is damaged, so it is
@@ -189,17 +190,17 @@ func (f *fields) set(name, value string) {
 	f.n++
 }
 
-// cacheStatus returns the field of RFC 9211 for a result, or for the problem that took its place.
-func cacheStatus(res result, p *problem.Problem) string {
+// cacheStatus returns the field of RFC 9211 for a result.
+func cacheStatus(res *result) string {
 	forward := "fsbroker; fwd=uri-miss"
 	if res.nocache {
 		forward = "fsbroker; fwd=request"
 	}
-	switch res.outcome(p) {
+	switch res.outcome() {
 	case outcomeError:
-		return forward + "; detail=" + p.Code()
+		return forward + "; detail=" + res.problem.Code()
 	case outcomeNone:
-		return "fsbroker; detail=" + p.Code()
+		return "fsbroker; detail=" + res.problem.Code()
 	case outcomeStorage:
 		return "fsbroker; hit; detail=storage"
 	case outcomeHit:

@@ -4,7 +4,6 @@ import (
 	"context"
 	"crypto/sha256"
 	"errors"
-	"fmt"
 	"slices"
 	"testing"
 	"testing/synctest"
@@ -20,38 +19,41 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
-// savingMemory is a memory of a limit.
-func savingMemory(t *testing.T, limit int64) *shared {
-	m := &shared{memory: newMemory(limit)}
-	t.Cleanup(m.close)
-	return m
+// tested is a namespace, and its memory.
+type tested struct {
+	*namespace
+	*memory
+}
+
+// savingMemory returns a namespace whose memory has a limit.
+func savingMemory(t *testing.T, limit int64) *tested {
+	ns := newNamespace("default")
+	ns.memory.setLimit(limit)
+	t.Cleanup(ns.memory.close)
+	return &tested{ns, ns.memory}
 }
 
 // openFaulty opens an archive for a memory, in a storage of its own.
-func openFaulty(t *testing.T, m *shared, name string) (*archive.Archive, *storagetest.Faulty) {
+func openFaulty(t *testing.T, m *tested, name string) (*archive.Archive, *storagetest.Faulty) {
 	t.Helper()
 	return openLogged(t, m, name, zap.NewNop())
 }
 
 // openLogged is like openFaulty, with a logger.
-func openLogged(t *testing.T, m *shared, name string, logger *zap.Logger) (*archive.Archive, *storagetest.Faulty) {
+func openLogged(t *testing.T, m *tested, name string, logger *zap.Logger) (*archive.Archive, *storagetest.Faulty) {
 	t.Helper()
 	f := storagetest.NewFaulty(storagetest.New(storagetest.FileSystem))
 	b := &archive.Backend{Storage: f.Storage(), Logger: logger, Retention: 24 * time.Hour}
-	id := fmt.Sprint(t.Name(), " ", name)
-	a, err := openArchive("default", id, m, b)
-	if err != nil {
-		t.Fatal(err)
-	}
+	a := m.openArchive(name, b)
 	t.Cleanup(func() {
 		f.Mend()
-		_ = closeArchive(id, a, b)
+		m.closeArchive(name, b)
 	})
 	return a, f
 }
 
 // keepFinished keeps a finished report, and saves it.
-func keepFinished(m *shared, i, size int) *entry {
+func keepFinished(m *tested, i, size int) *entry {
 	d := inflatedReport(size).Document()
 	d.At = time.Now()
 	return m.keep(numbered(i), task.NewReport(d), kept{ttl: 10 * time.Minute})
@@ -109,10 +111,7 @@ func TestUnsavedIsStoredAtAStop(t *testing.T) {
 		m := savingMemory(t, 1<<30)
 		f := storagetest.NewFaulty(storagetest.New(storagetest.FileSystem))
 		b := &archive.Backend{Storage: f.Storage(), Logger: zap.NewNop(), Retention: 24 * time.Hour}
-		a, err := openArchive("default", t.Name(), m, b)
-		if err != nil {
-			t.Fatal(err)
-		}
+		a := m.openArchive("one", b)
 		f.Set(storagetest.Delayed(20 * time.Millisecond))
 		const reports = 12_000
 		for i := range reports {
@@ -121,18 +120,18 @@ func TestUnsavedIsStoredAtAStop(t *testing.T) {
 		if err := a.Drain(b); err != nil {
 			t.Error(err)
 		}
-		_ = closeArchive(t.Name(), a, b)
-		other, _ := openArchive("default", t.Name()+" again", savingMemory(t, 1<<20), b)
-		defer func() { _ = closeArchive(t.Name()+" again", other, b) }()
-		wantAllStored(t, other, reports)
+		m.closeArchive("one", b)
+		other := savingMemory(t, 1<<20)
+		defer other.closeArchive("one", b)
+		wantAllStored(t, other.openArchive("one", b), reports)
 	})
 }
 
 // What the queue has no room for is queued before it leaves memory, if there is room by then.
 func TestUnsavedIsQueuedBeforeItIsEvicted(t *testing.T) {
-	for what, leave := range map[string]func(m *shared){
-		"evicted": func(m *shared) { m.setLimit(0) },
-		"expired": func(*shared) { time.Sleep(11 * time.Minute); synctest.Wait() },
+	for what, leave := range map[string]func(m *tested){
+		"evicted": func(m *tested) { m.setLimit(0) },
+		"expired": func(*tested) { time.Sleep(11 * time.Minute); synctest.Wait() },
 	} {
 		t.Run(what, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -167,16 +166,16 @@ func TestUnsavedIsQueuedBeforeItIsEvicted(t *testing.T) {
 // purged, or replaced by another report, is not lost.
 func TestLostReportIsTold(t *testing.T) {
 	for what, test := range map[string]struct {
-		leave func(m *shared, rs *resolver, k task.Key)
+		leave func(m *tested, rs *resolver, k task.Key)
 		lost  []any
 	}{
-		"evicted":    {func(m *shared, _ *resolver, _ task.Key) { m.setLimit(0) }, []any{"s1"}},
-		"expired":    {func(*shared, *resolver, task.Key) { time.Sleep(11 * time.Minute) }, []any{"s1"}},
-		"never kept": {func(m *shared, rs *resolver, _ task.Key) { m.setLimit(1); keepTask(rs, "t1") }, []any{"s1", "node-1/t1"}},
-		"purged": {func(m *shared, _ *resolver, k task.Key) {
+		"evicted":    {func(m *tested, _ *resolver, _ task.Key) { m.setLimit(0) }, []any{"s1"}},
+		"expired":    {func(*tested, *resolver, task.Key) { time.Sleep(11 * time.Minute) }, []any{"s1"}},
+		"never kept": {func(m *tested, rs *resolver, _ task.Key) { m.setLimit(1); keepTask(rs, "t1") }, []any{"s1", "node-1/t1"}},
+		"purged": {func(m *tested, _ *resolver, k task.Key) {
 			m.purge(archive.Selection{Keys: []task.Key{k}}.Matches)
 		}, nil},
-		"replaced": {func(_ *shared, rs *resolver, k task.Key) { keepSubmission(rs, k) }, nil},
+		"replaced": {func(_ *tested, rs *resolver, k task.Key) { keepSubmission(rs, k) }, nil},
 	} {
 		t.Run(what, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -185,7 +184,7 @@ func TestLostReportIsTold(t *testing.T) {
 				a, f := openLogged(t, m, "one", zap.New(core))
 				f.Set(storagetest.Failing(errStorageAway))
 				fillQueue(a)
-				rs := &resolver{shared: m, archive: a, resolverOptions: resolverOptions{ttl: 10 * time.Minute}}
+				rs := newResolver(m.namespace, nil, nil, resolverOptions{archive: a, ttl: 10 * time.Minute})
 				k := task.SubmissionKey(task.SubmissionSource("default"), "s1", task.Summary)
 				keepSubmission(rs, k)
 				if !m.isUnsaved(a, k) {
@@ -238,12 +237,15 @@ func fillQueue(a *archive.Archive) {
 	}
 }
 
+// submission returns the high-level report of a submission.
+func submission(id string) target { return target{ID: harvest.ID{SubmitID: id}} }
+
 func keepSubmission(rs *resolver, k task.Key) {
-	rs.keep(k, query{submitID: "s1"}, answer{report: inflatedReport(100)})
+	rs.keep(k, submission("s1"), inflatedReport(100), nil)
 }
 
 func keepTask(rs *resolver, taskID string) {
-	rs.keep(numbered(-1), query{appServerID: "node-1", taskID: taskID}, answer{report: inflatedReport(100)})
+	rs.keep(numbered(-1), target{ID: harvest.ID{AppServerID: "node-1", TaskID: taskID}}, inflatedReport(100), nil)
 }
 
 func (m *memory) isUnsaved(a *archive.Archive, k task.Key) bool {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"os"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -66,11 +67,11 @@ func (b *callerBody) Read(p []byte) (int, error) {
 	return n, b.err
 }
 
-// Close implements io.Closer. It ends a read that is under way. A nil body has none.
+// GiveUp implements upstream.Body. It ends a read that is under way.
+func (b *callerBody) GiveUp(cause error) { b.giveUp(cause) }
+
+// Close implements io.Closer.
 func (b *callerBody) Close() error {
-	if b == nil {
-		return nil
-	}
 	b.giveUp(http.ErrBodyReadAfterClose)
 	return nil
 }
@@ -86,7 +87,7 @@ func (b *callerBody) judge(err error) error {
 		return io.EOF
 	case tooLarge:
 		b.problem = &problem.Problem{Kind: problem.RequestTooLarge, Detail: "the request has more than " + strconv.FormatInt(limit.Limit, 10) + " bytes: send less"}
-	case isTimeout(err):
+	case errors.Is(err, os.ErrDeadlineExceeded):
 		b.problem = &problem.Problem{Kind: problem.RequestTimeout, Detail: "the request did not arrive in time: send it again, faster"}
 	default:
 		b.problem = &problem.Problem{Kind: problem.IncompleteRequest, Detail: "the request is malformed, or ended early: send it again"}
@@ -94,20 +95,17 @@ func (b *callerBody) judge(err error) error {
 	return b.problem
 }
 
-// refuse lets the transport wait for what it has not sent, until the body is given up. So the broker gets no more of a
+// Refuse implements upstream.Body: it lets the transport wait for what it has not sent, until the body is given up. So the broker gets no more of a
 // body that it has refused, and its connection is not used again: the broker may close it at any moment.
-func (b *callerBody) refuse() {
+func (b *callerBody) Refuse() {
 	if !b.whole.Load() {
 		b.refused.Store(true)
 	}
 }
 
-// late returns the problem of a body that did not arrive in time, or nil. The server ends the context of such a request
-// while the body is read, although the caller has not left.
-func (b *callerBody) late() *problem.Problem {
-	if b == nil {
-		return nil
-	}
+// Late implements upstream.Body. The server ends the context of a request whose body is late while that is read, although the
+// caller has not left.
+func (b *callerBody) Late() *problem.Problem {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	if b.problem == nil || b.problem.Kind != problem.RequestTimeout {

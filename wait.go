@@ -9,11 +9,13 @@ import (
 	"go.uber.org/zap"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/guard"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/upstream"
 )
 
 // pollers polls for the reports that callers of a handler wait for. All callers of a report share one poller.
 type pollers struct {
-	resolve  func(context.Context, *query) (result, error)
+	resolve  func(context.Context, *query) result
 	interval time.Duration
 	logger   *zap.Logger
 	ctx      context.Context // ends all pollers
@@ -28,13 +30,12 @@ type pollers struct {
 type poller struct {
 	waiters int
 	result  result // the newest
-	err     error  // the problem that took its place
 	timer   *time.Timer
 	cancel  context.CancelFunc
 	done    chan struct{} // closed when the wait is over
 }
 
-func newPollers(resolve func(context.Context, *query) (result, error), interval time.Duration, logger *zap.Logger) *pollers {
+func newPollers(resolve func(context.Context, *query) result, interval time.Duration, logger *zap.Logger) *pollers {
 	ps := &pollers{resolve: resolve, interval: interval, logger: logger, byQuery: make(map[query]*poller)}
 	ps.ctx, ps.stop = context.WithCancel(context.Background())
 	return ps
@@ -42,7 +43,7 @@ func newPollers(resolve func(context.Context, *query) (result, error), interval 
 
 // wait waits up to maxWait for an unfinished report to be finished, and returns the newest result. A problem ends the
 // wait as well, and so does the end of the server.
-func (ps *pollers) wait(ctx context.Context, q query, res result, maxWait time.Duration) (result, error) {
+func (ps *pollers) wait(ctx context.Context, q query, res result, maxWait time.Duration) result {
 	timer := time.NewTimer(maxWait)
 	defer timer.Stop()
 	p, joined := ps.join(ctx, q, res)
@@ -52,14 +53,14 @@ func (ps *pollers) wait(ctx context.Context, q query, res result, maxWait time.D
 	case <-timer.C:
 	case <-ctx.Done():
 	}
-	res, err := ps.leave(q, p)
+	res = ps.leave(q, p)
 	if joined {
-		linkSpan(ctx, res.span)
+		upstream.LinkSpan(ctx, res.span)
 	}
 	if ctx.Err() != nil {
-		err = context.Cause(ctx)
+		return failed(problem.Left)
 	}
-	return res, err
+	return res
 }
 
 // join adds a caller, with its own result, to those that wait for q. It starts a poller for the first one, and reports
@@ -72,7 +73,7 @@ func (ps *pollers) join(caller context.Context, q query, res result) (p *poller,
 		ctx, cancel := context.WithCancel(ps.ctx)
 		p = &poller{result: res, cancel: cancel, done: make(chan struct{})}
 		ps.byQuery[q] = p
-		ctx = withSpanOf(ctx, caller)
+		ctx = upstream.WithSpanOf(ctx, caller)
 		p.timer = time.AfterFunc(ps.pause(res), func() { ps.poll(ctx, q, p) })
 	} else if res.at().After(p.result.at()) {
 		p.result = res
@@ -82,7 +83,7 @@ func (ps *pollers) join(caller context.Context, q query, res result) (p *poller,
 }
 
 // leave removes a caller and returns the newest result. The poller ends when its last caller leaves.
-func (ps *pollers) leave(q query, p *poller) (result, error) {
+func (ps *pollers) leave(q query, p *poller) result {
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
 	if p.waiters--; p.waiters == 0 {
@@ -90,7 +91,7 @@ func (ps *pollers) leave(q query, p *poller) (result, error) {
 		p.timer.Stop()
 		ps.forget(q, p)
 	}
-	return p.result, p.err
+	return p.result
 }
 
 // forget keeps other callers from joining p.
@@ -103,14 +104,17 @@ func (ps *pollers) forget(q query, p *poller) {
 // poll resolves q. It sets the timer for the next poll, unless the report is finished, there is a problem, or no caller waits
 // any more.
 func (ps *pollers) poll(ctx context.Context, q query, p *poller) {
-	res, err := guard.Call(ps.logger, func() (result, error) { return ps.resolve(ctx, &q) })
+	res, err := guard.Call(ps.logger, func() (result, error) { return ps.resolve(ctx, &q), nil })
+	if err != nil {
+		res = failed(problemOf(err))
+	}
 	ps.mu.Lock()
 	defer ps.mu.Unlock()
 	if ctx.Err() != nil {
 		return
 	}
-	p.result, p.err = res, asProblem(err)
-	if err != nil || res.entry.report.Finished() {
+	p.result = res
+	if res.problem != nil || res.entry.report.Finished() {
 		ps.forget(q, p)
 		close(p.done)
 		return
@@ -122,7 +126,7 @@ func (ps *pollers) poll(ctx context.Context, q query, p *poller) {
 // stay together.
 func (ps *pollers) pause(res result) time.Duration {
 	pause := ps.interval
-	if res.hit {
+	if res.kept() {
 		pause -= min(max(time.Since(res.at()), 0), pause) // the clock may have stepped back
 	}
 	return pause + rand.N(ps.interval/10+1) //nolint:gosec // it need not be unpredictable

@@ -2,7 +2,6 @@ package fsbroker
 
 import (
 	"context"
-	"errors"
 	"net/http"
 	"net/http/httptest"
 	"sync"
@@ -41,24 +40,24 @@ func TestWaitCountsFromTheStart(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
-				unfinished := func(context.Context, *query) (result, error) {
-					return result{fetchResult: fetchResult{entry: unkept(task.NothingYet(time.Now()))}}, nil
+				unfinished := func(context.Context, *query) result {
+					return result{entry: unkept(task.NothingYet(time.Now()))}
 				}
 				ps := newPollers(unfinished, time.Second, zap.NewNop())
 				defer ps.stop()
 				h := &Handler{
-					MaxWait:   caddy.Duration(time.Minute),
-					server:    &caddyhttp.Server{WriteTimeout: caddy.Duration(test.writeTimeout)},
-					namespace: &namespace{member: &member{shared: new(shared)}, pollers: ps},
+					MaxWait: caddy.Duration(time.Minute),
+					server:  &caddyhttp.Server{WriteTimeout: caddy.Duration(test.writeTimeout)},
+					site:    &site{resolver: &resolver{ns: new(namespace)}, pollers: ps},
 				}
 				start := time.Now()
 				ctx := context.WithValue(t.Context(), caddyhttp.VarsCtxKey, map[string]any{"start_time": start})
 				r := httptest.NewRequestWithContext(ctx, http.MethodGet, "/task", nil)
 				w := httptest.NewRecorder()
 				time.Sleep(test.took)
-				first, _ := unfinished(ctx, nil)
-				if _, err := h.wait(w, r, &query{wait: test.wait, given: paramWait}, first); err != nil {
-					t.Error(err)
+				first := unfinished(ctx, nil)
+				if res := h.wait(w, r, &parsedQuery{wait: test.wait, given: paramWait}, first); res.problem != nil {
+					t.Error(res.problem)
 				}
 				if ends := time.Since(start); ends != test.ends {
 					t.Errorf("it ends after %s, want %s", ends, test.ends)
@@ -75,15 +74,14 @@ func TestWaitCountsFromTheStart(t *testing.T) {
 func TestPollThatPanics(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		core, log := observer.New(zapcore.ErrorLevel)
-		ps := newPollers(func(context.Context, *query) (result, error) { panic("a poll") }, time.Second, zap.New(core))
+		ps := newPollers(func(context.Context, *query) result { panic("a poll") }, time.Second, zap.New(core))
 		defer ps.stop()
 		var callers sync.WaitGroup
 		for range 3 {
 			callers.Go(func() {
-				res := result{fetchResult: fetchResult{entry: unkept(task.NothingYet(time.Now()))}}
-				_, err := ps.wait(t.Context(), query{submitID: "s1"}, res, time.Minute)
-				if p, ok := errors.AsType[*problem.Problem](err); !ok || p.Kind != problem.Internal {
-					t.Errorf("got %v", err)
+				res := result{entry: unkept(task.NothingYet(time.Now()))}
+				if p := ps.wait(t.Context(), query{target: submission("s1")}, res, time.Minute).problem; p == nil || p.Kind != problem.Internal {
+					t.Errorf("got %v", p)
 				}
 			})
 		}

@@ -4,6 +4,7 @@ import (
 	"time"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/upstream"
 )
 
 // The endpoints of the admin API.
@@ -15,40 +16,17 @@ const (
 
 // Node is the state of a node or a broker.
 type Node struct {
-	Namespace   string      `json:"namespace"`
-	Role        string      `json:"role"`
-	Node        string      `json:"node,omitempty"`
-	Address     string      `json:"address"`
-	State       string      `json:"state"`
-	LastProblem *Failure    `json:"last_problem,omitempty"`
-	Questions   int64       `json:"questions"` // requests under way
-	SystemInfo  *SystemInfo `json:"system_info,omitempty"`
+	Namespace   string               `json:"namespace"`
+	Role        string               `json:"role"`
+	Node        string               `json:"node,omitempty"`
+	Address     string               `json:"address"`
+	State       string               `json:"state"`
+	LastProblem *upstream.Failure    `json:"last_problem,omitempty"`
+	Questions   int64                `json:"questions"` // requests under way
+	SystemInfo  *upstream.SystemInfo `json:"system_info,omitempty"`
 
 	// SystemInfoProblem is the code of the problem that took the place of SystemInfo.
 	SystemInfoProblem string `json:"system_info_problem,omitempty"`
-}
-
-// Failure is a failure of a node or a broker.
-type Failure struct {
-	Code  string    `json:"code"`
-	Cause string    `json:"cause"` // never what the upstream sent
-	At    time.Time `json:"at"`
-}
-
-// SystemInfo is what a node or a broker says about itself.
-type SystemInfo struct {
-	Name            string    `json:"name,omitempty"`
-	Version         string    `json:"version,omitempty"`
-	Queue           QueueInfo `json:"queue"`
-	ActiveThreads   *int64    `json:"active_threads,omitempty"`
-	FreeDiskSpaceMB *int64    `json:"free_disk_space_mb,omitempty"`
-}
-
-// QueueInfo has the numbers of tasks that a node states. A broker states only those in its queue.
-type QueueInfo struct {
-	Active    *int64 `json:"active,omitempty"`
-	Queued    *int64 `json:"queued,omitempty"`
-	Completed *int64 `json:"completed,omitempty"`
 }
 
 // Cache is the state of the cache of a namespace.

@@ -12,6 +12,8 @@ import (
 	"unicode"
 
 	"github.com/dustin/go-humanize"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/upstream"
 )
 
 // show returns a subcommand that shows what an endpoint returns, as a table or as JSON. The first row of the table is the
@@ -58,7 +60,7 @@ func printable(text string) string {
 func nodesTable(nodes []Node) [][]string {
 	rows := [][]string{{"NAMESPACE", "ROLE", "NODE", "ADDRESS", "STATE", "REQUESTS", "VERSION", "ACTIVE", "QUEUED", "COMPLETED", "DISK FREE", "PROBLEM"}}
 	for _, n := range nodes {
-		info := cmp.Or(n.SystemInfo, new(SystemInfo))
+		info := cmp.Or(n.SystemInfo, new(upstream.SystemInfo))
 		rows = append(rows, []string{
 			n.Namespace, n.Role, n.Node, n.Address, n.State, strconv.FormatInt(n.Questions, 10), info.Version,
 			optionalNumber(info.Queue.Active, ""), optionalNumber(info.Queue.Queued, ""), optionalNumber(info.Queue.Completed, ""),

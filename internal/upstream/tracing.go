@@ -1,4 +1,4 @@
-package fsbroker
+package upstream
 
 import (
 	"context"
@@ -8,6 +8,8 @@ import (
 	"go.opentelemetry.io/otel/codes"
 	"go.opentelemetry.io/otel/propagation"
 	"go.opentelemetry.io/otel/trace"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 )
 
 // tracerName is the instrumentation scope of the module's spans.
@@ -19,9 +21,9 @@ type traceKey struct{}
 // callTrace records the span of the last request to an upstream in a call.
 type callTrace struct{ last trace.SpanContext }
 
-// withSpanOf returns ctx with the span of a caller, and nothing else of the caller's context. Requests to upstreams become
+// WithSpanOf returns ctx with the span of a caller, and nothing else of the caller's context. Requests to upstreams become
 // spans below it. Without Caddy's tracing handler there is no span, and nothing is traced.
-func withSpanOf(ctx, caller context.Context) context.Context {
+func WithSpanOf(ctx, caller context.Context) context.Context {
 	span := trace.SpanFromContext(caller)
 	if !span.SpanContext().IsValid() {
 		return ctx
@@ -30,13 +32,13 @@ func withSpanOf(ctx, caller context.Context) context.Context {
 }
 
 // startSpan starts the span of a request to an upstream. It does not record the URL, which may hold a secret.
-func startSpan(ctx context.Context, o origin, host, path string) (context.Context, trace.Span) {
+func startSpan(ctx context.Context, o Origin, host, path string) (context.Context, trace.Span) {
 	ctx, span := trace.SpanFromContext(ctx).TracerProvider().Tracer(tracerName).Start(ctx, "fsbroker "+path,
 		trace.WithSpanKind(trace.SpanKindClient),
 		trace.WithAttributes(
 			attribute.String("server.address", host),
-			attribute.String("fsbroker.role", o.role.String()),
-			attribute.String("fsbroker.node", o.name),
+			attribute.String("fsbroker.role", o.Role.String()),
+			attribute.String("fsbroker.node", o.Name),
 		))
 	if call, ok := ctx.Value(traceKey{}).(*callTrace); ok {
 		call.last = span.SpanContext()
@@ -45,15 +47,12 @@ func startSpan(ctx context.Context, o origin, host, path string) (context.Contex
 }
 
 // endSpan ends a span with the outcome of its request.
-func endSpan(span trace.Span, r response, err error) {
-	if r.problem != nil {
-		err = r.problem
-	}
+func endSpan(span trace.Span, r response) {
 	if r.status != 0 {
 		span.SetAttributes(attribute.Int("http.response.status_code", r.status))
 	}
-	span.SetAttributes(attribute.String("fsbroker.outcome", fetchOutcome(r.status, err)))
-	if r.problem != nil {
+	span.SetAttributes(attribute.String("fsbroker.outcome", outcome(r.status, r.problem)))
+	if r.problem != nil && r.problem.Kind != problem.CallerLeft {
 		span.SetStatus(codes.Error, r.problem.Code())
 	}
 	span.End()
@@ -64,16 +63,16 @@ func injectSpan(ctx context.Context, header http.Header) {
 	propagation.TraceContext{}.Inject(ctx, propagation.HeaderCarrier(header))
 }
 
-// lastSpan returns the span of the last request to an upstream in a call. It is nil if nothing is traced.
-func lastSpan(ctx context.Context) *trace.SpanContext {
+// LastSpan returns the span of the last request to an upstream in a call. It is nil if nothing is traced.
+func LastSpan(ctx context.Context) *trace.SpanContext {
 	if call, ok := ctx.Value(traceKey{}).(*callTrace); ok && call.last.IsValid() {
 		return &call.last
 	}
 	return nil
 }
 
-// linkSpan links the span of a caller to the request to an upstream that another caller started.
-func linkSpan(caller context.Context, span *trace.SpanContext) {
+// LinkSpan links the span of a caller to the request to an upstream that another caller started.
+func LinkSpan(caller context.Context, span *trace.SpanContext) {
 	if span != nil {
 		trace.SpanFromContext(caller).AddLink(trace.Link{SpanContext: *span})
 	}

@@ -1,4 +1,4 @@
-package fsbroker
+package upstream
 
 import (
 	"errors"
@@ -25,12 +25,9 @@ type monitored struct {
 func newMonitored() *monitored {
 	core, logs := observer.New(zap.DebugLevel)
 	m := &monitored{logs: logs}
-	m.health = &health{
-		role: problem.RoleNode, failDuration: 10 * time.Second, logger: zap.New(core), warnings: make(map[string]*warning),
-		notify: func(event, reason string) {
-			m.events = append(m.events, strings.TrimPrefix(event, "fsbroker_node_")+" "+reason)
-		},
-	}
+	m.health = newHealth(problem.RoleNode, 10*time.Second, zap.New(core), func(event, reason string) {
+		m.events = append(m.events, strings.TrimPrefix(event, "fsbroker_node_")+" "+reason)
+	})
 	return m
 }
 
@@ -52,7 +49,7 @@ func (m *monitored) refuse() {
 }
 
 // want checks what was logged and reported since the last call, and the state.
-func (m *monitored) want(t *testing.T, state healthStatus, lines []string, events ...string) {
+func (m *monitored) want(t *testing.T, state Status, lines []string, events ...string) {
 	t.Helper()
 	synctest.Wait() // for what a timer has begun
 	var got []string
@@ -71,7 +68,7 @@ func (m *monitored) want(t *testing.T, state healthStatus, lines []string, event
 		t.Errorf("the events are %q, want %q", m.events, events)
 	}
 	m.events = nil
-	if status, f := m.status(time.Now()); status != state || status != statusHealthy && f == nil {
+	if status, f := m.status(time.Now()); status != state || status != Healthy && f == nil {
 		t.Errorf("the node is %v since %v, want %v", status, f, state)
 	}
 }
@@ -86,11 +83,11 @@ func TestLogOfAFailingNode(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		m := newMonitored()
 		m.exchange(sourceRequest, problem.BadAnswer)
-		m.want(t, statusDegraded, []string{"warn node fails 1 " + broken})
+		m.want(t, Degraded, []string{"warn node fails 1 " + broken})
 		m.exchange(sourceRequest, problem.BadAnswer)
-		m.want(t, statusDegraded, nil)
+		m.want(t, Degraded, nil)
 		m.exchange(sourceRequest, problem.Timeout)
-		m.want(t, statusUnhealthy, []string{"warn node fails 1 " + timeout}, "unhealthy node_timeout")
+		m.want(t, Unhealthy, []string{"warn node fails 1 " + timeout}, "unhealthy node_timeout")
 
 		for range 2 * 60 * 20 { // 20 minutes
 			time.Sleep(time.Second / 2)
@@ -100,17 +97,17 @@ func TestLogOfAFailingNode(t *testing.T) {
 		if len(lines) != 2 || lines[0].ContextMap()["failures"].(int64) < 1000 {
 			t.Errorf("in 20 minutes, the log has %v", lines)
 		}
-		m.want(t, statusUnhealthy, nil)
+		m.want(t, Unhealthy, nil)
 
 		m.exchange(sourceRequest)
-		m.want(t, statusUnhealthy, nil) // perhaps only some answers fail
-		time.Sleep(11 * time.Second)    // nothing else is asked of it
-		m.want(t, statusHealthy, []string{"info node answers again 2403"}, "healthy node_bad_answer")
+		m.want(t, Unhealthy, nil)    // perhaps only some answers fail
+		time.Sleep(11 * time.Second) // nothing else is asked of it
+		m.want(t, Healthy, []string{"info node answers again 2403"}, "healthy node_bad_answer")
 
 		m.exchange(sourceRequest, problem.BadAnswer)
 		m.exchange(sourceRequest, problem.BadAnswer)
 		m.exchange(sourceRequest, problem.BadAnswer)
-		m.want(t, statusUnhealthy, []string{"warn node fails 3 " + broken}, "unhealthy node_bad_answer")
+		m.want(t, Unhealthy, []string{"warn node fails 3 " + broken}, "unhealthy node_bad_answer")
 	})
 }
 
@@ -118,11 +115,11 @@ func TestLogOfAFailingNode(t *testing.T) {
 func TestLogOfANodeThatFailsSometimes(t *testing.T) {
 	for name, test := range map[string]struct {
 		pause time.Duration // between two requests, one of which fails
-		state healthStatus
+		state Status
 		lines int // in an hour
 	}{
-		"often":  {time.Second, statusDegraded, 6},
-		"seldom": {30 * time.Second, statusHealthy, 6 * 2},
+		"often":  {time.Second, Degraded, 6},
+		"seldom": {30 * time.Second, Healthy, 6 * 2},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -153,7 +150,7 @@ func TestLogOfFailuresThatAlternate(t *testing.T) {
 			m.exchange(sourceRequest, problem.RefusedSecret)
 			m.exchange(sourceRequest)
 		}
-		m.want(t, statusUnhealthy, []string{
+		m.want(t, Unhealthy, []string{
 			"warn node fails 1 " + broken, "warn node fails 1 " + timeout, "warn node fails 1 node_refused_secret: the node is broken",
 		}, "unhealthy node_refused_secret")
 		m.health.close()
@@ -165,15 +162,15 @@ func TestFailuresThatDoNotCount(t *testing.T) {
 	for name, test := range map[string]struct {
 		source healthSource
 		kind   problem.Kind
-		state  healthStatus
+		state  Status
 	}{
-		"a report that is too large": {sourceRequest, problem.AnswerTooLarge, statusDegraded},
-		"a busy moment":              {sourceRequest, problem.Overloaded, statusDegraded},
-		"no memory":                  {sourceRequest, problem.Busy, statusHealthy},
-		"a panic":                    {sourceCheck, problem.Internal, statusHealthy},
-		"no explanation":             {sourceOther, problem.BadAnswer, statusHealthy},
-		"refuses to explain":         {sourceOther, problem.RefusedSecret, statusHealthy},
-		"explains too late":          {sourceOther, problem.Timeout, statusDegraded},
+		"a report that is too large": {sourceRequest, problem.AnswerTooLarge, Degraded},
+		"a busy moment":              {sourceRequest, problem.Overloaded, Degraded},
+		"no memory":                  {sourceRequest, problem.Busy, Healthy},
+		"a panic":                    {sourceCheck, problem.Internal, Healthy},
+		"no explanation":             {sourceOther, problem.BadAnswer, Healthy},
+		"refuses to explain":         {sourceOther, problem.RefusedSecret, Healthy},
+		"explains too late":          {sourceOther, problem.Timeout, Degraded},
 	} {
 		t.Run(name, func(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
@@ -190,7 +187,7 @@ func TestFailuresThatDoNotCount(t *testing.T) {
 				time.Sleep(11 * time.Second)
 				m.exchange(sourceRequest)
 				m.logs.TakeAll()
-				m.want(t, statusHealthy, nil)
+				m.want(t, Healthy, nil)
 			})
 		})
 	}
@@ -202,20 +199,20 @@ func TestLogOfANodeThatIsDown(t *testing.T) {
 		m := newMonitored()
 		m.refuse()
 		const refused = "node_unreachable: connection refused"
-		m.want(t, statusDown, []string{"warn node fails 1 " + refused}, "unhealthy node_unreachable")
+		m.want(t, Down, []string{"warn node fails 1 " + refused}, "unhealthy node_unreachable")
 		time.Sleep(11 * time.Second)
-		m.want(t, statusUnhealthy, nil)
+		m.want(t, Unhealthy, nil)
 		m.exchange(sourceRequest, problem.BadAnswer)
-		m.want(t, statusDegraded, []string{"warn node fails 1 " + broken}, "healthy node_unreachable")
+		m.want(t, Degraded, []string{"warn node fails 1 " + broken}, "healthy node_unreachable")
 		m.exchange(sourceRequest)
 		time.Sleep(11 * time.Second)
-		m.want(t, statusHealthy, []string{"info node answers again 2"})
+		m.want(t, Healthy, []string{"info node answers again 2"})
 
 		m.refuse() // another time, so it is logged at once
-		m.want(t, statusDown, []string{"warn node fails 1 " + refused}, "unhealthy node_unreachable")
+		m.want(t, Down, []string{"warn node fails 1 " + refused}, "unhealthy node_unreachable")
 		time.Sleep(11 * time.Second)
 		m.exchange(sourceCheck)
-		m.want(t, statusHealthy, []string{"info node answers again 1"}, "healthy node_unreachable")
+		m.want(t, Healthy, []string{"info node answers again 1"}, "healthy node_unreachable")
 	})
 }
 
@@ -225,21 +222,21 @@ func TestChecksBesideRequests(t *testing.T) {
 		m := newMonitored()
 		m.exchange(sourceCheck, problem.BadAnswer)
 		m.exchange(sourceRequest)
-		m.want(t, statusUnhealthy, []string{"warn node fails 1 " + broken}, "unhealthy node_bad_answer")
+		m.want(t, Unhealthy, []string{"warn node fails 1 " + broken}, "unhealthy node_bad_answer")
 		for range unhealthyAfter {
 			m.exchange(sourceRequest, problem.Timeout)
 		}
 		m.exchange(sourceCheck)
-		m.want(t, statusUnhealthy, []string{"warn node fails 1 " + timeout})
+		m.want(t, Unhealthy, []string{"warn node fails 1 " + timeout})
 		m.exchange(sourceCheck, problem.BadAnswer)
 		m.exchange(sourceRequest)
 		time.Sleep(11 * time.Second)
-		m.want(t, statusUnhealthy, nil)
+		m.want(t, Unhealthy, nil)
 		if _, f := m.status(time.Now()); f.Code != "node_bad_answer" {
 			t.Errorf("the node is unhealthy since %s, which is over", f.Code)
 		}
 		m.exchange(sourceCheck)
-		m.want(t, statusHealthy, []string{"info node answers again 5"}, "healthy node_bad_answer")
+		m.want(t, Healthy, []string{"info node answers again 5"}, "healthy node_bad_answer")
 	})
 }
 
@@ -252,21 +249,21 @@ func TestCheckAfterARefusedSecret(t *testing.T) {
 		check := response{start: time.Now(), status: 200}
 		time.Sleep(time.Second)
 		m.exchange(sourceRequest, problem.RefusedSecret)
-		m.want(t, statusUnhealthy, []string{refused}, "unhealthy node_refused_secret")
+		m.want(t, Unhealthy, []string{refused}, "unhealthy node_refused_secret")
 		m.record(sourceCheck, check) // which began before
 		m.exchange(sourceOther)
 		time.Sleep(11 * time.Second)
-		m.want(t, statusUnhealthy, nil)
+		m.want(t, Unhealthy, nil)
 		m.exchange(sourceCheck)
-		m.want(t, statusHealthy, []string{"info node answers again 1"}, "healthy node_refused_secret")
+		m.want(t, Healthy, []string{"info node answers again 1"}, "healthy node_refused_secret")
 
 		m.exchange(sourceRequest, problem.BadAnswer)
 		m.exchange(sourceRequest, problem.RefusedSecret)
 		m.exchange(sourceCheck)
 		time.Sleep(11 * time.Second)
-		m.want(t, statusDegraded, []string{"warn node fails 1 " + broken, refused}, "unhealthy node_refused_secret", "healthy node_refused_secret")
+		m.want(t, Degraded, []string{"warn node fails 1 " + broken, refused}, "unhealthy node_refused_secret", "healthy node_refused_secret")
 		m.exchange(sourceRequest)
-		m.want(t, statusHealthy, []string{"info node answers again 2"})
+		m.want(t, Healthy, []string{"info node answers again 2"})
 	})
 }
 
@@ -279,7 +276,7 @@ func TestChecksThatNeedNoSecret(t *testing.T) {
 			time.Sleep(5 * time.Second)
 			m.exchange(sourceCheck)
 		}
-		m.want(t, statusUnhealthy, []string{"warn node fails 1 node_refused_secret: the node is broken"}, "unhealthy node_refused_secret")
+		m.want(t, Unhealthy, []string{"warn node fails 1 node_refused_secret: the node is broken"}, "unhealthy node_refused_secret")
 		m.health.close()
 	})
 }

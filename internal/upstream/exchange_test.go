@@ -1,4 +1,4 @@
-package fsbroker
+package upstream
 
 import (
 	"context"
@@ -30,8 +30,8 @@ func TestRequestThatFailsForAnother(t *testing.T) {
 	} {
 		t.Run(name, func(t *testing.T) {
 			tries := 0
-			u := &upstream{base: &url.URL{Scheme: "https", Host: "node"}}
-			u.transport = roundTripper(func(*http.Request) (*http.Response, error) {
+			u := &Upstream{base: &url.URL{Scheme: "https", Host: "node"}}
+			u.Transport = roundTripper(func(*http.Request) (*http.Response, error) {
 				tries++
 				if err := test.errs[tries-1]; err != nil {
 					return nil, err

@@ -1,4 +1,4 @@
-package fsbroker
+package upstream
 
 import (
 	"strings"
@@ -7,7 +7,6 @@ import (
 
 	"go.uber.org/zap"
 
-	"github.com/caddy-fsbroker/caddy-fsbroker/internal/cli"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 )
 
@@ -24,8 +23,8 @@ type health struct {
 	answerFailed time.Time        // when a request last failed although it could be connected to
 	inARow       int              // requests that failed since the last that succeeded, but for those with a refused secret
 	accepted     bool             // the secret, since it was refused
-	failures     [4]*failure
-	last         *failure // the last failure of the upstream or of one of its answers
+	failures     [4]*Failure
+	last         *Failure // the last failure of the upstream or of one of its answers
 
 	warnings map[string]*warning // by the code of the failure
 	begin    time.Time           // of the failures that are not over
@@ -33,8 +32,12 @@ type health struct {
 	settling *time.Timer         // ends them if no request fails meanwhile; nil before it is needed
 }
 
-// failure is a failure of an upstream, as the admin API shows it.
-type failure = cli.Failure
+// Failure is a failure of a node or a broker.
+type Failure struct {
+	Code  string    `json:"code"`
+	Cause string    `json:"cause"` // never what the upstream sent
+	At    time.Time `json:"at"`
+}
 
 // warning is what the log has about the failures with one code.
 type warning struct {
@@ -73,38 +76,45 @@ type response struct {
 	details    []zap.Field // about the cause, for the log
 }
 
-// healthStatus is the state of an upstream as an operator sees it.
-type healthStatus int
+// Status is the state of an upstream as an operator sees it.
+type Status int
 
+// The states of an upstream, from the best to the worst.
 const (
-	statusHealthy   healthStatus = iota
-	statusDegraded               // some answers fail
-	statusUnhealthy              // still asked
-	statusDown                   // not asked for a while
+	Healthy   Status = iota
+	Degraded         // some answers fail
+	Unhealthy        // still asked
+	Down             // not asked for a while
 )
 
-func (s healthStatus) String() string {
+// String returns the state as the admin API shows it.
+func (s Status) String() string {
 	return [...]string{"healthy", "degraded", "unhealthy", "down"}[s]
 }
 
-// works reports whether the upstream is not known to fail as a whole.
-func (s healthStatus) works() bool { return s < statusUnhealthy }
+// Works reports whether the upstream is not known to fail as a whole.
+func (s Status) Works() bool { return s < Unhealthy }
+
+// newHealth returns the state of an upstream that has not been asked yet. It must be closed.
+func newHealth(role problem.Role, failDuration time.Duration, logger *zap.Logger, notify func(event, reason string)) *health {
+	return &health{role: role, failDuration: failDuration, logger: logger, notify: notify, warnings: make(map[string]*warning)}
+}
 
 // status returns the state of the upstream and the failure that is the reason for it. A healthy upstream has its last
 // failure, which is over.
-func (h *health) status(now time.Time) (healthStatus, *failure) {
+func (h *health) status(now time.Time) (Status, *Failure) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	current := h.current()
 	switch {
 	case h.downUntil().After(now):
-		return statusDown, current
+		return Down, current
 	case current != nil:
-		return statusUnhealthy, current
+		return Unhealthy, current
 	case h.failed > 0:
-		return statusDegraded, h.last
+		return Degraded, h.last
 	}
-	return statusHealthy, h.last
+	return Healthy, h.last
 }
 
 // downFor returns how long the upstream is not asked because a recent dial has failed, and the problem of that dial.
@@ -123,7 +133,7 @@ func (h *health) downUntil() time.Time {
 }
 
 // current returns the failure that makes the upstream unhealthy, or nil if there is none. The caller holds the mutex.
-func (h *health) current() *failure {
+func (h *health) current() *Failure {
 	for _, f := range h.failures {
 		if f != nil {
 			return f
@@ -132,8 +142,12 @@ func (h *health) current() *failure {
 	return nil
 }
 
-// record records the outcome of an exchange, and logs and reports what it changes.
+// record records the outcome of an exchange, and logs and reports what it changes. If the caller has left, it says nothing about
+// the upstream.
 func (h *health) record(source healthSource, r response) {
+	if r.problem != nil && r.problem.Kind == problem.CallerLeft {
+		return
+	}
 	h.change(func(now time.Time) (log func()) {
 		if f := h.update(source, r, now); f != nil {
 			return h.warn(f, r, now)
@@ -164,7 +178,7 @@ func (h *health) change(apply func(now time.Time) (log func())) {
 }
 
 // update records the outcome of an exchange, and returns the failure that it is, or nil. The caller holds the mutex.
-func (h *health) update(source healthSource, r response, now time.Time) *failure {
+func (h *health) update(source healthSource, r response, now time.Time) *Failure {
 	switch {
 	case r.dialFailed:
 		source, h.dialFailed, h.dialProblem = sourceDial, now, r.problem
@@ -179,7 +193,7 @@ func (h *health) update(source healthSource, r response, now time.Time) *failure
 	case kind == problem.Busy, kind == problem.Internal, source == sourceOther && !r.problem.IsPassing():
 		return nil
 	}
-	f := &failure{Code: r.problem.Code(), Cause: r.causeText(), At: now}
+	f := &Failure{Code: r.problem.Code(), Cause: r.causeText(), At: now}
 	h.fail(source, r.problem.Kind, f)
 	return f
 }
@@ -201,7 +215,7 @@ func (h *health) succeed(source healthSource, start time.Time) {
 }
 
 // fail adds a failure. The caller holds the mutex.
-func (h *health) fail(source healthSource, kind problem.Kind, f *failure) {
+func (h *health) fail(source healthSource, kind problem.Kind, f *Failure) {
 	if h.failed == 0 {
 		h.begin = f.At
 	}
@@ -231,7 +245,7 @@ func (h *health) fail(source healthSource, kind problem.Kind, f *failure) {
 
 // warn returns what logs a failure, or nil if the log has its code already. Failures that come and go are logged like one
 // that lasts, unless the upstream is unhealthy. The caller holds the mutex.
-func (h *health) warn(f *failure, r response, now time.Time) func() {
+func (h *health) warn(f *Failure, r response, now time.Time) func() {
 	w := h.warnings[f.Code]
 	if w == nil {
 		w = new(warning)

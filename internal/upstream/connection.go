@@ -1,4 +1,4 @@
-package fsbroker
+package upstream
 
 import (
 	"context"
@@ -25,9 +25,9 @@ type connection struct {
 // maxHoldBack bounds how long the error of a write is held back. What has arrived before can be read much faster.
 const maxHoldBack = 2 * time.Second
 
-// withPatientWrites makes a transport hold back the errors of writing. Connections of a TLS server name with placeholders
+// WithPatientWrites makes a transport hold back the errors of writing. Connections of a TLS server name with placeholders
 // are left as they are: the transport would not know them for TLS.
-func withPatientWrites(transport *http.Transport) {
+func WithPatientWrites(transport *http.Transport) {
 	dial := transport.DialContext
 	transport.DialContext = func(ctx context.Context, network, address string) (net.Conn, error) {
 		conn, err := dial(ctx, network, address)
@@ -71,7 +71,7 @@ func (c *connection) Close() error {
 // giveUpWithConnection returns a context for a request in which a body is given up when the request's connection ends, with
 // the cause of that: Go's transport waits for a read that is under way, although the caller may send no more. stop ends
 // that.
-func giveUpWithConnection(ctx context.Context, body *callerBody) (traced context.Context, stop func()) {
+func giveUpWithConnection(ctx context.Context, body Body) (traced context.Context, stop func()) {
 	unwatch := func() bool { return false }
 	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{
 		GotConn: func(info httptrace.GotConnInfo) { // once for every attempt
@@ -81,7 +81,7 @@ func giveUpWithConnection(ctx context.Context, body *callerBody) (traced context
 				conn = encrypted.NetConn()
 			}
 			if c, ok := conn.(*connection); ok {
-				unwatch = context.AfterFunc(c.ctx, func() { body.giveUp(context.Cause(c.ctx)) })
+				unwatch = context.AfterFunc(c.ctx, func() { body.GiveUp(context.Cause(c.ctx)) })
 			}
 		},
 	}), func() { unwatch() }
