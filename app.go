@@ -59,7 +59,7 @@ func (a *App) Provision(ctx caddy.Context) error {
 
 // Start begins the health checks, and to follow what is pending.
 func (a *App) Start() error {
-	a.events.setRunning(true)
+	a.events.running.Store(true)
 	for _, s := range a.sites {
 		s.start()
 		interval := time.Duration(s.first.HealthInterval)
@@ -100,7 +100,7 @@ func (a *App) Stop() error {
 	for _, s := range a.sites {
 		s.stop()
 	}
-	a.events.setRunning(false)
+	a.events.running.Store(false)
 	a.endChecks()
 	return nil
 }

@@ -2,7 +2,7 @@ package fsbroker
 
 import (
 	"context"
-	"sync"
+	"sync/atomic"
 
 	"go.uber.org/zap"
 
@@ -16,22 +16,8 @@ import (
 
 // events emits the events of a configuration.
 type events struct {
-	app *caddyevents.App
-
-	mu      sync.Mutex // guards running
-	running bool       // the configuration has started and has not stopped; no events about upstreams are emitted otherwise
-}
-
-func (e *events) setRunning(running bool) {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	e.running = running
-}
-
-func (e *events) isRunning() bool {
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return e.running
+	app     *caddyevents.App
+	running atomic.Bool // the configuration has started and has not stopped; no events about upstreams are emitted otherwise
 }
 
 // emitter emits the events of a site.
@@ -45,7 +31,7 @@ type emitter struct {
 // changed emits an event about an upstream. The reason is the code of the failure that began or ended. A handler that panics
 // costs the response nothing, which made the event.
 func (e *emitter) changed(u *upstream.Upstream, event, reason string) {
-	if !e.isRunning() {
+	if !e.running.Load() {
 		return
 	}
 	_ = guard.Do(e.logger, func() error {

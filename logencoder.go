@@ -1,8 +1,6 @@
 package fsbroker
 
 import (
-	"bytes"
-	"encoding/hex"
 	"encoding/json"
 
 	"go.uber.org/zap"
@@ -13,6 +11,8 @@ import (
 	"github.com/caddyserver/caddy/v2/caddyconfig/caddyfile"
 	"github.com/caddyserver/caddy/v2/modules/caddyhttp"
 	"github.com/caddyserver/caddy/v2/modules/logging"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/redact"
 )
 
 func init() {
@@ -74,20 +74,18 @@ func secretFields() map[string]logging.LogFieldFilter {
 	}
 	for _, object := range []string{"env>", ""} { // php_fastcgi
 		for _, name := range []string{"HTTP_AUTHORIZATION", "HTTP_SECRET", "HTTP_X_API_KEY"} {
-			fields[object+name] = &logging.ReplaceFilter{Value: redacted}
+			fields[object+name] = &logging.ReplaceFilter{Value: redact.Placeholder}
 		}
 	}
 	return fields
 }
-
-const redacted = "REDACTED"
 
 // redactHeader replaces a header field in the way in which Caddy redacts Authorization.
 type redactHeader struct{}
 
 // Filter implements logging.LogFieldFilter.
 func (redactHeader) Filter(in zapcore.Field) zapcore.Field {
-	return zap.Array(in.Key, caddyhttp.LoggableStringArray{redacted})
+	return zap.Array(in.Key, caddyhttp.LoggableStringArray{redact.Placeholder})
 }
 
 // UnmarshalCaddyfile sets up the module from Caddyfile tokens. The block is that of `filter`. Syntax:
@@ -124,117 +122,11 @@ func (e *LogEncoder) EncodeEntry(entry zapcore.Entry, fields []zapcore.Field) (*
 	if err != nil {
 		return buf, err
 	}
-	if line, found := redact(buf.Bytes()); found {
+	if line, found := redact.Line(buf.Bytes()); found {
 		buf.Reset()
 		_, err = buf.Write(line)
 	}
 	return buf, err
-}
-
-// redact returns an encoded entry without secrets, and reports whether there were any.
-func redact(line []byte) (clean []byte, found bool) {
-	done := 0 // how much of line is dealt with
-	for i := 0; i < len(line); i++ {
-		switch line[i] {
-		case '=', '%', ':':
-			if start, end := secretAt(line, i); end > 0 {
-				clean = append(append(clean, line[done:start]...), redacted...)
-				done, i = end, end-1
-			}
-		}
-	}
-	if done == 0 {
-		return line, false
-	}
-	return append(clean, line[done:]...), true
-}
-
-// secretAt returns the bounds of a secret that follows the equals sign or the colon at an index of an encoded entry. They
-// are 0 if there is none.
-func secretAt(line []byte, i int) (start, end int) {
-	switch line[i] {
-	case '=', '%':
-		if sign := equalsSign(line[i:]); sign > 0 && endsWithSecret(line[:i]) {
-			start = i + sign
-			end = start + textLength(line[start:], '&')
-		}
-	case ':':
-		if i == 0 || line[i-1] != '"' || !endsWithSecret(line[:i-1]) {
-			break
-		}
-		value := bytes.TrimPrefix(line[i+1:], []byte{' '}) // console has a space here
-		if len(value) > 0 && value[0] == '"' {
-			start = len(line) - len(value) + 1
-			end = start + textLength(line[start:], '"')
-		}
-	}
-	return start, end
-}
-
-// textLength returns the length of a text in an encoded entry. It ends at a given character, at a control character, or
-// at the quotation mark that ends the string it is in.
-func textLength(text []byte, terminator byte) int {
-	for i := 0; i < len(text); i++ {
-		switch c := text[i]; {
-		case c == terminator, c == '"', c < ' ':
-			return i
-		case c == '\\' && i+1 < len(text) && text[i+1] >= ' ':
-			i++ // an escaped character
-		}
-	}
-	return len(text)
-}
-
-// endsWithSecret reports whether text ends with the name of a parameter that holds a secret.
-func endsWithSecret(text []byte) bool {
-	return endsWith(text, "secret") || endsWith(text, "serect")
-}
-
-// endsWith reports whether text ends with a name in lower case. In text, letters may be upper case or percent-encoded.
-func endsWith(text []byte, name string) bool {
-	for i := len(name) - 1; i >= 0; i-- {
-		var c byte
-		if c, text = cutLast(text); c|0x20 != name[i] {
-			return false
-		}
-	}
-	return true
-}
-
-// cutLast returns the last character of text, which may be percent-encoded, and what precedes it. A URL that is a part of
-// another one is percent-encoded once more: t is %74, %2574, %252574 and so on. At the end, the character is 0.
-func cutLast(text []byte) (c byte, rest []byte) {
-	if len(text) == 0 {
-		return 0, nil
-	}
-	n := len(text) - 1
-	percent := n - 2
-	for percent >= 2 && text[percent] == '5' && text[percent-1] == '2' {
-		percent -= 2
-	}
-	if percent >= 0 && text[percent] == '%' {
-		var decoded [1]byte
-		if _, err := hex.Decode(decoded[:], text[n-1:]); err == nil {
-			return decoded[0], text[:percent]
-		}
-	}
-	return text[n], text[:n]
-}
-
-// equalsSign returns the length of the equals sign with which text begins, which may be percent-encoded like the names. It
-// is 0 if there is none.
-func equalsSign(text []byte) int {
-	if text[0] == '=' {
-		return 1
-	}
-	rest := text[1:]
-	for bytes.HasPrefix(rest, []byte("25")) {
-		rest = rest[2:]
-	}
-	if len(rest) < 2 || rest[0] != '3' || rest[1]|0x20 != 'd' {
-		return 0
-	}
-	return len(text) - len(rest) + 2
 }
 
 // Interface guards

@@ -41,37 +41,6 @@ const (
 	smallestReport = 64 << 10
 )
 
-// doubts returns what in the configuration is possible, but is probably not meant. It must be called before the defaults are
-// filled in.
-func (h *Handler) doubts() (doubts []string) {
-	for _, short := range []struct {
-		name         string
-		value, least caddy.Duration
-		effect       string
-	}{
-		{"timeout", h.Timeout, caddy.Duration(100 * time.Millisecond), "an upstream hardly answers in that time"},
-		{"poll_interval", h.PollInterval, caddy.Duration(100 * time.Millisecond), "an upstream is asked that often for each unfinished report"},
-		{"max_wait", h.MaxWait, caddy.Duration(time.Second), "callers wait for whole seconds"},
-		{"health_interval", h.HealthInterval, caddy.Duration(time.Second), "each upstream is checked that often"},
-	} {
-		if short.value > 0 && short.value < short.least {
-			doubts = append(doubts, fmt.Sprintf("%s is only %s: %s; perhaps %ds is meant",
-				short.name, time.Duration(short.value), short.effect, time.Duration(short.value).Milliseconds()))
-		}
-	}
-	doubts = append(doubts, doubtSize("max_report", h.MaxReport, smallestReport, "hardly a report is that small")...)
-	if h.Cache != nil {
-		doubts = append(doubts, doubtSize("max_size", h.Cache.MaxSize, smallestCache, "hardly a report is kept in memory")...)
-		if h.Cache.AcceptUnencrypted {
-			doubts = append(doubts, "accept_unencrypted is set: whoever can write to the storage can forge reports without a key; remove it when the retention has passed since encryption_key was set")
-		}
-	}
-	if h.HealthTimeout > 0 && h.HealthInterval == 0 {
-		doubts = append(doubts, "health_timeout is set, but nothing is checked without health_interval: set that as well; only the request of the admin API's /fsbroker/nodes has that timeout")
-	}
-	return doubts
-}
-
 // doubtSize doubts a size that is too small to be useful.
 func doubtSize(name string, size, least int64, effect string) []string {
 	if size <= 0 || size >= least {

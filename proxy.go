@@ -21,6 +21,7 @@ import (
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/redact"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/upstream"
 )
 
@@ -127,7 +128,7 @@ func withoutSecrets(header http.Header) http.Header {
 		header.Del(name)
 	}
 	dropFields(header, func(value string) bool {
-		_, found := redact([]byte(value))
+		_, found := redact.Line([]byte(value))
 		return found
 	})
 	return header
@@ -220,7 +221,7 @@ func cleanLocation(broker *upstream.Upstream, header http.Header) {
 
 // holdsSecret reports whether a field of a response's header holds the broker's secret, or a parameter for one.
 func holdsSecret(broker *upstream.Upstream, value string) bool {
-	_, found := redact([]byte(value))
+	_, found := redact.Line([]byte(value))
 	return found || broker.HoldsSecret(value)
 }
 
