@@ -61,10 +61,15 @@ func newAdminSite(t *testing.T, global string) *adminSite {
 // load loads a configuration with directives. If the site runs already, this is a reload.
 func (s *adminSite) load(directives string) {
 	s.t.Helper()
-	text := strings.Replace(s.caddyfile(directives), "admin off", fmt.Sprintf("admin %s {\n origins %s\n }", s.adminBind, s.admin), 1)
-	if err := testsite.Load([]byte(text)); err != nil {
+	if err := testsite.Load([]byte(s.withAdmin(directives))); err != nil {
 		s.t.Fatal(err)
 	}
+}
+
+// withAdmin returns a Caddyfile that has the directives in its one site.
+func (s *adminSite) withAdmin(directives string) string {
+	s.t.Helper()
+	return strings.Replace(s.caddyfile(directives), "admin off", fmt.Sprintf("admin %s {\n origins %s\n }", s.adminBind, s.admin), 1)
 }
 
 // requestAdmin sends a request to the admin API, and fails the test at once on an error.

@@ -2,13 +2,17 @@ package fsbroker_test
 
 import (
 	"fmt"
+	"maps"
 	"net/http"
+	"regexp"
+	"strings"
 	"sync"
 	"testing"
 
 	"github.com/caddyserver/caddy/v2"
 
 	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
 func TestReloadKeepsReports(t *testing.T) {
@@ -34,6 +38,47 @@ func TestReloadKeepsReports(t *testing.T) {
 	}
 	if n := fsbroker.NamespaceUsers("default"); n != 0 {
 		t.Errorf("%d handlers hold the store, though none runs", n)
+	}
+}
+
+// A configuration that does not start changes nothing of what operators see: the one before goes on.
+func TestReloadThatDoesNotStart(t *testing.T) {
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	other := newBackend(t, nil)
+	taken := newListener(t)
+	s := startWithAdmin(t, options(node, harvesting+"\ncache {\n storage\n }"), "")
+	s.get(pair).wantStatus(t, http.StatusOK)
+	s.wantQueueEmpty()
+	_, nodes := s.requestAdmin(http.MethodGet, "/fsbroker/nodes")
+	_, cache := s.requestAdmin(http.MethodGet, "/fsbroker/cache")
+	_, pending := s.requestAdmin(http.MethodGet, "/fsbroker/harvest")
+	gauges := func() map[string]string {
+		all := s.scrape()
+		maps.DeleteFunc(all, func(series, _ string) bool {
+			return regexp.MustCompile(`_(total|bucket|sum|count)\b`).MatchString(series)
+		})
+		return all
+	}
+	before := gauges()
+	if len(before) < 8 {
+		t.Fatalf("there are only the gauges %v", before)
+	}
+	for range 20 {
+		err := testsite.Load([]byte(s.withAdmin(options(other, harvesting+"\ncache {\n storage\n max_size 1MiB\n }") +
+			"\n}\n\nhttp://" + taken.Addr().String() + " {\n respond ok")))
+		if err == nil || !strings.Contains(err.Error(), "address already in use") {
+			t.Fatalf("the configuration starts, or fails with %v", err)
+		}
+		s.wantAdmin(http.MethodGet, "/fsbroker/nodes", http.StatusOK, strings.TrimSpace(nodes))
+		s.wantAdmin(http.MethodGet, "/fsbroker/cache", http.StatusOK, strings.TrimSpace(cache))
+		s.wantAdmin(http.MethodGet, "/fsbroker/harvest", http.StatusOK, strings.TrimSpace(pending))
+		if after := gauges(); !maps.Equal(before, after) {
+			t.Fatalf("the gauges were\n%v\nand are\n%v", before, after)
+		}
+	}
+	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
+	if n := fsbroker.NamespaceUsers("default"); n != 1 {
+		t.Errorf("%d configurations use the namespace, want the one that runs", n)
 	}
 }
 
