@@ -25,7 +25,7 @@ import (
 )
 
 // benchHandler returns a handler with nodes, and with kept reports of a size of the first node, as tasks t0, t1, ….
-func benchHandler(b *testing.B, nodes, reports, size int) *Handler {
+func benchHandler(b testing.TB, nodes, reports, size int) *Handler {
 	b.Helper()
 	var addresses []string
 	for i := range nodes {
@@ -35,7 +35,7 @@ func benchHandler(b *testing.B, nodes, reports, size int) *Handler {
 }
 
 // benchSite is like benchHandler, with the addresses of the nodes, and a storage if there is one.
-func benchSite(b *testing.B, addresses []string, s *storage, reports, size int) *Handler {
+func benchSite(b testing.TB, addresses []string, s *storage, reports, size int) *Handler {
 	b.Helper()
 	h := &Handler{
 		Secrets: []Secret{{Client: "bench", Secret: "bench-secret"}},
