@@ -17,6 +17,7 @@ import (
 	"github.com/caddyserver/certmagic"
 	"go.uber.org/zap"
 
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/logqueue"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -56,6 +57,7 @@ type Archive struct {
 	notes  chan struct{} // one for each operation on a note
 	proof  proof
 	peers  peers
+	log    logqueue.Queue // lines are logged while locks are held
 
 	mu        sync.Mutex // guards the fields below
 	backends  []*Backend
@@ -111,7 +113,8 @@ func (a *Archive) random(purpose string) *rand.Rand {
 	return rand.New(rand.NewPCG(a.Seed, uint64(k[0])<<8|uint64(k[1]))) //nolint:gosec // it need not be unpredictable
 }
 
-// Logger returns the logger of the backend in use, whose lines name the storage. It returns nil if there is none.
+// Logger returns the logger of the backend in use, whose lines name the storage. Who logs with it does not wait for the log. It
+// returns nil if there is no backend.
 func (a *Archive) Logger() *zap.Logger {
 	if b := a.backend(); b != nil {
 		return b.Logger

@@ -54,7 +54,7 @@ func TestPanics(t *testing.T) {
 						t.Fatalf("the log has the value of the panic: %s", text)
 					}
 				}
-				if line := f.log.FilterMessageSnippet("panicked").All()[0]; line.Level != zapcore.ErrorLevel {
+				if line := f.lines("panicked").All()[0]; line.Level != zapcore.ErrorLevel {
 					t.Errorf("the log has %v", line)
 				}
 				panics.Store(false)

@@ -23,7 +23,7 @@ func TestLost(t *testing.T) {
 		if err := f.Drain(f.backend); err != nil {
 			t.Error(err)
 		}
-		lines := f.log.FilterMessageSnippet("are lost").All()
+		lines := f.lines("are lost").All()
 		total := int64(0)
 		for i, line := range lines {
 			fields := line.ContextMap()
@@ -49,7 +49,7 @@ func TestLostWithoutAnID(t *testing.T) {
 		f.Lose("", report(10))
 		time.Sleep(time.Minute)
 		var named []any
-		for _, line := range f.log.FilterMessageSnippet("are lost").All() {
+		for _, line := range f.lines("are lost").All() {
 			named = append(named, line.ContextMap()["ids"].([]any)...)
 		}
 		if want := "[sha256:ab" + strings.Repeat("0", 62) + "]"; fmt.Sprint(named) != want {

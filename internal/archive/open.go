@@ -40,18 +40,22 @@ func New(c Config) *Archive {
 	return a
 }
 
-// Close ends the archive. Values that are still queued are lost. It does not wait for operations under way, which may hang.
+// Close ends the archive. Values that are still queued are lost. It does not wait for operations under way, which may hang, and
+// not for long until what is logged is written.
 func (a *Archive) Close() {
 	a.stop()
 	a.mu.Lock()
-	defer a.mu.Unlock()
 	a.wake.Stop()
 	a.lost.tell.Stop()
 	a.batch.stop()
+	a.mu.Unlock()
+	a.log.Flush()
 }
 
-// Attach makes b the backend that is used. A panic of its storage is an error of the operation from now on.
+// Attach makes b the backend that is used. From now on, a panic of its storage is an error of the operation, and nobody waits
+// for its log.
 func (a *Archive) Attach(b *Backend) {
+	b.Logger = a.log.Logger(b.Logger)
 	b.Storage = guardStorage(b.Storage, b.Logger)
 	a.mu.Lock()
 	a.backends = append(a.backends, b)

@@ -418,7 +418,7 @@ func TestTimeoutAfterAnError(t *testing.T) {
 				t.Errorf("got %v", err)
 			}
 		}
-		for _, line := range f.log.FilterMessageSnippet("the storage fails").All() {
+		for _, line := range f.lines("the storage fails").All() {
 			if text := fmt.Sprint(line.ContextMap()["error"]); !strings.Contains(text, "takes too long; before that: ") || !strings.Contains(text, errAway.Error()) {
 				t.Errorf("logged is %q", text)
 			}
@@ -458,7 +458,7 @@ func TestSecretInAnError(t *testing.T) {
 		time.Sleep(time.Minute)
 		_, purge := f.Purge(t.Context(), Selection{}, 0)
 		texts := []string{f.Stats().Error, fmt.Sprint(purge), fmt.Sprint(f.StoreNote(t.Context(), "folder", "note", nil))}
-		for _, line := range f.log.FilterMessageSnippet("the storage fails").All() {
+		for _, line := range f.lines("the storage fails").All() {
 			texts = append(texts, fmt.Sprint(line.ContextMap()["error"]))
 		}
 		if len(texts) != 5 { // reads and writes fail

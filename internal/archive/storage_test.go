@@ -124,7 +124,13 @@ func (f *fixture) find(t *testing.T, k task.Key) (Found, error) {
 	return f.Load(t.Context(), k, func(int64) error { return nil })
 }
 
-func (f *fixture) logged(message string) int { return f.log.FilterMessageSnippet(message).Len() }
+// lines returns the lines of the log whose messages have a text, when all are written.
+func (f *fixture) lines(text string) *observer.ObservedLogs {
+	f.Archive.log.Flush()
+	return f.log.FilterMessageSnippet(text)
+}
+
+func (f *fixture) logged(text string) int { return f.lines(text).Len() }
 
 func numbered(i int) task.Key { return task.NewKey("test", fmt.Sprint(i)) }
 

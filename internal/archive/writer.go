@@ -288,7 +288,8 @@ func (a *Archive) Flush(b *Backend) {
 // A context has no say in it: the grace period of the server may be over already.
 func (a *Archive) Drain(b *Backend) error {
 	a.Flush(b)
-	defer a.tellLost() // Close does not
+	defer a.log.Flush() // after a drain, the log may be closed
+	defer a.tellLost()  // Close does not
 	ctx, cancel := context.WithTimeout(a.ctx, drainTimeout)
 	defer cancel()
 	patience := time.AfterFunc(drainPatience, cancel)

@@ -376,7 +376,7 @@ func TestTimeoutOfAWriteAfterAnError(t *testing.T) {
 			f.Save(item(i, 100))
 		}
 		time.Sleep(2 * writeTimeout)
-		lines := f.log.FilterMessageSnippet("the storage fails").All()
+		lines := f.lines("the storage fails").All()
 		if len(lines) != 1 {
 			t.Fatalf("it is logged %d times", len(lines))
 		}
