@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/logqueue"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
@@ -23,6 +24,7 @@ type Follower struct {
 	ctx  context.Context
 	stop context.CancelFunc
 	work sync.WaitGroup
+	log  logqueue.Queue // lines are logged while locks are held
 
 	mu       sync.Mutex         // guards the fields below
 	notes    *archive.Archive   // that the notebook uses

@@ -7,6 +7,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/testutil"
@@ -151,9 +152,7 @@ func (u *upstream) start(m *storagetest.Memory, c Config, change func(*Source)) 
 	p := &process{log: log}
 	logger := zap.New(core)
 	if m != nil {
-		p.faulty = storagetest.NewFaulty(m)
-		p.archive = archive.New(archive.Config{Namespace: "tested"})
-		p.archive.Attach(&archive.Backend{Storage: p.faulty.Storage(), Logger: logger, Retention: time.Hour})
+		p.use(m, logger)
 	}
 	c.Namespace = "tested"
 	p.Follower = New(c)
@@ -163,6 +162,13 @@ func (u *upstream) start(m *storagetest.Memory, c Config, change func(*Source)) 
 	}
 	p.Attach(s)
 	return p
+}
+
+// use lets the process use a storage.
+func (p *process) use(m *storagetest.Memory, logger *zap.Logger) {
+	p.faulty = storagetest.NewFaulty(m)
+	p.archive = archive.New(archive.Config{Namespace: "tested"})
+	p.archive.Attach(&archive.Backend{Storage: p.faulty.Storage(), Logger: logger, Retention: time.Hour})
 }
 
 // stop stops the process in good order.
@@ -179,7 +185,11 @@ func (p *process) kill(effect storagetest.Effect) {
 	p.stop()
 }
 
-func (p *process) logged(message string) int { return p.log.FilterMessageSnippet(message).Len() }
+// logged returns how many lines have a text in their messages, when all are written.
+func (p *process) logged(text string) int {
+	synctest.Wait()
+	return p.log.FilterMessageSnippet(text).Len()
+}
 
 // zapWhy returns the field that says why a target has ended.
 func zapWhy(why string) zap.Field { return zap.String("why", why) }

@@ -36,8 +36,10 @@ func New(c Config) *Follower {
 	return f
 }
 
-// Attach makes s the source that is used. The first source with a storage resumes what this instance followed before.
+// Attach makes s the source that is used. The first source with a storage resumes what this instance followed before. From
+// now on, nobody waits for the log of s.
 func (f *Follower) Attach(s *Source) {
+	s.Logger = f.log.Logger(s.Logger)
 	s.ctx, s.stop = context.WithCancel(f.ctx)
 	f.mu.Lock()
 	defer f.mu.Unlock()
@@ -58,6 +60,7 @@ func (f *Follower) Attach(s *Source) {
 // Pause ends the questions to s. What it is asked at the moment is asked again later, of another source. What has ended, or
 // is added, is still noted.
 func (f *Follower) Pause(s *Source) {
+	defer f.log.Flush() // when s is paused, its log may be closed
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	s.paused = true
@@ -117,7 +120,8 @@ func (f *Follower) openNotebook(logger *zap.Logger) {
 	f.work.Go(a.lookAll)
 }
 
-// Close ends the follower, and waits until all it does has ended. What is pending stays noted. It ends the use of all sources.
+// Close ends the follower, and waits until all it does has ended, but not for long until what it has logged is written. What is
+// pending stays noted. It ends the use of all sources.
 func (f *Follower) Close() {
 	f.mu.Lock()
 	notebook, lease, closed := f.notebook, f.lease, f.closed
@@ -140,4 +144,5 @@ func (f *Follower) Close() {
 	if lease != nil {
 		lease.release()
 	}
+	f.log.Flush()
 }
