@@ -28,7 +28,9 @@ func newFixtureWithLog(line string) (f *fixture, log testenv.HangingLog) {
 func TestLogThatHangs(t *testing.T) {
 	fill := func(f *fixture) {
 		f.storage.fail(errAway)
-		for i := 0; f.Save(item(i, 2<<20)); i++ {
+		i := 0
+		for f.Save(item(i, 2<<20)) {
+			i++
 		}
 	}
 	refuse := func(f *fixture, minutes int) {
