@@ -17,6 +17,7 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive/storagetest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/harvest"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testenv"
 )
 
 // tested is a namespace, and its memory.
@@ -80,6 +81,27 @@ func isStored(t *testing.T, a *archive.Archive, k task.Key) bool {
 }
 
 var errStorageAway = errors.New("the storage is away")
+
+// A log that hangs stops neither a miss nor a hit: a report is kept, and found, while the line waits that the queue is full.
+func TestLogThatHangsStopsNoMiss(t *testing.T) {
+	SkipIfShort(t)
+	synctest.Test(t, func(t *testing.T) {
+		core, _ := observer.New(zapcore.InfoLevel)
+		log := testenv.NewHangingLog(core, "the queue to the storage is full")
+		m := savingMemory(t, 1<<30)
+		a, f := openLogged(t, m, "one", zap.New(log))
+		f.Set(storagetest.Failing(errStorageAway))
+		const reports = 10_100
+		for i := range reports {
+			keepFinished(m, i, 100)
+		}
+		<-log.Hangs()
+		if _, ok := m.get(numbered(reports - 1)); !ok || len(m.saving.unsaved[a]) == 0 {
+			t.Error("what the queue has no room for is not kept")
+		}
+		log.Release()
+	})
+}
 
 // What the queue has no room for is queued by itself when there is room.
 func TestUnsavedIsQueuedWhenThereIsRoom(t *testing.T) {
