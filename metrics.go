@@ -1,7 +1,6 @@
 package fsbroker
 
 import (
-	"errors"
 	"fmt"
 	"net/http"
 	"slices"
@@ -46,13 +45,11 @@ var (
 	harvestMetrics  = harvest.NewMetrics()
 )
 
-// registerMetrics registers all metrics with a configuration's registry, unless another handler has done so. The gauges
-// are read from current.
+// registerMetrics registers all metrics with a configuration's registry. The gauges are read from current.
 func registerMetrics(registry *prometheus.Registry, current func() stats) error {
 	own := []prometheus.Collector{requestsTotal, gauges{current}}
 	for _, c := range slices.Concat(own, upstreamMetrics.Collectors(), storageMetrics.Collectors(), harvestMetrics.Collectors()) {
-		err := registry.Register(c)
-		if _, already := errors.AsType[prometheus.AlreadyRegisteredError](err); err != nil && !already {
+		if err := registry.Register(c); err != nil {
 			return fmt.Errorf("registering metrics: %w", err)
 		}
 	}

@@ -13,7 +13,7 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/upstream"
 )
 
-// pollers polls for the reports that callers of a handler wait for. All callers of a report share one poller.
+// pollers polls for the reports that callers of a site wait for. All callers of a report share one poller.
 type pollers struct {
 	resolve  func(context.Context, *query) result
 	interval time.Duration

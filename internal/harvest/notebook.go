@@ -70,7 +70,7 @@ func (n *note) isStored() bool {
 
 // notebook keeps the notes of a follower in the storage: each is stored while a target of it has not ended, and deleted
 // then. What fails is tried again. A note is stored only while the lease is fresh, so others find it. Notes that fail, or
-// hang, do not hold up the others. A nil notebook keeps nothing.
+// hang, do not hold up the others.
 type notebook struct {
 	ctx     context.Context
 	work    *sync.WaitGroup
