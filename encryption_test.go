@@ -91,7 +91,7 @@ func TestEncryption(t *testing.T) {
 	}
 	const leftAlone, lost, unsealed = "a stored value cannot be read and is left alone", "key that is not configured", "it is not encrypted"
 	var causes []string
-	for _, line := range s.logged(leftAlone) {
+	for _, line := range s.waitLogged(3, leftAlone) {
 		causes = append(causes, fmt.Sprint(line["error"]))
 	}
 	slices.Sort(causes)

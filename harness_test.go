@@ -449,6 +449,16 @@ func (s *site) logged(message string) (lines []map[string]any) {
 	return lines
 }
 
+// waitLogged is like logged, but waits until there are n lines: those of the archive and the follower are written apart.
+func (s *site) waitLogged(n int, message string) (lines []map[string]any) {
+	s.t.Helper()
+	eventually(s.t, "the log: "+message, func() bool {
+		lines = s.logged(message)
+		return len(lines) >= n
+	})
+	return lines
+}
+
 // process is a Caddy in another process, which runs this test binary.
 type process struct {
 	*site

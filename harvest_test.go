@@ -435,7 +435,7 @@ func TestHarvestAdmin(t *testing.T) {
 		}
 	}
 	s.wantAdmin("DELETE", "/fsbroker/harvest?submitID="+first, http.StatusOK, `{"given_up":1}`)
-	if lines := s.logged("a submission is given up"); len(lines) != 1 || lines[0]["id"] != first || lines[0]["client"] != "tester" || lines[0]["why"] != "an operator has given it up" {
+	if lines := s.waitLogged(1, "a submission is given up"); len(lines) != 1 || lines[0]["id"] != first || lines[0]["client"] != "tester" || lines[0]["why"] != "an operator has given it up" {
 		t.Errorf("the log has %v", lines)
 	}
 	runCommand(t, "harvest", "--address", s.admin).want(t, 0, `tester +`+second+` +- +- +\d+s +(accepted|unfinished) +\d+ +no +broker_\w+ +file of `+second)

@@ -96,7 +96,7 @@ func panicking(node *backend, more string) string {
 // wantPanics checks that the log has that many panics, each with the function that has panicked, and no secret.
 func (s *site) wantPanics(want int, function string) {
 	s.t.Helper()
-	lines := s.logged("panicked")
+	lines := s.waitLogged(want, "panicked")
 	if len(lines) != want {
 		s.t.Errorf("the log has %d panics, want %d: %v", len(lines), want, lines)
 	}

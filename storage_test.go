@@ -148,7 +148,7 @@ func TestDamagedValues(t *testing.T) {
 			})
 		})
 	}
-	if n := len(s.logged("is damaged and is set aside")); n != requests-1 {
+	if n := len(s.waitLogged(requests-1, "is damaged and is set aside")); n != requests-1 {
 		t.Errorf("%d warnings for %d damaged values", n, requests-1)
 	}
 
