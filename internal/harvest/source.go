@@ -40,7 +40,8 @@ type Source struct {
 	// target for known because it is pending. An error is a problem that may pass; it is shown to operators.
 	Fetch func(ctx context.Context, t Target, kind task.Kind) (Outcome, error)
 
-	// Upstream returns the name of the upstream that Fetch asks first. The bounds are those of one upstream.
+	// Upstream returns the name of the upstream that Fetch asks first. The bounds are those of one upstream. It is called with
+	// the mutex of the follower, so it must not wait.
 	Upstream func(Target) string
 
 	// Finished is called when the first finished report of a target is kept. It may take its time: it delays no question, but

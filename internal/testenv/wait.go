@@ -1,4 +1,5 @@
-// Package testenv gives tests what they need of the system: ports, homes for processes, and time. Only tests import it.
+// Package testenv gives tests what they need of the system: ports, homes for processes, time, and a log that hangs. Only tests
+// import it.
 package testenv
 
 import (
