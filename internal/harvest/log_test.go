@@ -126,7 +126,7 @@ func TestLogThatHangs(t *testing.T) {
 					return
 				}
 				doing.Wait()
-				time.Sleep(time.Minute)
+				time.Sleep(5 * lookEvery) // what it does itself goes on
 				p.stop()
 				p.hanging.Release()
 				if p.logged(test.line) == 0 {
