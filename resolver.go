@@ -77,7 +77,7 @@ func newResolver(ns *namespace, nodes map[string]*upstream.Upstream, broker *ups
 // result is what a request gets: a report and where it came from, or the problem that took its place.
 type result struct {
 	problem *problem.Problem   // nil if there is a report
-	entry   *entry             // the report; nil if there is a problem
+	entry   *entry             // the report; nil if there is a problem, unless its caller has left
 	node    *upstream.Origin   // whose report it is; nil if that is not known
 	from    *upstream.Origin   // the upstream that answered; nil if the report was kept
 	span    *trace.SpanContext // of the request to the upstream; nil if nothing is traced
@@ -96,7 +96,7 @@ func (r *result) outcome() outcome {
 	switch p := r.problem; {
 	case p != nil && p.Requested():
 		return outcomeError
-	case p != nil:
+	case p != nil && p.Kind != problem.CallerLeft, r.entry == nil:
 		return outcomeNone
 	case r.stored:
 		return outcomeStorage

@@ -58,7 +58,7 @@ func (ps *pollers) wait(ctx context.Context, q query, res result, maxWait time.D
 		upstream.LinkSpan(ctx, res.span)
 	}
 	if ctx.Err() != nil {
-		return failed(problem.Left)
+		res.problem = problem.Left
 	}
 	return res
 }

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"strings"
 	"sync"
 	"syscall"
 	"testing"
@@ -279,6 +280,39 @@ func TestWaitersThatLeave(t *testing.T) {
 		before = len(node.requests())
 		time.Sleep(500 * time.Millisecond) // five intervals without a request
 		node.wantRequests(t, before)
+	})
+}
+
+// A caller that leaves while it waits is counted and logged with what it would have got.
+func TestWaiterThatLeavesIsCounted(t *testing.T) {
+	inBubble(t, func(t *testing.T) {
+		node := newBackend(t, responds(http.StatusOK, reportOf("t1", "IN_PROGRESS")))
+		s := startWithAdmin(t, strings.Replace(options(node, "poll_interval 10s"), "secret tester", "secret leaver", 1), "")
+		ctx, leave := context.WithCancel(t.Context())
+		ended := make(chan struct{})
+		go func() {
+			defer close(ended)
+			_, _ = s.try(ctx, http.MethodGet, pair+"&wait=60", "Authorization: Bearer "+callerSecret)
+		}()
+		wantWaiters(t, 1)
+		leave()
+		<-ended
+		var counted []string
+		eventually(t, "the request to be counted", func() bool {
+			for series := range s.scrape() {
+				if strings.Contains(series, `client="leaver",code="499"`) {
+					counted = append(counted, series)
+				}
+			}
+			return len(counted) > 0
+		})
+		if want := `caddy_fsbroker_requests_total{cache="miss",client="leaver",code="499",endpoint="/task"}`; len(counted) > 1 || counted[0] != want {
+			t.Errorf("it is counted in %v, want %s", counted, want)
+		}
+		log := string(readFile(t, s.logFile()))
+		if want := `"fsbroker_cache":"miss","fsbroker_node":"node-1","fsbroker_upstream":"node"`; !strings.Contains(log, want) {
+			t.Errorf("the access log does not have %s", want)
+		}
 	})
 }
 
