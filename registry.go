@@ -42,9 +42,9 @@ func liveStats() stats {
 		s.upstreams = append(s.upstreams, one)
 	}
 	for ns := range eachNamespace() {
-		one := ns.memory.stats()
-		one.Waiters = ns.waiters.Load()
 		for _, site := range ns.members() { // during a reload, there may be two: the newest counts
+			one := ns.memory.stats()
+			one.Waiters = ns.waiters.Load()
 			if site.archive != nil {
 				stats := site.archive.Stats()
 				one.Storage = &stats
