@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"net/http"
 	"net/http/httptrace"
 	"net/url"
@@ -140,8 +139,8 @@ const maxRetryAfter = time.Hour
 // default.
 func retryAfter(header http.Header, byDefault time.Duration) time.Duration {
 	value := header.Get("Retry-After")
-	if seconds, err := strconv.ParseUint(value, 10, 32); err == nil || errors.Is(err, strconv.ErrRange) {
-		return min(max(time.Duration(min(seconds, math.MaxUint32))*time.Second, time.Second), maxRetryAfter)
+	if seconds, err := strconv.ParseUint(value, 10, 32); err == nil || errors.Is(err, strconv.ErrRange) { // which yields the largest
+		return min(max(time.Duration(seconds)*time.Second, time.Second), maxRetryAfter)
 	}
 	if at, err := http.ParseTime(value); err == nil {
 		return min(max(time.Until(at), time.Second), maxRetryAfter)
