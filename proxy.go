@@ -253,7 +253,5 @@ func (b *proxiedBody) Close() error {
 	return b.ReadCloser.Close()
 }
 
-// Interface guards
-var (
-	_ http.RoundTripper = (*proxyTransport)(nil)
-)
+// Interface guard
+var _ http.RoundTripper = (*proxyTransport)(nil)

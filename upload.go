@@ -4,8 +4,8 @@ import (
 	"context"
 	"errors"
 	"io"
+	"net"
 	"net/http"
-	"os"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -79,6 +79,7 @@ func (b *callerBody) Close() error {
 // judge returns the problem that an error of the body means. The caller holds the mutex.
 func (b *callerBody) judge(err error) error {
 	limit, tooLarge := errors.AsType[*http.MaxBytesError](err)
+	network, _ := errors.AsType[net.Error](err)
 	switch {
 	case err == nil:
 		return nil
@@ -87,7 +88,7 @@ func (b *callerBody) judge(err error) error {
 		return io.EOF
 	case tooLarge:
 		b.problem = &problem.Problem{Kind: problem.RequestTooLarge, Detail: "the request has more than " + strconv.FormatInt(limit.Limit, 10) + " bytes: send less"}
-	case errors.Is(err, os.ErrDeadlineExceeded):
+	case network != nil && network.Timeout():
 		b.problem = &problem.Problem{Kind: problem.RequestTimeout, Detail: "the request did not arrive in time: send it again, faster"}
 	default:
 		b.problem = &problem.Problem{Kind: problem.IncompleteRequest, Detail: "the request is malformed, or ended early: send it again"}
@@ -95,8 +96,8 @@ func (b *callerBody) judge(err error) error {
 	return b.problem
 }
 
-// Refuse implements upstream.Body: it lets the transport wait for what it has not sent, until the body is given up. So the broker gets no more of a
-// body that it has refused, and its connection is not used again: the broker may close it at any moment.
+// Refuse implements upstream.Body: the transport waits for what it has not sent until the body is given up. So the broker
+// gets no more, and the connection is not used again, which the broker may close at any moment.
 func (b *callerBody) Refuse() {
 	if !b.whole.Load() {
 		b.refused.Store(true)
