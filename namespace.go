@@ -7,6 +7,8 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"go.uber.org/zap"
+
 	"github.com/caddyserver/caddy/v2"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/archive"
@@ -136,10 +138,11 @@ func (ns *namespace) closeArchive(id string, b *archive.Backend) {
 }
 
 // openFollower returns the follower, which does nothing until a source is attached. It makes one if there is none.
-func (ns *namespace) openFollower(instance, lockDir string) *harvest.Follower {
+func (ns *namespace) openFollower(logger *zap.Logger) *harvest.Follower {
 	ns.mu.Lock()
 	defer ns.mu.Unlock()
 	if ns.following++; ns.following == 1 {
+		instance, lockDir := instanceName(logger)
 		ns.follower.Store(harvest.New(harvest.Config{Namespace: ns.name, Instance: instance, LockDir: lockDir, Metrics: harvestMetrics}))
 	}
 	return ns.follower.Load()
@@ -188,6 +191,3 @@ func (ns *namespace) members() []member {
 	defer ns.mu.Unlock()
 	return slices.Clone(ns.sites)
 }
-
-// Interface guard
-var _ caddy.Destructor = (*namespace)(nil)

@@ -4,6 +4,8 @@ import (
 	"fmt"
 	"maps"
 	"net/http"
+	"os"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"sync"
@@ -79,6 +81,32 @@ func TestReloadThatDoesNotStart(t *testing.T) {
 	s.get(pair).wantHeader(t, "Cache-Status", "fsbroker; hit")
 	if n := fsbroker.NamespaceUsers("default"); n != 1 {
 		t.Errorf("%d configurations use the namespace, want the one that runs", n)
+	}
+}
+
+// An instance without a name that lasts is warned of when it begins to follow anything, and not at each reload.
+func TestReloadWithoutAnInstanceName(t *testing.T) {
+	home := t.TempDir()
+	t.Setenv("XDG_DATA_HOME", home)
+	if err := os.MkdirAll(filepath.Join(home, "caddy"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(home, "caddy", "instance.uuid"), []byte("not a UUID"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	node := newBackend(t, responds(http.StatusOK, reportOf("t1", "SUCCESS")))
+	s := startSite(t, options(node, harvesting))
+	for i := range 3 {
+		s.load(options(node, fmt.Sprintf("%s\ntimeout %ds", harvesting, i+1)))
+	}
+	if n := strings.Count(string(readFile(t, s.logFile())), "this instance has no name that lasts"); n != 1 {
+		t.Errorf("the log has %d warnings, want 1", n)
+	}
+	// It is warned of again when it begins anew.
+	s.load(options(node, ""))
+	s.load(options(node, harvesting))
+	if n := strings.Count(string(readFile(t, s.logFile())), "this instance has no name that lasts"); n != 2 {
+		t.Errorf("the log has %d warnings, want 2", n)
 	}
 }
 

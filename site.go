@@ -108,7 +108,7 @@ func joinNamespace(ctx caddy.Context, parts siteParts) (_ *site, err error) {
 		options.archive = ns.openArchive(parts.storage.id, parts.storage.Backend)
 	}
 	if h.Harvest != nil {
-		options.follower = ns.openFollower(instanceName(parts.logger))
+		options.follower = ns.openFollower(parts.logger)
 	}
 	rs := newResolver(ns, nodes, broker, options)
 	ns.join(rs, h.Cache.MaxSize)
