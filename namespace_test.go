@@ -1,6 +1,7 @@
 package fsbroker_test
 
 import (
+	"encoding/json"
 	"fmt"
 	"net/http"
 	"strings"
@@ -9,6 +10,7 @@ import (
 
 	"github.com/caddyserver/caddy/v2"
 
+	fsbroker "github.com/caddy-fsbroker/caddy-fsbroker"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/testsite"
 )
 
@@ -210,4 +212,60 @@ func TestPurgeOfSeveralNamespaces(t *testing.T) {
 	s.wantQueueEmpty()
 	s.wantAdmin(http.MethodDelete, "/fsbroker/cache", http.StatusOK, `{"memory":4,"queue":0,"storage":4}`)
 	s.wantValues(0)
+}
+
+// A configuration that fails half way, or is only validated, leaves nothing behind.
+func TestConfigurationsThatHoldNothing(t *testing.T) {
+	s := newSite(t)
+	handler := func(more string) string {
+		return `{"handler": "fsbroker_task", "secrets": [{"secret": "s"}], "broker": {"address": "b:1"}, "harvest": {},
+			"cache": {"namespace": "failing", "storage": {}}` + more + `}`
+	}
+	config := func(one, other string) []byte {
+		return []byte(fmt.Sprintf(`{`+quiet+`, "storage": {"module": "folder", "dir": %q}, "apps": {"http": {"servers": {
+			"one": {"listen": [%q], "automatic_https": {"disable": true}, "routes": [{"handle": [%s]}, {"handle": [%s]}]}}}}}`, s.dir, s.bind, one, other))
+	}
+	wantUsers := func(t *testing.T, want int) {
+		t.Helper()
+		if n := fsbroker.NamespaceUsers("failing"); n != want {
+			t.Errorf("%d configurations use the namespace, want %d", n, want)
+		}
+	}
+	fail := func(t *testing.T, users int) {
+		for name, load := range map[string]struct{ one, other, err string }{
+			"an address":     {handler(`, "nodes": [{"app_server_id": "a", "address": "a"}]`), handler(""), "no port"},
+			"a secret":       {handler(`, "nodes": [{"app_server_id": "a", "address": "a:1", "secret": "{env.NOT_SET}"}]`), handler(""), "NOT_SET"},
+			"a passed path":  {handler(`, "broker": {"address": "b:1", "proxy": ["/task"]}`), handler(""), "broker: "},
+			"a storage":      {handler(`, "cache": {"namespace": "failing", "storage": {"module": "none"}}`), handler(""), "none"},
+			"a transport":    {handler(`, "transport": {"protocol": "fastcgi"}`), handler(""), "fastcgi"},
+			"another option": {handler(""), handler(`, "timeout": "1s"`), "differ in timeout"},
+			"another module": {handler(""), `{"handler": "none"}`, "none"},
+		} {
+			t.Run(name, func(t *testing.T) {
+				if err := caddy.Load(config(load.one, load.other), true); err == nil || !strings.Contains(err.Error(), load.err) {
+					t.Errorf("got %v, want something with %q", err, load.err)
+				}
+				wantUsers(t, users)
+			})
+		}
+		var valid caddy.Config
+		if err := json.Unmarshal(config(handler(""), handler("")), &valid); err != nil {
+			t.Fatal(err)
+		}
+		if err := caddy.Validate(&valid); err != nil {
+			t.Error(err)
+		}
+		wantUsers(t, users)
+	}
+	t.Run("first", func(t *testing.T) { fail(t, 0) })
+	t.Run("beside one that runs", func(t *testing.T) {
+		if err := caddy.Load(config(handler(""), handler("")), true); err != nil {
+			t.Fatal(err)
+		}
+		fail(t, 1)
+	})
+	if err := caddy.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	wantUsers(t, 0)
 }
