@@ -5,7 +5,6 @@ import (
 	"time"
 
 	"github.com/google/uuid"
-	"go.uber.org/zap"
 
 	"github.com/caddyserver/caddy/v2"
 )
@@ -34,11 +33,10 @@ const defaultHarvestFor = 24 * time.Hour
 // instanceName returns the name of this instance, which lasts, and the directory for the locks that tell processes apart
 // which have the same name. It must be called before Caddy's own first call, from its start on, which would write another name
 // to the file.
-func instanceName(logger *zap.Logger) (name, lockDir string) {
+func instanceName() (name, lockDir string, err error) {
 	id, err := caddy.InstanceID()
 	if err != nil {
-		logger.Warn("this instance has no name that lasts: after a restart, it takes a while until what was pending is resumed", zap.Error(err))
-		return uuid.NewString(), ""
+		return uuid.NewString(), "", err
 	}
-	return id.String(), filepath.Join(caddy.AppDataDir(), "fsbroker")
+	return id.String(), filepath.Join(caddy.AppDataDir(), "fsbroker"), nil
 }

@@ -139,11 +139,16 @@ func (ns *namespace) closeArchive(id string, b *archive.Backend) {
 
 // openFollower returns the follower, which does nothing until a source is attached. It makes one if there is none.
 func (ns *namespace) openFollower(logger *zap.Logger) *harvest.Follower {
+	var err error
 	ns.mu.Lock()
-	defer ns.mu.Unlock()
 	if ns.following++; ns.following == 1 {
-		instance, lockDir := instanceName(logger)
-		ns.follower.Store(harvest.New(harvest.Config{Namespace: ns.name, Instance: instance, LockDir: lockDir, Metrics: harvestMetrics}))
+		c := harvest.Config{Namespace: ns.name, Metrics: harvestMetrics}
+		c.Instance, c.LockDir, err = instanceName()
+		ns.follower.Store(harvest.New(c))
+	}
+	ns.mu.Unlock()
+	if err != nil {
+		logger.Warn("this instance has no name that lasts: after a restart, it takes a while until what was pending is resumed", zap.Error(err))
 	}
 	return ns.follower.Load()
 }

@@ -59,8 +59,9 @@ func TestCallerLeavesWhileConnectingFails(t *testing.T) {
 				},
 			}
 			for way, f := range ask {
-				var ctx context.Context
-				ctx, leave = context.WithCancel(t.Context())
+				ctx, cancel := context.WithCancel(t.Context())
+				defer cancel()
+				leave = cancel
 				if p := f(ctx); p != problem.Left {
 					t.Errorf("%s: got %v", way, p)
 				}
