@@ -89,7 +89,8 @@ type Backend struct {
 	Retention time.Duration // how long values are kept
 	Keyring   *Keyring      // seals values; nil if they are not sealed
 
-	leaving bool // guarded by Archive.mu
+	lister  lister // of Storage
+	leaving bool   // guarded by Archive.mu
 }
 
 const (

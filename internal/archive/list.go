@@ -7,17 +7,27 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"sync/atomic"
 
 	"github.com/caddyserver/certmagic"
 
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/task"
 )
 
-// listBelow returns the names of all values below a folder. Storage modules differ in what they list: what is in the
-// folder, or all that is below it, or even all that there is; with or without folders, with or without a slash at the end,
-// and with a prefix of their own. So listBelow asks for everything, keeps what is below the folder, and looks into those
-// folders of which nothing else was listed.
-func listBelow(ctx context.Context, storage certmagic.Storage, folder string, isValue func(name string) bool) ([]string, error) {
+// trustFlat is the number of recursive lists that must fail in a row, where flat ones work, until no other is tried.
+const trustFlat = 3
+
+// lister lists what a storage has. Storage modules differ in what they list: what is in the folder, or all that is below it,
+// or even all that there is; with or without folders, with or without a slash at the end, and with a prefix of their own. To
+// some, a recursive list is an error.
+type lister struct {
+	storage certmagic.Storage
+	flat    atomic.Int32 // the recursive lists that have failed in a row where flat ones worked
+}
+
+// below returns the names of all values below a folder. It asks for everything, keeps what is below the folder, and looks into
+// those folders of which nothing else was listed.
+func (l *lister) below(ctx context.Context, folder string, isValue func(name string) bool) ([]string, error) {
 	values := make(map[string]struct{})
 	asked := make(map[string]bool)
 	for pending := []string{folder}; len(pending) > 0; {
@@ -27,7 +37,7 @@ func listBelow(ctx context.Context, storage certmagic.Storage, folder string, is
 			continue
 		}
 		asked[next] = true
-		found, err := storage.List(ctx, next, true)
+		found, err := l.list(ctx, next)
 		if err := ignoreNotExist(err); err != nil {
 			return nil, fmt.Errorf("listing %s: %w", next, err)
 		}
@@ -37,6 +47,27 @@ func listBelow(ctx context.Context, storage certmagic.Storage, folder string, is
 		pending = append(pending, sortOut(found, folder, isValue, values)...)
 	}
 	return slices.Sorted(maps.Keys(values)), nil
+}
+
+// list lists a folder recursively, or flat if that is all that the storage can do.
+func (l *lister) list(ctx context.Context, folder string) ([]string, error) {
+	if l.flat.Load() >= trustFlat {
+		return l.storage.List(ctx, folder, false)
+	}
+	found, err := l.storage.List(ctx, folder, true)
+	if ignoreNotExist(err) == nil {
+		l.flat.Store(0)
+		return found, err
+	}
+	if ctx.Err() != nil || isRefusal(err) {
+		return nil, err
+	}
+	flat, flatErr := l.storage.List(ctx, folder, false)
+	if ignoreNotExist(flatErr) != nil {
+		return nil, err
+	}
+	l.flat.Add(1)
+	return flat, flatErr
 }
 
 // sortOut adds the values among the names that a storage has listed, and returns the folders that it has not looked into.
@@ -76,7 +107,7 @@ func (a *Archive) listFile(ctx context.Context, b *Backend, source task.Source) 
 // listPlaces returns where there are values below a folder.
 func (a *Archive) listPlaces(ctx context.Context, b *Backend, folder string) ([]place, error) {
 	byName := make(map[string]place)
-	names, err := listBelow(ctx, b.Storage, folder, func(name string) bool {
+	names, err := b.lister.below(ctx, folder, func(name string) bool {
 		p, ok := a.layout.parse(name)
 		if ok {
 			byName[name] = p

@@ -74,7 +74,7 @@ func (a *Archive) DeleteNote(ctx context.Context, folder, name string) error {
 func (a *Archive) ListNotes(ctx context.Context, folder string) ([]string, error) {
 	in := a.layout.noteFolder(folder)
 	names, err := onNote(ctx, a, folder, folder, func(ctx context.Context, b *Backend, _ string) ([]string, error) {
-		return listBelow(ctx, b.Storage, in, func(name string) bool { return isNoteName(strings.TrimPrefix(name, in+"/")) })
+		return b.lister.below(ctx, in, func(name string) bool { return isNoteName(strings.TrimPrefix(name, in+"/")) })
 	})
 	if err != nil {
 		return nil, fmt.Errorf("listing the notes of %s: %w", folder, shownError{err})

@@ -57,6 +57,7 @@ func (a *Archive) Close() {
 func (a *Archive) Attach(b *Backend) {
 	b.Logger = a.log.Logger(b.Logger)
 	b.Storage = guardStorage(b.Storage, b.Logger)
+	b.lister.storage = b.Storage
 	a.mu.Lock()
 	a.backends = append(a.backends, b)
 	a.mu.Unlock()

@@ -114,7 +114,7 @@ func (a *Archive) checkRecord(ctx context.Context, b *Backend) error {
 func (a *Archive) readRecords(ctx context.Context, b *Backend) error {
 	own := a.layout.recordName(a.writer)
 	folder := path.Dir(own)
-	names, err := listBelow(ctx, b.Storage, folder, func(name string) bool {
+	names, err := b.lister.below(ctx, folder, func(name string) bool {
 		base := strings.TrimPrefix(name, folder+"/")
 		return base != "" && !strings.Contains(base, "/")
 	})

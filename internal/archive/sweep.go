@@ -158,7 +158,7 @@ func indexDay(t time.Time) string { return t.UTC().Format(indexDayFormat) }
 
 // firstIndexed returns the first time that the index has, in UTC, or last if it has none before.
 func (a *Archive) firstIndexed(ctx context.Context, b *Backend, last time.Time) (time.Time, error) {
-	names, err := listBelow(ctx, b.Storage, a.layout.indexFolder(), a.isIndexName)
+	names, err := b.lister.below(ctx, a.layout.indexFolder(), a.isIndexName)
 	if err != nil {
 		return time.Time{}, err
 	}
@@ -178,7 +178,7 @@ func (a *Archive) isIndexName(name string) bool {
 
 // sweepDay deletes what is old of one day of the index, and reports whether nothing of the day is left.
 func (a *Archive) sweepDay(ctx context.Context, b *Backend, day string, before time.Time) (done bool, err error) {
-	names, err := listBelow(ctx, b.Storage, a.layout.indexFolder()+"/"+day, a.isIndexName)
+	names, err := b.lister.below(ctx, a.layout.indexFolder()+"/"+day, a.isIndexName)
 	if err != nil {
 		return false, err
 	}

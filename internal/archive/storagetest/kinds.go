@@ -2,6 +2,7 @@
 package storagetest
 
 import (
+	"errors"
 	"fmt"
 	"io/fs"
 	"path"
@@ -37,10 +38,17 @@ const (
 	// Consul refuses values of more than 512 KiB. What does not exist can be neither listed nor deleted, and Stat knows
 	// neither size nor time.
 	Consul
+
+	// SQL cannot list recursively: that is an error. Asked for one folder, it lists all that begins with the prefix. It has no
+	// TryLock, and its locks last a minute whether or not their holder is alive.
+	SQL
+
+	// Flat cannot list recursively either. Asked for one folder, it lists what is in the folder.
+	Flat
 )
 
 // Kinds are all kinds.
-var Kinds = []Kind{FileSystem, Redis, S3, S3Delimiter, Prefixed, Consul}
+var Kinds = []Kind{FileSystem, Redis, S3, S3Delimiter, Prefixed, Consul, SQL, Flat}
 
 // KindOf returns the kind for the seed of a simulation. Seeds in a row have all kinds. In each row, a seed with the same
 // remainder has another kind: what else depends on the seed meets all kinds.
@@ -51,18 +59,19 @@ func KindOf(seed uint64) Kind {
 
 // String returns the name of the kind.
 func (k Kind) String() string {
-	return [...]string{"file system", "Redis", "S3", "S3 with a delimiter", "prefixed", "Consul"}[k]
+	return [...]string{"file system", "Redis", "S3", "S3 with a delimiter", "prefixed", "Consul", "SQL", "flat"}[k]
 }
 
 const (
 	maxConsul   = 512 << 10
 	s3LockTTL   = 15 * time.Second
+	sqlLockTTL  = time.Minute
 	ownPrefix   = "/bucket"
 	defaultPoll = time.Second
 )
 
 // Exclusive reports whether a lock of the kind is held until it is released.
-func (k Kind) Exclusive() bool { return k != S3 && k != S3Delimiter }
+func (k Kind) Exclusive() bool { return k.lockTTL() == 0 && k != S3Delimiter }
 
 // Lies reports whether Load and List of the kind say that there is nothing if they fail.
 func (k Kind) Lies() bool { return k == S3Delimiter }
@@ -79,8 +88,11 @@ func (k Kind) hasTryLock() bool { return k == FileSystem || k == Redis }
 
 // lockTTL returns after how long a lock ends by itself. Zero means never.
 func (k Kind) lockTTL() time.Duration {
-	if k == S3 {
+	switch k {
+	case S3:
 		return s3LockTTL
+	case SQL:
+		return sqlLockTTL
 	}
 	return 0
 }
@@ -120,9 +132,21 @@ func (m *Memory) list(prefix string, recursive bool) ([]string, error) {
 			names[i] = path.Join(prefix, child)
 		}
 		return slices.Compact(names), nil
+	case SQL:
+		if recursive {
+			return nil, errRecursive
+		}
+		return withoutSlash(m.root.withPrefix(prefix)), nil
+	case Flat:
+		if recursive {
+			return nil, errRecursive
+		}
+		return withoutSlash(m.root.find(prefix).paths(false, true)), nil
 	}
 	panic("unknown kind")
 }
+
+var errRecursive = errors.New("recursive listing is not supported")
 
 // withoutSlash removes the slash before each path.
 func withoutSlash(paths []string) []string {

@@ -20,6 +20,7 @@ func TestLists(t *testing.T) {
 		recursive bool
 		want      []string
 		missing   bool
+		refused   bool
 	}{
 		{kind: FileSystem, prefix: "a", want: []string{"a/b", "a/bc", "a/empty"}},
 		{kind: FileSystem, prefix: "a", recursive: true, want: []string{"a/b", "a/b/1", "a/b/2", "a/bc", "a/bc/3", "a/empty"}},
@@ -40,6 +41,13 @@ func TestLists(t *testing.T) {
 		{kind: Consul, prefix: "a", want: []string{"a/b", "a/bc"}},
 		{kind: Consul, prefix: "a", recursive: true, want: []string{"a/b/1", "a/b/2", "a/bc/3"}},
 		{kind: Consul, prefix: "x", missing: true},
+		{kind: SQL, prefix: "a", recursive: true, refused: true},
+		{kind: SQL, prefix: "a/b", want: []string{"a/b/1", "a/b/2", "a/bc/3"}},
+		{kind: SQL, prefix: "x"},
+		{kind: Flat, prefix: "a", recursive: true, refused: true},
+		{kind: Flat, prefix: "a", want: []string{"a/b", "a/bc"}},
+		{kind: Flat, prefix: "a/b", want: []string{"a/b/1", "a/b/2"}},
+		{kind: Flat, prefix: "x"},
 	} {
 		m := New(test.kind)
 		s := m.Storage()
@@ -52,7 +60,7 @@ func TestLists(t *testing.T) {
 			t.Fatal(err)
 		}
 		names, err := s.List(t.Context(), test.prefix, test.recursive)
-		if !slices.Equal(names, test.want) || errors.Is(err, fs.ErrNotExist) != test.missing {
+		if !slices.Equal(names, test.want) || errors.Is(err, fs.ErrNotExist) != test.missing || (err != nil) != (test.missing || test.refused) {
 			t.Errorf("%s, %s, recursive %v: %q, error %v", test.kind, test.prefix, test.recursive, names, err)
 		}
 	}
