@@ -57,6 +57,7 @@ type Archive struct {
 	notes  chan struct{} // one for each operation on a note
 	proof  proof
 	peers  peers
+	locks  locks
 	log    logqueue.Queue // lines are logged while locks are held
 
 	mu        sync.Mutex // guards the fields below

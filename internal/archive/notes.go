@@ -85,25 +85,16 @@ func (a *Archive) ListNotes(ctx context.Context, folder string) ([]string, error
 	return names, nil
 }
 
-// LockNotes takes the lock of a folder of notes if it is free, and reports whether it has. If it has, the caller must call
-// unlock. Not every storage has locks that exclude others.
+// LockNotes takes the lock of a folder of notes, for which it may wait, and reports whether it has. If it has, the caller must
+// call unlock. If it has not, another has the lock; or there is an error, which may mean the same. Not every storage has locks
+// that exclude others.
 func (a *Archive) LockNotes(ctx context.Context, folder string) (unlock func() error, locked bool, err error) {
 	b := a.backend()
 	if b == nil {
 		return nil, false, ErrUnreadable
 	}
-	name := a.layout.noteLock(folder)
-	locked, err = onNote(ctx, a, folder, folder, func(ctx context.Context, _ *Backend, _ string) (bool, error) {
-		return tryLock(ctx, b.Storage, name)
-	})
-	if err != nil || !locked {
-		return nil, false, wrapNoteError("locking", folder, "", err)
-	}
-	return func() error {
-		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), noteTimeout)
-		defer cancel()
-		return b.Storage.Unlock(ctx, name)
-	}, true, nil
+	unlock, err = a.lock(ctx, b, a.layout.noteLock(folder))
+	return unlock, unlock != nil, wrapNoteError("locking", folder, "", err)
 }
 
 // onNote runs an operation on a note. It returns when ctx has ended, even if the storage ignores it.

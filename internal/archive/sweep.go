@@ -9,7 +9,6 @@ import (
 	"sync"
 	"time"
 
-	"github.com/caddyserver/certmagic"
 	"go.uber.org/zap"
 	"golang.org/x/sync/errgroup"
 )
@@ -21,8 +20,6 @@ const (
 
 	// passTimeout bounds one pass over the index, and the scan of one partition.
 	passTimeout = 5 * time.Minute
-
-	lockTimeout = time.Second
 
 	// maxSweepFailures is the number of values that may fail at once before that is the storage's fault.
 	maxSweepFailures = 20
@@ -56,33 +53,17 @@ func (a *Archive) sweepAll() {
 
 // pass makes one pass of the sweep, unless another instance makes one.
 func (a *Archive) pass(b *Backend, jitter *rand.Rand) error {
-	ctx, cancel := context.WithTimeout(a.ctx, 2*passTimeout)
+	ctx, cancel := context.WithTimeout(a.ctx, lockPatience+2*passTimeout)
 	defer cancel()
 	if err := a.meetPeers(ctx, b); err != nil {
 		return err
 	}
-	locked, err := tryLock(ctx, b.Storage, a.layout.sweepLock())
-	if err != nil || !locked {
+	unlock, err := a.lock(ctx, b, a.layout.sweepLock())
+	if err != nil || unlock == nil {
 		return err
 	}
 	err = a.sweep(ctx, b, jitter)
-	unlock, cancel := context.WithTimeout(context.WithoutCancel(ctx), writeTimeout)
-	defer cancel()
-	return errors.Join(err, b.Storage.Unlock(unlock, a.layout.sweepLock()))
-}
-
-// tryLock takes a lock if it is free. The instance that holds it does the work.
-func tryLock(ctx context.Context, storage certmagic.Storage, name string) (bool, error) {
-	if locker, ok := storage.(certmagic.TryLocker); ok {
-		return locker.TryLock(ctx, name)
-	}
-	ctx, cancel := context.WithTimeout(ctx, lockTimeout)
-	defer cancel()
-	err := storage.Lock(ctx, name)
-	if errors.Is(err, context.DeadlineExceeded) {
-		return false, nil
-	}
-	return err == nil, err
+	return errors.Join(err, unlock())
 }
 
 // cursor is where the sweep goes on. It is stored, so that any instance can.

@@ -31,7 +31,8 @@ const (
 	// compareEvery is how often the own folder is read.
 	compareEvery = time.Minute
 
-	// adoptTimeout bounds one try to take over what a lease covers, and the wait for the lock.
+	// adoptTimeout bounds one try to take over what a lease covers, once it has the lock. So a lock that is held for longer does
+	// not count.
 	adoptTimeout = 30 * time.Second
 
 	// maxReading is the number of notes and leases that are read at once.
@@ -159,17 +160,28 @@ func (a *adopter) meet(storage *archive.Archive, logger *zap.Logger, holder stri
 		p.text, p.changed, p.found = string(text), now, now
 	}
 	p.read = now
-	if now.Sub(p.changed) >= expireAfter && !p.adopting && a.lease.fresh() {
+	if !p.adopting && a.expired(p) {
 		p.adopting = true
 		a.work.Go(func() { a.takeOver(storage, logger, holder, p) })
 	}
 }
 
+// expired reports whether a lease has not changed for so long that this instance may take over what it covers. The caller
+// holds the mutex.
+func (a *adopter) expired(p *peer) bool {
+	return time.Since(p.changed) >= expireAfter && a.lease.fresh()
+}
+
+// hasExpired is expired for callers that do not hold the mutex.
+func (a *adopter) hasExpired(p *peer) bool {
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	return a.expired(p)
+}
+
 // takeOver takes over what a lease covers that has expired.
 func (a *adopter) takeOver(storage *archive.Archive, logger *zap.Logger, holder string, p *peer) {
-	ctx, cancel := context.WithTimeout(a.ctx, adoptTimeout)
-	defer cancel()
-	found, err := a.adopt(ctx, storage, logger, holder, p)
+	found, err := a.adopt(storage, logger, holder, p)
 	now := time.Now()
 	a.mu.Lock()
 	p.adopting = false
@@ -179,7 +191,7 @@ func (a *adopter) takeOver(storage *archive.Archive, logger *zap.Logger, holder 
 	over := now.Sub(p.found) >= forgetAfter
 	a.mu.Unlock()
 	if over {
-		err = storage.DeleteNote(ctx, leases, holder)
+		err = storage.DeleteNote(a.ctx, leases, holder)
 	}
 	if err != nil && a.ctx.Err() == nil {
 		logger.Debug("taking over what another instance followed", zap.String("instance", holder), zap.Error(err))
@@ -187,19 +199,25 @@ func (a *adopter) takeOver(storage *archive.Archive, logger *zap.Logger, holder 
 }
 
 // adopt moves the notes of a holder into the own folder and follows their targets. It reports whether there are notes.
-func (a *adopter) adopt(
-	ctx context.Context, storage *archive.Archive, logger *zap.Logger, holder string, p *peer,
-) (found bool, err error) {
-	names, err := storage.ListNotes(ctx, holder)
+func (a *adopter) adopt(storage *archive.Archive, logger *zap.Logger, holder string, p *peer) (found bool, err error) {
+	names, err := storage.ListNotes(a.ctx, holder)
 	if err != nil || len(names) == 0 {
 		return false, err
 	}
-	unlock, locked, err := storage.LockNotes(ctx, holder)
-	if err == nil && !locked && !a.isStuck(p) {
+	begun := time.Now()
+	unlock, locked, err := storage.LockNotes(a.ctx, holder)
+	if err == nil && !locked && !a.isStuck(p, begun) {
 		return true, nil // another instance takes it over
 	}
+	ctx, cancel := context.WithTimeout(a.ctx, adoptTimeout)
+	defer cancel()
 	if locked {
 		defer func() { _ = unlock() }()
+	}
+	if !a.hasExpired(p) {
+		return true, nil // its holder came back while the lock was waited for
+	}
+	if locked {
 		if names, err = storage.ListNotes(ctx, holder); err != nil {
 			return true, err
 		}
@@ -222,12 +240,12 @@ func (a *adopter) adopt(
 }
 
 // isStuck reports whether the lock for a holder has been held for so long that it does not count: an instance may have
-// crashed that held it.
-func (a *adopter) isStuck(p *peer) bool {
+// crashed that held it. A try to take it began at a time.
+func (a *adopter) isStuck(p *peer, begun time.Time) bool {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	if p.lockedAt.IsZero() {
-		p.lockedAt = time.Now()
+		p.lockedAt = begun
 	}
 	return time.Since(p.lockedAt) >= adoptTimeout
 }

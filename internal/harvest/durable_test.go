@@ -1,6 +1,7 @@
 package harvest
 
 import (
+	"fmt"
 	"os"
 	"path"
 	"path/filepath"
@@ -182,6 +183,57 @@ func TestDamagedLease(t *testing.T) {
 			t.Error("it is not taken over")
 		}
 	})
+}
+
+// What a lock covers that is slow, held for ever, or hangs, is taken over all the same. A lock that hangs costs one call, and
+// does not delay Close. A holder that comes back while the lock is waited for keeps what it follows.
+func TestTakeOverWithLocks(t *testing.T) {
+	for name, test := range map[string]struct {
+		fault storagetest.Fault
+		late  time.Duration
+	}{
+		"freed for who waits": {fault: storagetest.Fault{Before: 20 * time.Second}, late: 20 * time.Second},
+		"held":                {fault: storagetest.Fault{Hang: true}, late: 45 * time.Second},
+		"deaf":                {fault: storagetest.Fault{Hang: true, Deaf: true}, late: 45 * time.Second},
+		"fails":               {fault: storagetest.Fault{Effect: storagetest.None, Err: storagetest.ErrInjected}, late: 45 * time.Second},
+	} {
+		for _, back := range []bool{false, true} {
+			t.Run(fmt.Sprintf("%s, holder comes back: %t", name, back), func(t *testing.T) {
+				synctest.Test(t, func(t *testing.T) {
+					u, m := newUpstream(), storagetest.New(storagetest.Consul)
+					a, b := u.start(m, Config{Instance: "a"}, nil), u.start(m, Config{Instance: "b"}, nil)
+					time.Sleep(time.Second)
+					a.mustAdd(t, u.submit(1, time.Hour))
+					b.faulty.Set(func(c storagetest.Call) (f storagetest.Fault) {
+						if c.Op == storagetest.Lock && strings.Contains(c.Name, "/notes-") {
+							return test.fault
+						}
+						return f
+					})
+					a.kill(storagetest.None)
+					time.Sleep(expireAfter + 2*lookEvery)
+					if back {
+						a = u.start(m, Config{Instance: "a"}, nil)
+						defer a.stop()
+					}
+					time.Sleep(test.late - 4*lookEvery)
+					before := b.pending()
+					time.Sleep(6 * lookEvery)
+					if after := b.pending(); before != 0 || (after != 0) == back {
+						t.Errorf("%d are taken over before the time, %d in the end", before, after)
+					}
+					if n := b.faulty.Pending(storagetest.Lock); n > 1 {
+						t.Errorf("%d locks hang", n)
+					}
+					begun := time.Now()
+					if b.stop(); time.Since(begun) > 0 {
+						t.Errorf("Close took %s", time.Since(begun))
+					}
+					b.faulty.Mend()
+				})
+			})
+		}
+	}
 }
 
 // One try at a time is made to take over what a lease covers, also while the storage hangs.

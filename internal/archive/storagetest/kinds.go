@@ -40,7 +40,7 @@ const (
 	Consul
 
 	// SQL cannot list recursively: that is an error. Asked for one folder, it lists all that begins with the prefix. It has no
-	// TryLock, and its locks last a minute whether or not their holder is alive.
+	// TryLock. Lock does not wait, and its locks last a minute whether or not their holder is alive.
 	SQL
 
 	// Flat cannot list recursively either. Asked for one folder, it lists what is in the folder.

@@ -111,9 +111,12 @@ func (m *Memory) tryLock(name string, owner any) bool {
 	return true
 }
 
-// lock waits for a lock, as modules do: by asking again and again.
+// lock waits for a lock, as modules do: by asking again and again. Some do not wait.
 func (m *Memory) lock(ctx context.Context, name string, owner any) error {
 	for !m.tryLock(name, owner) {
+		if m.kind == SQL {
+			return errors.New("the lock is held")
+		}
 		select {
 		case <-time.After(defaultPoll):
 		case <-ctx.Done():
