@@ -351,7 +351,7 @@ func TestLoadedIsNotSavedAgain(t *testing.T) {
 		m := savingMemory(t, 1<<30)
 		a, f := openFaulty(t, m, "one")
 		keepFinished(m, 1, 100)
-		time.Sleep(time.Second)
+		time.Sleep(20 * time.Second) // until the storage has been tried as well
 		before := f.Calls(storagetest.Store)
 		m.purge(archive.Selection{}.Matches)
 		found, err := a.Load(context.Background(), numbered(1), func(int64) error { return nil })

@@ -12,6 +12,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/caddyserver/certmagic"
@@ -90,8 +91,11 @@ type Backend struct {
 	Retention time.Duration // how long values are kept
 	Keyring   *Keyring      // seals values; nil if they are not sealed
 
-	lister  lister // of Storage
-	leaving bool   // guarded by Archive.mu
+	lister lister       // of Storage
+	whole  atomic.Int64 // the size up to which it keeps values whole, as far as is known
+
+	leaving  bool     // guarded by Archive.mu
+	warnings []string // guarded by Archive.mu
 }
 
 const (
@@ -202,6 +206,9 @@ type Stats struct {
 	QueuedBytes int    `json:"queued_bytes"`
 	Failing     bool   `json:"failing"`
 	Error       string `json:"error,omitempty"` // the last one, while the storage fails
+
+	// Warnings are what was found when the storage was tried: that it does not keep large values.
+	Warnings []string `json:"warnings,omitempty"`
 }
 
 // Stats returns the current stats.
@@ -210,7 +217,7 @@ func (a *Archive) Stats() Stats {
 	defer a.mu.Unlock()
 	s := Stats{Queued: a.queue.len(), QueuedBytes: a.queue.bytes, Failing: a.failing || a.reads.open() || a.writes.open()}
 	if b := a.current(); b != nil {
-		s.Module = b.Name
+		s.Module, s.Warnings = b.Name, slices.Clone(b.warnings)
 	}
 	if err := cmp.Or(a.writes.lastError(), a.reads.lastError()); s.Failing && err != nil {
 		s.Error = shownError{err}.Error()

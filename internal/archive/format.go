@@ -465,6 +465,9 @@ func (l layout) damagedFolder(n int) string { return l.partition(n) + "/" + dama
 // recordName returns where a writer keeps its record.
 func (l layout) recordName(writer string) string { return string(l) + "instances/" + writer }
 
+// trialName returns where a writer tries a value.
+func (l layout) trialName(writer string) string { return string(l) + "trials/" + writer }
+
 func (l layout) sweepLock() string { return string(l) + "sweep.lock" }
 
 func (l layout) sweepCursor() string { return string(l) + "sweep" }

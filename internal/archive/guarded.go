@@ -2,6 +2,8 @@ package archive
 
 import (
 	"context"
+	"fmt"
+	"sync/atomic"
 
 	"github.com/caddyserver/certmagic"
 	"go.uber.org/zap"
@@ -10,9 +12,11 @@ import (
 )
 
 // guarded is a storage whose panics are errors: a module that is at fault costs what it would have done, and not the process.
+// It refuses values that the module would not keep whole.
 type guarded struct {
 	storage certmagic.Storage
 	logger  *zap.Logger
+	whole   *atomic.Int64 // the size up to which values are kept whole, in bytes
 }
 
 // guardedLocker is a guarded storage that can try to take a lock.
@@ -21,9 +25,9 @@ type guardedLocker struct {
 	locker certmagic.TryLocker
 }
 
-// guardStorage returns a storage whose panics are errors.
-func guardStorage(storage certmagic.Storage, logger *zap.Logger) certmagic.Storage {
-	g := guarded{storage, logger}
+// guardStorage returns a storage whose panics are errors, and which refuses values that are larger than whole.
+func guardStorage(storage certmagic.Storage, logger *zap.Logger, whole *atomic.Int64) certmagic.Storage {
+	g := guarded{storage, logger, whole}
 	if locker, ok := storage.(certmagic.TryLocker); ok {
 		return guardedLocker{g, locker}
 	}
@@ -32,6 +36,9 @@ func guardStorage(storage certmagic.Storage, logger *zap.Logger) certmagic.Stora
 
 // Store implements certmagic.Storage.
 func (g guarded) Store(ctx context.Context, name string, value []byte) error {
+	if whole := g.whole.Load(); int64(len(value)) > whole {
+		return fmt.Errorf("%w: it has %d bytes, and the storage keeps %d", errTooLarge, len(value), whole)
+	}
 	return guard.Do(g.logger, func() error { return g.storage.Store(ctx, name, value) })
 }
 

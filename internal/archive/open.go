@@ -3,6 +3,7 @@ package archive
 import (
 	"context"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"time"
@@ -56,7 +57,8 @@ func (a *Archive) Close() {
 // for its log.
 func (a *Archive) Attach(b *Backend) {
 	b.Logger = a.log.Logger(b.Logger)
-	b.Storage = guardStorage(b.Storage, b.Logger)
+	b.whole.Store(math.MaxInt64)
+	b.Storage = guardStorage(b.Storage, b.Logger, &b.whole)
 	b.lister.storage = b.Storage
 	a.mu.Lock()
 	a.backends = append(a.backends, b)
@@ -65,6 +67,7 @@ func (a *Archive) Attach(b *Backend) {
 		go a.sweepAll()
 		go a.renewAll()
 	})
+	go a.try(b)
 	a.pump()
 }
 

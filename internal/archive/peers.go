@@ -42,6 +42,7 @@ func (a *Archive) meetPeers(ctx context.Context, b *Backend) error {
 			if err := ignoreNotExist(b.Storage.Delete(ctx, name)); err != nil {
 				return err
 			}
+			_ = b.Storage.Delete(ctx, a.layout.trialName(path.Base(name))) // it is seldom there
 			delete(a.peers.seen, name)
 			continue
 		}

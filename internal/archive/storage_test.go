@@ -91,7 +91,9 @@ func newFixtureWith(set func(f *fixture, c *Config)) *fixture {
 	if set != nil {
 		set(f, &c)
 	}
-	f.backend.Storage = f.storage.Storage()
+	if f.backend.Storage == nil {
+		f.backend.Storage = f.storage.Storage()
+	}
 	f.Archive = New(c)
 	f.Attach(f.backend)
 	return f

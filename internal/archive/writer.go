@@ -117,7 +117,7 @@ func (a *Archive) write(b *Backend, w *write, i Item) {
 	if a.ctx.Err() != nil {
 		return
 	}
-	refused := err != nil && a.isRefused(w)
+	refused := errors.Is(err, errTooLarge) || err != nil && a.isRefused(w)
 	if err == nil {
 		a.Metrics.written.Inc()
 		if a.Stored != nil {
@@ -186,7 +186,7 @@ func (a *Archive) retry(b *Backend, w *write, now time.Time, err error) {
 		w.failedAt = now
 	}
 	field := zap.String("key", a.layout.name(place{kind: inPartition, key: w.Key}))
-	if w.tries >= reportAfter && w.failedFor > 0 && !w.reported {
+	if (w.tries >= reportAfter && w.failedFor > 0 || errors.Is(err, errTooLarge)) && !w.reported {
 		w.reported = true
 		b.Logger.Warn("the storage does not take a report: it is retried", field, errorField(err))
 	}
