@@ -59,6 +59,7 @@ type Archive struct {
 	proof  proof
 	peers  peers
 	locks  locks
+	failed failures       // of what is done in the background
 	log    logqueue.Queue // lines are logged while locks are held
 
 	mu        sync.Mutex // guards the fields below

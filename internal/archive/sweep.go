@@ -42,9 +42,7 @@ func (a *Archive) sweepAll() {
 		}
 		wait = time.Minute
 		if b := a.backend(); b != nil {
-			if err := a.pass(b, jitter); err != nil && a.ctx.Err() == nil {
-				b.Logger.Debug("sweeping the storage", errorField(err))
-			}
+			a.NoteTask(TaskSweep, a.pass(b, jitter))
 			interval := sweepInterval(b.Retention)
 			wait = interval - interval/10 + time.Duration(jitter.Int64N(int64(interval/5)))
 		}

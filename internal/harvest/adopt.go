@@ -82,11 +82,11 @@ func (a *adopter) resumeAll() {
 	for a.ctx.Err() == nil {
 		wait := lookEvery
 		if storage, logger := a.storage(); storage != nil {
-			if err := a.resume(storage, logger); err == nil {
+			err := a.resume(storage, logger)
+			if err == nil {
 				wait = compareEvery
-			} else if a.ctx.Err() == nil {
-				logger.Debug("reading what is pending", zap.Error(err))
 			}
+			a.note(storage, archive.TaskResume, err)
 		}
 		sleep(a.ctx, wait)
 	}
@@ -96,29 +96,33 @@ func (a *adopter) resumeAll() {
 func (a *adopter) lookAll() {
 	for a.ctx.Err() == nil {
 		if storage, logger := a.storage(); storage != nil {
-			a.look(storage, logger)
+			a.note(storage, archive.TaskLook, a.look(storage, logger))
 		}
 		sleep(a.ctx, lookEvery)
 	}
 }
 
 // look reads the leases of others.
-func (a *adopter) look(storage *archive.Archive, logger *zap.Logger) {
+func (a *adopter) look(storage *archive.Archive, logger *zap.Logger) error {
 	holders, err := storage.ListNotes(a.ctx, leases)
 	if err != nil {
-		return
+		return err
 	}
 	var group errgroup.Group
 	group.SetLimit(maxReading)
 	for _, holder := range holders {
 		if holder != a.lease.holder {
-			group.Go(func() error {
-				a.meet(storage, logger, holder)
-				return nil
-			})
+			group.Go(func() error { return a.meet(storage, logger, holder) })
 		}
 	}
-	_ = group.Wait() // there are no errors
+	return group.Wait()
+}
+
+// note notes how a task has ended, unless it was broken off.
+func (a *adopter) note(storage *archive.Archive, t archive.Task, err error) {
+	if a.ctx.Err() == nil {
+		storage.NoteTask(t, err)
+	}
 }
 
 // resume follows what is noted in the own folder, and notes again what is missing there.
@@ -137,8 +141,9 @@ func (a *adopter) resume(storage *archive.Archive, logger *zap.Logger) error {
 	return err
 }
 
-// meet reads the lease of another holder, and takes over what it covers if it has expired.
-func (a *adopter) meet(storage *archive.Archive, logger *zap.Logger, holder string) {
+// meet reads the lease of another holder, and takes over what it covers if it has expired. What cannot be read here, such as the
+// lease of an instance with another key, is no failure.
+func (a *adopter) meet(storage *archive.Archive, logger *zap.Logger, holder string) error {
 	ctx, cancel := context.WithTimeout(a.ctx, renewTimeout)
 	defer cancel()
 	text, err := storage.LoadNote(ctx, leases, holder)
@@ -148,8 +153,11 @@ func (a *adopter) meet(storage *archive.Archive, logger *zap.Logger, holder stri
 	if errors.Is(err, archive.ErrDamagedNote) {
 		text, err = nil, nil // it does not change, unless its holder is alive
 	}
-	if err != nil {
-		return
+	switch {
+	case errors.Is(err, archive.ErrLockedNote), errors.Is(err, fs.ErrNotExist):
+		return nil
+	case err != nil:
+		return err
 	}
 	p := a.peers[holder]
 	if p == nil || p.text != string(text) || now.Sub(p.read) > maxGap {
@@ -164,6 +172,7 @@ func (a *adopter) meet(storage *archive.Archive, logger *zap.Logger, holder stri
 		p.adopting = true
 		a.work.Go(func() { a.takeOver(storage, logger, holder, p) })
 	}
+	return nil
 }
 
 // expired reports whether a lease has not changed for so long that this instance may take over what it covers. The caller
@@ -359,15 +368,16 @@ func (a *adopter) renewLease() {
 
 // renew renews the lease and reports whether it has.
 func (a *adopter) renew(begun time.Time, beat int) bool {
-	storage, logger := a.storage()
+	storage, _ := a.storage()
 	text, err := json.Marshal(leaseRecord{Run: a.lease.run, Beat: beat})
 	if storage == nil || err != nil {
 		return false
 	}
 	ctx, cancel := context.WithTimeout(a.ctx, renewTimeout)
 	defer cancel()
-	if err := storage.StoreNote(ctx, leases, a.lease.holder, text); err != nil {
-		logger.Debug("renewing the lease", zap.Error(err))
+	err = storage.StoreNote(ctx, leases, a.lease.holder, text)
+	a.note(storage, archive.TaskLease, err)
+	if err != nil {
 		return false
 	}
 	a.lease.mu.Lock()

@@ -641,3 +641,42 @@ func TestAnotherStorage(t *testing.T) {
 		}
 	})
 }
+
+// Each task in the storage that fails is told of, with what follows from it.
+func TestTasksThatFail(t *testing.T) {
+	for name, test := range map[string]struct {
+		fails func(c storagetest.Call) bool
+		told  string
+	}{
+		"resume": {func(c storagetest.Call) bool { return c.Op == storagetest.List && strings.HasSuffix(c.Name, "/a-0") }, "is not followed"},
+		"look":   {func(c storagetest.Call) bool { return c.Op == storagetest.List && strings.HasSuffix(c.Name, "/leases") }, "is not taken over"},
+		"a look at one lease": {func(c storagetest.Call) bool {
+			return c.Op == storagetest.Load && strings.HasSuffix(c.Name, "/leases/b-0")
+		}, "is not taken over"},
+		"lease": {func(c storagetest.Call) bool { return c.Op == storagetest.Store && isLease(c.Name) }, "other instances may take it over"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				u, m := newUpstream(), storagetest.New(storagetest.FileSystem)
+				p, other := u.start(m, Config{Instance: "a"}, nil), u.start(m, Config{Instance: "b"}, nil)
+				defer p.stop()
+				defer other.stop()
+				p.faulty.Set(func(c storagetest.Call) storagetest.Fault {
+					if test.fails(c) {
+						return storagetest.Fault{Effect: storagetest.None, Err: storagetest.ErrInjected}
+					}
+					return storagetest.Fault{}
+				})
+				time.Sleep(time.Minute + 10*time.Second)
+				if told, all := p.logged(test.told), p.logged("a background task fails"); told != 1 || all != 1 {
+					t.Errorf("%d lines tell of it, of %d", told, all)
+				}
+				p.faulty.Mend()
+				time.Sleep(time.Minute)
+				if n := p.logged("a background task works again"); n != 1 {
+					t.Errorf("that it works again is logged %d times", n)
+				}
+			})
+		})
+	}
+}
