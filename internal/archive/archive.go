@@ -94,6 +94,7 @@ type Backend struct {
 
 	lister lister       // of Storage
 	whole  atomic.Int64 // the size up to which it keeps values whole, as far as is known
+	tried  atomic.Bool  // whether that is known
 
 	leaving  bool     // guarded by Archive.mu
 	warnings []string // guarded by Archive.mu

@@ -156,9 +156,6 @@ func TestLockThatNeverReturns(t *testing.T) {
 		if n := runtime.NumGoroutine() - goroutines; calls != 1 || pending != 1 || n > 1 || len(a.notes) != 0 {
 			t.Errorf("%d calls, %d of them under way, %d goroutines, %d slots", calls, pending, n, len(a.notes))
 		}
-		l.mu.Lock()
-		l.take = func(context.Context) error { return nil }
-		l.mu.Unlock()
 		close(returns)
 		synctest.Wait()
 		if _, pending, unlocks := l.state(); pending != 0 || unlocks != 1 {

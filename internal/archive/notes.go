@@ -37,7 +37,7 @@ func (a *Archive) StoreNote(ctx context.Context, folder, name string, note []byt
 		if err != nil {
 			return struct{}{}, err
 		}
-		return struct{}{}, b.Storage.Store(ctx, at, stored)
+		return struct{}{}, b.store(ctx, at, stored)
 	})
 	return wrapNoteError("storing", folder, name, err)
 }

@@ -25,6 +25,9 @@ const (
 	maxTrials = 3
 
 	smallTrial = 16
+
+	// surelyWhole is the size of the values that any storage is taken to keep whole, in bytes.
+	surelyWhole = 32 << 10
 )
 
 // trialSizes are the sizes of the values that are tried: above what a BLOB of MySQL holds, and the size of a large report.
@@ -45,6 +48,7 @@ func (e *cutError) Error() string {
 
 // try finds out in the background whether a storage keeps large values, unless it has been detached.
 func (a *Archive) try(b *Backend) {
+	defer b.tried.Store(true)
 	jitter := a.random("trials")
 	pause := func(d time.Duration) bool {
 		return a.sleep(d+time.Duration(jitter.Int64N(int64(d)))) && a.isAttached(b)
@@ -105,6 +109,22 @@ func (a *Archive) warn(b *Backend, err error) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	b.warnings = append(b.warnings, shownError{err}.Error()+": "+consequence)
+}
+
+// store stores a value. As long as it is not known whether the storage keeps large values, such a value is read again.
+func (b *Backend) store(ctx context.Context, name string, value []byte) error {
+	err := b.Storage.Store(ctx, name, value)
+	if err != nil || len(value) <= surelyWhole || b.tried.Load() {
+		return err
+	}
+	got, err := b.Storage.Load(ctx, name)
+	if err != nil {
+		return fmt.Errorf("reading it again: %w", err)
+	}
+	if !bytes.Equal(got, value) {
+		return fmt.Errorf("%w: it has %d bytes and came back with %d", errTooLarge, len(value), len(got))
+	}
+	return nil
 }
 
 // commonPrefix returns the number of bytes with which both begin.

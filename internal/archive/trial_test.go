@@ -2,6 +2,7 @@ package archive
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"strings"
 	"sync/atomic"
@@ -68,6 +69,9 @@ func TestTrial(t *testing.T) {
 				defer f.Close()
 				time.Sleep(time.Minute)
 				s := f.Stats()
+				if text, err := json.Marshal(s); err != nil || strings.Contains(string(text), `"warnings":[`) != (test.warning != "") {
+					t.Errorf("the state is %s, error %v", text, err)
+				}
 				if lines := f.logged("does not keep large values"); len(s.Warnings) != lines || (lines != 0) != (test.warning != "") || s.Failing {
 					t.Fatalf("%d lines, %+v", lines, s)
 				}
@@ -85,12 +89,18 @@ func TestTrial(t *testing.T) {
 	}
 }
 
-// A report that the storage would store only in part counts as refused, and holds up no other.
+// A report that the storage would store only in part counts as refused, and holds up no other. So does one that is saved before
+// the storage has been tried.
 func TestReportsThatWouldBeCut(t *testing.T) {
+	t.Run("at the start", func(t *testing.T) { testReportsThatWouldBeCut(t, 0) })
+	t.Run("later", func(t *testing.T) { testReportsThatWouldBeCut(t, time.Minute) })
+}
+
+func testReportsThatWouldBeCut(t *testing.T, after time.Duration) {
 	synctest.Test(t, func(t *testing.T) {
 		f := newLimited(cutAt(65535))
 		defer f.Close()
-		time.Sleep(time.Minute)
+		time.Sleep(after)
 		for i := range 10 {
 			f.Save(item(i, 100<<10))
 			f.Save(item(100+i, 60<<10))

@@ -255,7 +255,7 @@ func (a *Archive) storeValue(ctx context.Context, b *Backend, p place, v value) 
 	if err != nil {
 		return err
 	}
-	if err := b.Storage.Store(ctx, name, stored); err != nil {
+	if err := b.store(ctx, name, stored); err != nil {
 		return fmt.Errorf("storing %s: %w", name, err)
 	}
 	a.index(p, v.at)

@@ -103,7 +103,8 @@ func cacheTable(caches map[string]Cache) [][]string {
 			if storage.Failing {
 				state = "fails"
 			}
-			row = append(row[:6], storage.Module+" "+state, strconv.Itoa(storage.Queued), bytesText(int64(storage.QueuedBytes)), storage.Error)
+			row = append(row[:6], storage.Module+" "+state, strconv.Itoa(storage.Queued), bytesText(int64(storage.QueuedBytes)),
+				cmp.Or(storage.Error, strings.Join(storage.Warnings, "; ")))
 		}
 		rows = append(rows, row)
 	}
