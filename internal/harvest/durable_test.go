@@ -293,6 +293,7 @@ func TestGivenUpWhileItIsNoted(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		u, m := newUpstream(), storagetest.New(storagetest.FileSystem)
 		p := u.start(m, Config{Instance: "a"}, nil)
+		defer time.Sleep(time.Minute) // until what is under way in the storage has ended
 		defer p.stop()
 		time.Sleep(time.Minute) // until the storage has been tried
 		before := p.faulty.Calls(storagetest.Delete)
