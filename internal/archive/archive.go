@@ -244,6 +244,18 @@ func (a *Archive) tellClosed(b *Backend, operation string) {
 	b.Logger.Info("the storage works again", zap.String("operation", operation), zap.Int("queued", a.Stats().Queued))
 }
 
+// NoteTask notes how a try of a task has ended. The log tells if it fails again and again, and when it works again.
+func (a *Archive) NoteTask(t Task, err error) {
+	logger := a.Logger()
+	if a.ctx.Err() != nil || logger == nil {
+		return
+	}
+	if err != nil {
+		a.Metrics.background.WithLabelValues(string(t)).Inc()
+	}
+	a.failed.note(logger, t, err)
+}
+
 // sleep reports whether a time has passed without the end of the archive.
 func (a *Archive) sleep(d time.Duration) bool {
 	ctx, cancel := context.WithTimeout(a.ctx, d)

@@ -23,7 +23,7 @@ const (
 
 var errLockHangs = errors.New("an operation on the lock hangs in the storage since an earlier try")
 
-// locks are the locks that the archive uses, by name. While an operation on a lock hangs, no other is begun.
+// locks are the locks that an archive uses, by name. While an operation on a lock hangs, no other is begun.
 type locks struct {
 	mu   sync.Mutex
 	used map[string]lockUse
@@ -73,8 +73,8 @@ func (l *locks) end(name string) {
 //
 // The context with which the lock is taken lives until it is released: when that context ends, some storages release the lock,
 // and others renew it no longer.
-func (a *Archive) lock(ctx context.Context, b *Backend, name string) (unlock func() error, err error) {
-	switch a.locks.claim(name) {
+func (l *locks) lock(ctx context.Context, storage certmagic.Storage, name string) (unlock func() error, err error) {
+	switch l.claim(name) {
 	case lockInUse:
 		return nil, nil
 	case lockHangs:
@@ -87,14 +87,14 @@ func (a *Archive) lock(ctx context.Context, b *Backend, name string) (unlock fun
 	}
 	results, abandoned := make(chan result), make(chan struct{})
 	go func() {
-		locked, err := takeLock(held, b.Storage, name)
+		locked, err := takeLock(held, storage, name)
 		select {
 		case results <- result{locked, err}:
 		case <-abandoned:
 			if locked {
-				_ = a.unlock(b, name)
+				_ = l.unlock(storage, name)
 			} else {
-				a.locks.end(name)
+				l.end(name)
 			}
 		}
 	}()
@@ -105,35 +105,35 @@ func (a *Archive) lock(ctx context.Context, b *Backend, name string) (unlock fun
 		if r.locked {
 			return func() error {
 				defer release()
-				return a.unlock(b, name)
+				return l.unlock(storage, name)
 			}, nil
 		}
 		release()
-		a.locks.end(name)
+		l.end(name)
 		return nil, r.err
 	case <-wait.Done():
 		release()
-		a.locks.abandon(name)
+		l.abandon(name)
 		close(abandoned)
 		return nil, ctx.Err()
 	}
 }
 
 // unlock releases a lock that is held.
-func (a *Archive) unlock(b *Backend, name string) error {
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(a.ctx), unlockTimeout)
+func (l *locks) unlock(storage certmagic.Storage, name string) error {
+	ctx, cancel := context.WithTimeout(context.Background(), unlockTimeout)
 	defer cancel()
 	done := make(chan error, 1)
 	go func() {
-		err := b.Storage.Unlock(ctx, name)
-		a.locks.end(name)
+		err := storage.Unlock(ctx, name)
+		l.end(name)
 		done <- err
 	}()
 	select {
 	case err := <-done:
 		return err
 	case <-ctx.Done():
-		a.locks.abandon(name)
+		l.abandon(name)
 		return fmt.Errorf("releasing the lock %s: %w", name, errTimeout)
 	}
 }

@@ -93,7 +93,7 @@ func (a *Archive) LockNotes(ctx context.Context, folder string) (unlock func() e
 	if b == nil {
 		return nil, false, ErrUnreadable
 	}
-	unlock, err = a.lock(ctx, b, a.layout.noteLock(folder))
+	unlock, err = a.locks.lock(ctx, b.Storage, a.layout.noteLock(folder))
 	return unlock, unlock != nil, wrapNoteError("locking", folder, "", err)
 }
 

@@ -56,7 +56,7 @@ func (a *Archive) pass(b *Backend, jitter *rand.Rand) error {
 	if err := a.meetPeers(ctx, b); err != nil {
 		return err
 	}
-	unlock, err := a.lock(ctx, b, a.layout.sweepLock())
+	unlock, err := a.locks.lock(ctx, b.Storage, a.layout.sweepLock())
 	if err != nil || unlock == nil {
 		return err
 	}

@@ -47,20 +47,16 @@ type failure struct {
 	next  time.Time // when it may be told again
 }
 
-// NoteTask notes how a try of a task has ended. The log tells if it fails again and again, and when it works again.
-func (a *Archive) NoteTask(t Task, err error) {
-	logger := a.Logger()
-	if a.ctx.Err() != nil || logger == nil {
-		return
-	}
-	a.failed.mu.Lock()
-	defer a.failed.mu.Unlock()
-	f := a.failed.of[t]
+// note notes how a try of a task has ended. It logs if the task fails again and again, and when it works again.
+func (fs *failures) note(logger *zap.Logger, t Task, err error) {
+	fs.mu.Lock()
+	defer fs.mu.Unlock()
+	f := fs.of[t]
 	if f == nil {
-		if f = new(failure); a.failed.of == nil {
-			a.failed.of = make(map[Task]*failure)
+		if f = new(failure); fs.of == nil {
+			fs.of = make(map[Task]*failure)
 		}
-		a.failed.of[t] = f
+		fs.of[t] = f
 	}
 	task := zap.String("task", string(t))
 	if err == nil {
@@ -70,7 +66,6 @@ func (a *Archive) NoteTask(t Task, err error) {
 		f.times, f.told = 0, false
 		return
 	}
-	a.Metrics.background.WithLabelValues(string(t)).Inc()
 	f.times++
 	if now := time.Now(); f.times >= tellTaskAfter && !now.Before(f.next) {
 		f.told, f.next = true, now.Add(tellTaskEvery)
