@@ -270,13 +270,12 @@ func (c *Cache) check() error {
 	return nil
 }
 
-var errNoUpstream = errors.New("no upstream is configured: at least one node or broker is required")
-
-var errRetention = errors.New("retention needs a storage: configure storage as well")
-
-var errEncryptionKey = errors.New("encryption_key needs a storage: configure storage as well")
-
-var errAcceptUnencrypted = errors.New("accept_unencrypted needs a key: configure encryption_key as well")
+var (
+	errNoUpstream        = errors.New("no upstream is configured: at least one node or broker is required")
+	errRetention         = errors.New("retention needs a storage: configure storage as well")
+	errEncryptionKey     = errors.New("encryption_key needs a storage: configure storage as well")
+	errAcceptUnencrypted = errors.New("accept_unencrypted needs a key: configure encryption_key as well")
+)
 
 // ServeHTTP responds with a report. It authenticates the request, parses the query, resolves it, waits for an unfinished
 // report if the caller asks for that, and writes the response.

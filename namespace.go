@@ -68,8 +68,14 @@ func newNamespace(name string) *namespace {
 	return &namespace{name: name, memory: newMemory(0), tiers: make(map[string]*tier)}
 }
 
-// disuse undoes useNamespace.
+// disuse undoes useNamespace. Memory keeps no more than the sites that are left allow from then on. If none is left, its limit
+// stays, for the benefit of one that joins at once.
 func (ns *namespace) disuse() error {
+	ns.mu.Lock()
+	if len(ns.sites) > 0 {
+		ns.applyLimit()
+	}
+	ns.mu.Unlock()
 	_, err := namespaces.Delete(ns.name)
 	return err
 }
@@ -174,14 +180,11 @@ func (ns *namespace) join(site *resolver, limit int64) {
 	ns.applyLimit()
 }
 
-// leave removes a site. The limit stays when the last one leaves, for the benefit of one that joins at once.
+// leave removes a site, whose limit counts until disuse: what is evicted then is not to be stored in its archive any more.
 func (ns *namespace) leave(site *resolver) {
 	ns.mu.Lock()
 	defer ns.mu.Unlock()
 	ns.sites = slices.DeleteFunc(ns.sites, func(m member) bool { return m.resolver == site })
-	if len(ns.sites) > 0 {
-		ns.applyLimit()
-	}
 }
 
 // applyLimit sets the largest limit of all sites. The caller holds the mutex.

@@ -177,10 +177,9 @@ func (t *proxyTransport) RoundTrip(req *http.Request) (*http.Response, error) {
 	call, _ := req.Context().Value(proxiedCallKey{}).(*proxiedCall)
 	resp, p := t.broker.Pass(req, call.body)
 	switch {
-	case p == nil:
-	case p.Kind == problem.CallerLeft:
+	case p != nil && p.Kind == problem.CallerLeft:
 		return nil, context.Canceled
-	default:
+	case p != nil:
 		return nil, p
 	}
 	cleanResponse(t.broker, resp)

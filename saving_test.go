@@ -5,10 +5,12 @@ import (
 	"crypto/sha256"
 	"errors"
 	"slices"
+	"strings"
 	"testing"
 	"testing/synctest"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
 	"go.uber.org/zap"
 	"go.uber.org/zap/zapcore"
 	"go.uber.org/zap/zaptest/observer"
@@ -228,6 +230,60 @@ func TestLostReportIsTold(t *testing.T) {
 			})
 		})
 	}
+}
+
+// What leaves memory because the limit of a site is gone is not lost for the archive that is gone with that site.
+func TestNothingIsLostForAnArchiveThatIsGone(t *testing.T) {
+	lost := func() (n float64) {
+		registry := prometheus.NewRegistry()
+		registry.MustRegister(storageMetrics.Collectors()...)
+		families, err := registry.Gather()
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range families {
+			if strings.HasSuffix(f.GetName(), "_lost_total") {
+				n += f.GetMetric()[0].GetCounter().GetValue()
+			}
+		}
+		return n
+	}
+	synctest.Test(t, func(t *testing.T) {
+		ns, err := useNamespace(t.Name())
+		if err != nil {
+			t.Fatal(err)
+		}
+		m := &tested{ns, ns.memory}
+		f := storagetest.NewFaulty(storagetest.New(storagetest.FileSystem))
+		f.Set(storagetest.Failing(errStorageAway))
+		b := &archive.Backend{Storage: f.Storage(), Logger: zap.NewNop(), Retention: 24 * time.Hour}
+		older := &site{
+			resolver: newResolver(ns, nil, nil, resolverOptions{archive: m.openArchive("one", b), ttl: time.Hour}),
+			pollers:  newPollers(nil, time.Second, zap.NewNop()), storage: &storage{b, "one"},
+		}
+		ns.join(older.resolver, 1<<30)
+		if _, err := useNamespace(ns.name); err != nil {
+			t.Fatal(err)
+		}
+		newer := newResolver(ns, nil, nil, resolverOptions{})
+		ns.join(newer, 0)
+		fillQueue(older.archive)
+		keepTask(older.resolver, "t1")
+		if len(m.saving.unsaved[older.archive]) != 1 {
+			t.Fatal("the queue has room for the report")
+		}
+		before := lost()
+		if err := older.close(); err != nil {
+			t.Error(err)
+		}
+		if m.memory.stats().Entries > 0 || lost() != before {
+			t.Errorf("memory has %d reports, and %v are lost", m.memory.stats().Entries, lost()-before)
+		}
+		ns.leave(newer)
+		if err := ns.disuse(); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // A report that is queued when it is fetched again is not lost when it leaves memory.
