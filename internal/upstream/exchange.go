@@ -55,7 +55,7 @@ func (u *Upstream) exchange(ctx context.Context, timeout time.Duration, path str
 		return u.roundTrip(u.request(httptrace.WithClientTrace(timed, dial.trace()), path, params), body, read)
 	})
 	if r.cause != nil && ctx.Err() != nil {
-		r.problem = problem.Left
+		r.status, r.problem = 0, problem.Left // whatever has arrived of the answer
 		return r
 	}
 	r.dialFailed = dial.failed()

@@ -3,15 +3,43 @@ package upstream
 import (
 	"context"
 	"errors"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"sync"
 	"testing"
+	"testing/iotest"
+	"time"
+
+	"go.uber.org/zap"
+
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/budget"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 )
 
 type roundTripper func(*http.Request) (*http.Response, error)
 
 func (f roundTripper) RoundTrip(req *http.Request) (*http.Response, error) { return f(req) }
+
+// What has arrived of an answer when the caller leaves is no outcome.
+func TestCallerLeavesDuringAnAnswer(t *testing.T) {
+	ctx, leave := context.WithCancel(t.Context())
+	u := &Upstream{base: &url.URL{Scheme: "http", Host: "node"}, secret: new(Secret)}
+	u.Logger, u.MaxAnswer = zap.NewNop(), 1
+	u.Budget = budget.New(new(sync.Mutex), 0, func() bool { return false })
+	u.Transport = roundTripper(func(*http.Request) (*http.Response, error) {
+		leave()
+		return &http.Response{StatusCode: http.StatusOK, Body: io.NopCloser(iotest.ErrReader(context.Canceled))}, nil
+	})
+	r := u.exchange(ctx, time.Minute, "task", make(url.Values), func(body io.Reader, _ func(int64) error) error {
+		_, err := io.ReadAll(body)
+		return err
+	})
+	if r.status != 0 || r.problem != problem.Left {
+		t.Errorf("the status is %d, the problem is %v", r.status, r.problem)
+	}
+}
 
 // net/http may fail a request because the one before on the same connection was cancelled. It is sent again, once.
 func TestRequestThatFailsForAnother(t *testing.T) {
