@@ -28,12 +28,12 @@ type Cache struct {
 	// letter or a digit. Default: `default`
 	Namespace string `json:"namespace,omitempty"`
 
-	// How long a finished report is kept in memory. It never changes: the TTL only bounds memory. Default: `24h`
+	// How long a finished report is kept in memory. A finished report never changes, so this only bounds memory. Default: `24h`
 	TTL caddy.Duration `json:"ttl,omitempty"`
 
-	// The maximum memory of the namespace, in bytes. Everything counts: what is kept, with bookkeeping, what is still being
-	// sent to slow callers, and the answers that are being read. What is requested least is evicted first. It should be
-	// several times `max_report`. Default: 268435456 (256 MiB)
+	// The maximum memory of the namespace for reports, in bytes. What is kept, what is being sent and what is being read
+	// [all count](https://github.com/caddy-fsbroker/caddy-fsbroker/blob/main/docs/DIRECTIVE.md#memory). What is requested least
+	// is evicted first. It should be several times `max_report`. Default: 268435456 (256 MiB)
 	MaxSize int64 `json:"max_size,omitempty"`
 
 	// A storage that keeps finished reports beyond the process, and shares them with all instances that use it: any
@@ -64,9 +64,8 @@ const (
 	defaultRetention = 30 * 24 * time.Hour
 )
 
-// memory keeps reports in go-cache and adds a bound in bytes. Everything counts: the reports that are kept, in both forms,
-// those that are not kept any more but are still being sent to slow callers, and the answers that are being read. A hit only
-// sets a mark for the eviction order, so it takes no lock but go-cache's own.
+// memory keeps reports in go-cache, and bounds their bytes with a budget. Both forms of a report count, and so does what else
+// the budget counts. A hit only sets a mark for the eviction order, so it takes no lock but go-cache's own.
 type memory struct {
 	kept  *gocache.Cache // key -> *entry
 	start time.Time
@@ -108,7 +107,7 @@ func (m *memory) get(k task.Key) (*entry, bool) {
 	return e, ok
 }
 
-// peek is like get, but is no request of the report.
+// peek is like get, but does not count as a request for the report.
 func (m *memory) peek(key string) (*entry, bool) {
 	v, ok := m.kept.Get(key)
 	if !ok {
@@ -160,7 +159,7 @@ func (m *memory) put(k task.Key, report *task.Report, ttl time.Duration) *entry 
 		if e.report.Finished() && !report.Finished() {
 			return unkept(report)
 		}
-		m.saving.forget(e) // the other report is stored
+		m.saving.forget(e) // the new report is stored instead
 	}
 	m.kept.Delete(string(k[:]))
 	e := newEntry(k, report)
@@ -310,9 +309,9 @@ func (m *memory) releaseContent(c content) {
 	}
 }
 
-// inflatedForm returns an inflated copy of a compressed report, acquired. It returns nil if there is none and a copy does
-// not pay or has no room: the document must be inflated piece by piece then. A copy of a large document pays when it is
-// requested for the second time.
+// inflatedForm returns an inflated copy of a compressed report, acquired. It makes one if that pays and there is room. If not,
+// it returns nil, and the document must be inflated piece by piece. A copy of a large document pays when it is requested for
+// the second time.
 func (m *memory) inflatedForm(e *entry) (*inflatedCopy, error) {
 	if f := e.inflated.Load(); f != nil {
 		f.visit()

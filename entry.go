@@ -17,8 +17,8 @@ const entryOverhead = 704
 type entry struct {
 	name    string // the bytes of a task.Key, which go-cache's map shares
 	report  *task.Report
-	target  *task.Key        // under which the report itself is stored; nil if that is key; guarded by memory.mu
-	savedIn *archive.Archive // which has it, of those that must; guarded by memory.mu
+	target  *task.Key        // under which the report itself is stored; nil if that is its own key; guarded by memory.mu
+	savedIn *archive.Archive // that stored it last; nil if none has; guarded by memory.mu
 
 	inflated  atomic.Pointer[inflatedCopy] // nil if there is none
 	whole     form
@@ -38,7 +38,7 @@ type form struct {
 	visited      atomic.Bool
 	holders      atomic.Int32
 	kept         atomic.Bool // it is in the eviction order; changes under memory.mu
-	counted      bool        // in memory.sending; guarded by memory.mu
+	counted      bool        // as being sent, in memory.budget; guarded by memory.mu
 }
 
 // inflatedCopy is the inflated form of a report that is compressed.

@@ -19,13 +19,13 @@ import (
 type outcome uint8
 
 const (
-	outcomeNone      outcome = iota // not looked up, or the caller has left
+	outcomeNone      outcome = iota // no report, and no upstream was asked for it; or the caller has left
 	outcomeHit                      // from memory
 	outcomeStorage                  // from the storage
 	outcomeMiss                     // fetched, because it was not kept
 	outcomeBypass                   // fetched, because of nocache
 	outcomeCollapsed                // from the fetch of another caller
-	outcomeError                    // fetching it failed
+	outcomeError                    // an upstream was asked or tried, but there is no report
 )
 
 var outcomeNames = [...]string{"none", "hit", "storage", "miss", "bypass", "collapsed", "error"}
@@ -84,7 +84,7 @@ func countRequest(status int, cache outcome, client string, e *endpoint) {
 	requestsTotal.WithLabelValues(strconv.Itoa(status), cache.String(), client, e.path).Inc()
 }
 
-// The gauges.
+// What is read when it is collected: the gauges, and the evictions, which each memory counts itself.
 var (
 	nodeUp = prometheus.NewDesc("caddy_fsbroker_node_up",
 		"1, or 0 while a node or the broker is known to fail.", []string{"namespace", "role", "node", "address"}, nil)
@@ -106,7 +106,7 @@ var (
 		"Memory that the values use that wait to be written to the storage.", []string{"namespace"}, nil)
 )
 
-// stats are the current values of the gauges.
+// stats are the current values of what is read when it is collected.
 type stats struct {
 	upstreams []upstreamStats
 	caches    map[string]cli.Cache // by namespace
@@ -121,7 +121,7 @@ type upstreamStats struct {
 	inFlight   int64
 }
 
-// gauges collects current values, so nodes that are no longer configured disappear.
+// gauges collects current values, so upstreams that are no longer configured disappear.
 type gauges struct{ current func() stats }
 
 // Describe implements prometheus.Collector.

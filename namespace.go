@@ -19,7 +19,7 @@ import (
 )
 
 // namespace is what outlives a configuration, under a name: the reports in memory, the calls under way that fill it, the
-// archives, and what is followed. It holds nothing of a configuration. It changes only when a site joins or leaves.
+// archives, and what is followed. What a configuration adds to it, such as its site, leaves it with the configuration.
 type namespace struct {
 	name    string
 	memory  *memory
@@ -31,7 +31,7 @@ type namespace struct {
 
 	mu        sync.Mutex       // guards the fields below
 	sites     []member         // the newest last
-	tiers     map[string]*tier // by what identifies a storage: on a reload with another storage, two are used at once
+	tiers     map[string]*tier // by the IDs of the storages; during a reload with another storage, there are two
 	following int              // how many sites follow anything
 }
 
@@ -93,8 +93,8 @@ func eachNamespace() iter.Seq[*namespace] {
 	}
 }
 
-// openArchive returns the archive for the storage with that ID. It makes the archive if there is none, and stores in it what
-// memory has. The backend must not be used by others.
+// openArchive returns the archive for the storage with that ID, to which it attaches a backend of its own. If there is no
+// archive, it makes one, and stores in it the finished reports that memory has.
 func (ns *namespace) openArchive(id string, b *archive.Backend) *archive.Archive {
 	ns.mu.Lock()
 	t := ns.tiers[id]
@@ -143,7 +143,7 @@ func (ns *namespace) closeArchive(id string, b *archive.Backend) {
 	}
 }
 
-// openFollower returns the follower, which does nothing until a source is attached. It makes one if there is none.
+// openFollower returns the follower, and makes it if there is none. A follower asks nothing until a source is attached.
 func (ns *namespace) openFollower(logger *zap.Logger) *harvest.Follower {
 	var err error
 	ns.mu.Lock()
@@ -159,7 +159,7 @@ func (ns *namespace) openFollower(logger *zap.Logger) *harvest.Follower {
 	return ns.follower.Load()
 }
 
-// closeFollower undoes openFollower. It must come before the archive is closed, where the follower has its notes.
+// closeFollower undoes openFollower. It must come before closeArchive, because the follower has its notes in the archive.
 func (ns *namespace) closeFollower() {
 	ns.mu.Lock()
 	var last *harvest.Follower
@@ -172,7 +172,7 @@ func (ns *namespace) closeFollower() {
 	}
 }
 
-// join adds a site, whose memory may have limit bytes. The largest limit of all sites counts.
+// join adds a site, which lets memory have limit bytes. The largest limit of all sites counts.
 func (ns *namespace) join(site *resolver, limit int64) {
 	ns.mu.Lock()
 	defer ns.mu.Unlock()

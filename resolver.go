@@ -25,8 +25,8 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/upstream"
 )
 
-// resolver is the one way of a site to a report: memory, then the storage, then the upstreams, one after the other. What an
-// upstream answers is kept.
+// resolver is the one way of a site to a report. It looks into memory first, then into the storage. Then it asks the
+// upstreams, one after the other. What an upstream answers is kept.
 type resolver struct {
 	resolverOptions
 	ns        *namespace
@@ -50,7 +50,7 @@ type resolverOptions struct {
 	follower *harvest.Follower // nil if nothing is followed
 
 	ttl, pollInterval, failDuration time.Duration
-	questionTimeout                 time.Duration // of all that a question of the follower does
+	questionTimeout                 time.Duration // for one question of the follower, with all that it causes
 	closeIdleConnections            func()
 	logger                          *zap.Logger
 }
@@ -79,7 +79,7 @@ type result struct {
 	problem *problem.Problem   // nil if there is a report
 	entry   *entry             // the report; nil if there is a problem, unless its caller has left
 	node    *upstream.Origin   // whose report it is; nil if that is not known
-	from    *upstream.Origin   // the upstream that answered; nil if the report was kept
+	from    *upstream.Origin   // the upstream whose report was fetched; nil if what was asked for was kept
 	span    *trace.SpanContext // of the request to the upstream; nil if nothing is traced
 
 	hit     bool // it came from memory
@@ -167,7 +167,7 @@ func (rs *resolver) find(ctx context.Context, k task.Key, node *upstream.Origin,
 	return res
 }
 
-// resolveStored returns the report that is stored under k, without asking an upstream.
+// resolveStored returns the report that is stored under k. It asks no upstream.
 func (rs *resolver) resolveStored(ctx context.Context, k task.Key, q *query) result {
 	if q.nocache { // which leaves nothing
 		return failed(errNotCached)
@@ -419,8 +419,9 @@ func (rs *resolver) fetchTaskOf(ctx context.Context, k task.Key, t target, sub *
 	return failed(res.problem)
 }
 
-// keep keeps a report under k. It is that of another key if ofTask is not nil. A finished report is stored as well. One that is
-// not is kept until the follower asks again, or for the poll interval if that is shorter.
+// keep keeps a report under k. If ofTask is not nil, the report is that of a task, and ofTask is its own key. A finished report
+// is stored as well. An unfinished one is kept for the poll interval. If there is a follower, it is kept no longer than
+// harvest.MaxAge, so that the follower gets a new one.
 func (rs *resolver) keep(k task.Key, t target, report *task.Report, ofTask *task.Key) *entry {
 	if !report.Finished() {
 		ttl := rs.pollInterval
@@ -469,8 +470,8 @@ func (rs *resolver) loadStored(ctx context.Context, k task.Key, kind task.Kind) 
 	return rs.keepStored(k, kind, found), nil
 }
 
-// loadNewest returns the newest report of a file that is stored, which memory keeps from then on. It returns nil if there is
-// none that is newer than what memory has.
+// loadNewest returns the newest report of a file that is stored, which memory keeps from then on. It returns nil if memory has
+// one that is as new, or if there is none.
 func (rs *resolver) loadNewest(ctx context.Context, sum [sha256.Size]byte, kind task.Kind) (*entry, error) {
 	var after time.Time
 	if e := rs.ns.memory.newest(sum, kind); e != nil {
@@ -487,7 +488,7 @@ func (rs *resolver) loadNewest(ctx context.Context, sum [sha256.Size]byte, kind 
 	return rs.keepStored(k, kind, found), nil
 }
 
-// reserveStored reserves memory for a report that is read from the storage, like what is read from a node. It returns what
+// reserveStored reserves memory for a report that is read from the storage, as for the answer of an upstream. It returns what
 // extends the reservation, and what ends it.
 func (rs *resolver) reserveStored() (grow func(held int64) error, release func()) {
 	reading := rs.ns.memory.budget.Reserve(&rs.ns.storage)
@@ -550,7 +551,7 @@ func (rs *resolver) isAccepted(t target, p *problem.Problem) bool {
 	return p.Kind == problem.UnknownSubmission && rs.follower != nil && rs.follower.Accepted(t.SubmitID)
 }
 
-// firstUpstream returns the name of the upstream that is asked first for a target. It implements harvest.Source.
+// firstUpstream returns the name of the upstream that is asked first for a target. It is the Upstream of a harvest.Source.
 func (rs *resolver) firstUpstream(t harvest.Target) string {
 	if n := rs.nodes[t.AppServerID]; n.Upstream != nil && t.SubmitID == "" {
 		return "node " + n.Name
@@ -563,7 +564,7 @@ var (
 	errTooSlow = errors.New("the upstreams and the storage take too long")
 )
 
-// fetchFollowed fetches the report of a target. It implements harvest.Source.
+// fetchFollowed fetches the report of a target. It is the Fetch of a harvest.Source.
 func (rs *resolver) fetchFollowed(ctx context.Context, followed harvest.Target, kind task.Kind) (harvest.Outcome, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, rs.questionTimeout, errTooSlow)
 	defer cancel()

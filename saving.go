@@ -19,11 +19,11 @@ type saving struct {
 	peek func(key string) (*entry, bool)
 	all  func() iter.Seq[*entry]
 
-	// The archives in which finished reports are to be stored, with the entries for which their queues had no room, and what
-	// operators know some of these by.
+	// The archives in which finished reports are to be stored. Each has the entries for which its queue had no room, and the IDs
+	// by which operators know these. An ID is empty if it is not remembered.
 	unsaved map[*archive.Archive]map[*entry]string
 
-	// The keys of the references that were stored before the reports of these entries.
+	// The keys of references that were stored before the documents that they refer to, by the entries of those documents.
 	waiting map[*entry][]task.Key
 }
 
@@ -48,8 +48,8 @@ type kept struct {
 // maxUnsavedIDs bounds the unsaved entries of an archive whose IDs are remembered, because IDs do not count as memory.
 const maxUnsavedIDs = 10_000
 
-// keep queues a finished report to be stored in all archives. Where there is no room, one that memory keeps is queued later, and
-// another one is lost. The caller holds the mutex.
+// keep queues a finished report to be stored in all archives. If the queue of one has no room, the report is queued later,
+// provided that memory keeps it. Otherwise it is lost. The caller holds the mutex.
 func (s *saving) keep(e *entry, as kept) {
 	if as.saved {
 		e.savedIn = as.from
@@ -134,8 +134,8 @@ func (s *saving) queue(a *archive.Archive) {
 	}
 }
 
-// stored notes that an archive has stored an item. It returns the keys of the reports that the archive has from now on: it does
-// not have that of a reference which was stored before its target.
+// stored notes that an archive has stored an item. It returns the keys of the reports that the archive has from now on. A
+// reference that was stored before its target counts only when the target is stored.
 func (s *saving) stored(i archive.Item, a *archive.Archive) (saved []task.Key) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -164,8 +164,8 @@ func (s *saving) stored(i archive.Item, a *archive.Archive) (saved []task.Key) {
 	return saved
 }
 
-// isSaved reports whether an archive has stored the report of an entry, and not only a reference to it. It does if there is
-// no archive. What is not queued any more is queued again.
+// isSaved reports whether an archive has stored the report of an entry. A reference alone does not count. Without an archive,
+// it is true. A report that is neither stored nor queued is queued again.
 func (s *saving) isSaved(e *entry, a *archive.Archive) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()

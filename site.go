@@ -24,10 +24,10 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/upstream"
 )
 
-// site is what the handlers of a configuration share that have the same namespace: the configuration's use of the namespace.
+// site is a configuration's use of a namespace. All handlers of the configuration with that namespace share it.
 type site struct {
 	*resolver
-	first    *Handler // whose options count; its secrets and MaxWait are its own
+	first    *Handler // its options are those of the site, but for its secrets and MaxWait
 	settings settings
 	place    string // of the first handler
 
@@ -40,7 +40,7 @@ type site struct {
 // storage is the storage of a site.
 type storage struct {
 	*archive.Backend
-	id string // the same for the same storage
+	id string // its configuration as JSON: sites with the same one share an archive
 }
 
 // siteParts are what a site is made of.
@@ -138,14 +138,14 @@ func newSource(rs *resolver, h *Harvest, finished func(harvest.Target)) *harvest
 	}
 }
 
-// start begins to follow what is pending, and what is noted in the storage.
+// start lets the follower ask, and take up what is noted in the storage.
 func (s *site) start() {
 	if s.source != nil {
 		s.follower.Attach(s.source)
 	}
 }
 
-// stop ends the questions of start. What is accepted meanwhile is still noted.
+// stop ends the follower's questions. What is accepted from then on is still noted.
 func (s *site) stop() {
 	if s.source != nil {
 		s.follower.Pause(s.source)

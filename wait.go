@@ -13,7 +13,7 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/upstream"
 )
 
-// pollers polls for the reports that callers of a site wait for. All callers of a report share one poller.
+// pollers polls for the reports that callers of a site wait for. All callers who wait for one report share one poller.
 type pollers struct {
 	resolve  func(context.Context, *query) result
 	interval time.Duration
@@ -21,7 +21,7 @@ type pollers struct {
 	ctx      context.Context // ends all pollers
 	stop     context.CancelFunc
 
-	mu      sync.Mutex // guards the map and all pollers in it
+	mu      sync.Mutex // guards the map and all pollers
 	byQuery map[query]*poller
 }
 
@@ -42,7 +42,7 @@ func newPollers(resolve func(context.Context, *query) result, interval time.Dura
 }
 
 // wait waits up to maxWait for an unfinished report to be finished, and returns the newest result. A problem ends the
-// wait as well, and so does the end of the server.
+// wait as well, and so does the end of the site or of its server. If ctx has ended, the result is problem.Left.
 func (ps *pollers) wait(ctx context.Context, q query, res result, maxWait time.Duration) result {
 	timer := time.NewTimer(maxWait)
 	defer timer.Stop()
@@ -102,7 +102,7 @@ func (ps *pollers) forget(q query, p *poller) {
 }
 
 // poll resolves q. It sets the timer for the next poll, unless the report is finished, there is a problem, or no caller waits
-// any more.
+// any more. If resolve panics, that is the problem.
 func (ps *pollers) poll(ctx context.Context, q query, p *poller) {
 	res, err := guard.Call(ps.logger, func() (result, error) { return ps.resolve(ctx, &q), nil })
 	if err != nil {
@@ -122,8 +122,8 @@ func (ps *pollers) poll(ctx context.Context, q query, p *poller) {
 	p.timer.Reset(ps.pause(res))
 }
 
-// pause returns the time until the next poll, when res is no longer kept, with jitter: pollers that began together do not
-// stay together.
+// pause returns the time until the next poll. Then res is no longer kept. It has jitter, so pollers that began together do
+// not stay together.
 func (ps *pollers) pause(res result) time.Duration {
 	pause := ps.interval
 	if res.kept() {
@@ -132,5 +132,5 @@ func (ps *pollers) pause(res result) time.Duration {
 	return pause + rand.N(ps.interval/10+1) //nolint:gosec // it need not be unpredictable
 }
 
-// at returns when the upstream answered.
+// at returns when the upstream answered. The result must have a report.
 func (r result) at() time.Time { return r.entry.report.At() }

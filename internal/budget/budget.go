@@ -20,8 +20,8 @@ type Budget struct {
 	decoders                      Share
 }
 
-// New returns a budget with the limit 0. It shares mu with the cache, and holds it when it calls evict, which evicts something
-// that is kept, and reports whether there was anything. What has up to small bytes always has room, so that no answer of an
+// New returns a budget with the limit 0. It shares mu with the cache, and holds it when it calls evict. That evicts something
+// that is kept, and reports whether there was anything. An answer of up to small bytes always has room, so that none of an
 // ordinary size is refused.
 func New(mu sync.Locker, small int64, evict func() bool) *Budget {
 	return &Budget{mu: mu, small: small, evict: evict}
@@ -55,8 +55,9 @@ func (b *Budget) MakeRoom(size int64) bool {
 	return true
 }
 
-// BeginCopy reserves memory for a copy of something that is kept, of an eighth of the limit at the most, and reports whether
-// there is any. A small copy does not wait for what is being read, but for what callers hold.
+// BeginCopy reserves memory for a copy of something that is kept, and reports whether there is room. A copy that is not small
+// may have an eighth of the limit. A small one has room whatever is being read from upstreams and storages. Only what callers
+// hold, and what inflates documents for them, can leave it without room.
 func (b *Budget) BeginCopy(size int64) bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
@@ -89,9 +90,10 @@ func (b *Budget) Reserve(s *Share) *Reservation { return &Reservation{budget: b,
 // ReserveDecoder is like Reserve, for what inflates a document while it is sent. All decoders have one share.
 func (b *Budget) ReserveDecoder() *Reservation { return b.Reserve(&b.decoders) }
 
-// Grow extends the reservation to size bytes. The error is ErrNoRoom. What is small always has room, and so has one beside
-// which the cache holds nothing. The others of a share may take as much as they leave free (dynamic thresholds, Choudhury and
-// Hahne, 1998): an upstream that floods, or stalls, never takes everything, and neither do callers that read slowly.
+// Grow extends the reservation to size bytes. The error is ErrNoRoom. A small reservation always has room, and so has one beside
+// which the cache holds nothing. The others of a share may together take as much as they leave free (dynamic thresholds,
+// Choudhury and Hahne, 1998). So an upstream that floods, or stalls, never takes everything, and neither do callers that read
+// slowly.
 func (r *Reservation) Grow(size int64) error {
 	more := size - r.size
 	if more <= 0 {

@@ -19,7 +19,7 @@ const (
 	firstRetry = 250 * time.Millisecond
 	lastRetry  = 5 * time.Second
 
-	// remember is how long it is remembered that a note was deleted, since it may have been read just before.
+	// remember is how long it is remembered that a note was deleted. It may have been read just before.
 	remember = 2 * time.Minute
 )
 
@@ -32,7 +32,7 @@ type note struct {
 	partial bool // some targets have ended, or were told. The notebook guards it
 	leaving bool // other notes replace it. The follower guards it
 
-	// pages are the notes that have the same targets, if this is the first of them.
+	// pages are all notes of the same targets, of which this is the first. It is nil in the others.
 	pages []*note
 
 	// The notebook guards what follows.
@@ -68,9 +68,9 @@ func (n *note) isStored() bool {
 	}
 }
 
-// notebook keeps the notes of a follower in the storage: each is stored while a target of it has not ended, and deleted
-// then. What fails is tried again. A note is stored only while the lease is fresh, so others find it. Notes that fail, or
-// hang, do not hold up the others.
+// notebook keeps the notes of a follower in the storage. A note is stored until all its targets have ended, and then deleted.
+// What fails is tried again. Work on notes begins only while the lease is fresh, so that others find what is stored. Notes that
+// fail, or hang, do not hold up the others.
 type notebook struct {
 	ctx     context.Context
 	work    *sync.WaitGroup
@@ -84,7 +84,7 @@ type notebook struct {
 	retries []*note              // to be worked on, having failed
 	working [2]int               // on fresh notes, and on retries
 	failing bool                 // the last operation has failed
-	told    bool                 // that it fails
+	told    bool                 // the log says that it fails
 	pause   time.Duration
 	retryAt time.Time
 	wake    *time.Timer
@@ -94,8 +94,8 @@ type notebook struct {
 	replacements []replacement // guarded by the follower
 }
 
-// replacement is how a note is replaced, of which some targets have ended. A note is never overwritten: a crash in between
-// could damage it.
+// replacement is how a note is replaced of which some targets have ended. A note is never overwritten, because a crash in
+// between could damage it.
 type replacement struct {
 	old   []*note
 	by    []*note
@@ -158,7 +158,7 @@ func (nb *notebook) partials() map[*note][]*item {
 	return found
 }
 
-// has reports whether a note is kept, or was deleted a while ago.
+// has reports whether a note is kept, or was deleted not long ago.
 func (nb *notebook) has(name string) bool {
 	nb.mu.Lock()
 	defer nb.mu.Unlock()
@@ -349,7 +349,8 @@ func (nb *notebook) forget(n *note) {
 	nb.ended[n.name] = time.Now()
 }
 
-// flush waits until there is nothing to do, unless the storage fails, or a time has passed.
+// flush waits until there is nothing to do. It does not wait longer than patience, or while the storage fails or the lease is
+// not fresh. Retries do not count.
 func (nb *notebook) flush(patience time.Duration) {
 	ctx, cancel := context.WithTimeout(nb.ctx, patience)
 	defer cancel()

@@ -59,11 +59,11 @@ const (
 	Busy
 	StorageUnavailable
 	Internal
-	CallerLeft // which no caller reads
+	CallerLeft // the last one; no caller reads it
 )
 
 // kinds has the status and the stable code of each kind. The code of an upstream's problem follows its role, as in
-// node_timeout. A problem is requested if an upstream was asked, or was tried, before it arose.
+// node_timeout. A kind is requested if an upstream was asked, or was tried, before the problem arose.
 var kinds = [...]struct {
 	status    int
 	code      string
@@ -171,7 +171,7 @@ var Panicked = &Problem{
 	Detail: "the request has met a fault of the server, which is in its log: try again, and tell its operator if that does not help",
 }
 
-// IsPassing reports whether an upstream could not be asked, for reasons that may pass.
+// IsPassing reports whether an upstream could not be asked, or did not get to answer, for reasons that may pass.
 func (p *Problem) IsPassing() bool {
 	switch p.Kind {
 	case Unreachable, Down, Timeout, Busy, Overloaded, WrongScheme, UntrustedCertificate:

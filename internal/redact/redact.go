@@ -1,4 +1,4 @@
-// Package redact takes the secrets of the Task API out of texts.
+// Package redact takes the secrets of the Task API out of texts. It finds them by the names of parameters and of JSON members.
 package redact
 
 import (
@@ -9,8 +9,8 @@ import (
 // Placeholder takes the place of a secret.
 const Placeholder = "REDACTED"
 
-// Line returns a line of a log, or another text, without the values of parameters and of JSON members whose names end with
-// secret or serect, and reports whether there were any.
+// Line returns a line of a log, or another text, with Placeholder for the values of parameters and of JSON members whose names
+// end with secret or serect. found reports whether there were any. If not, clean is line itself.
 func Line(line []byte) (clean []byte, found bool) {
 	done := 0 // how much of line is dealt with
 	for i := 0; i < len(line); i++ {
@@ -28,8 +28,8 @@ func Line(line []byte) (clean []byte, found bool) {
 	return append(clean, line[done:]...), true
 }
 
-// secretAt returns the bounds of a secret that follows the equals sign or the colon at an index of an encoded entry. They
-// are 0 if there is none.
+// secretAt returns the bounds of a secret that follows the equals sign, or the colon, at an index of a line. An equals sign may
+// be percent-encoded. The bounds are 0 if there is no secret.
 func secretAt(line []byte, i int) (start, end int) {
 	switch line[i] {
 	case '=', '%':
@@ -50,8 +50,8 @@ func secretAt(line []byte, i int) (start, end int) {
 	return start, end
 }
 
-// textLength returns the length of a text in an encoded entry. It ends at a given character, at a control character, or
-// at the quotation mark that ends the string it is in.
+// textLength returns the length of a text in a line. It ends at a given character, at a control character, or at the quotation
+// mark that ends the string it is in.
 func textLength(text []byte, terminator byte) int {
 	for i := 0; i < len(text); i++ {
 		switch c := text[i]; {
@@ -100,8 +100,8 @@ func cutLast(text []byte) (c byte, rest []byte) {
 	return text[n], text[:n]
 }
 
-// equalsSign returns the length of the equals sign with which text begins, which may be percent-encoded like the names. It
-// is 0 if there is none.
+// equalsSign returns the length of the equals sign with which text begins. Like a name, it may be percent-encoded. The length is
+// 0 if there is none.
 func equalsSign(text []byte) int {
 	if text[0] == '=' {
 		return 1

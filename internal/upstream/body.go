@@ -13,8 +13,8 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 )
 
-// answerBody reads the body of an answer, within the upstream's limit, which counts inflated bytes. What is held of it is
-// reserved: what the upstream states as the size does not count.
+// answerBody reads the body of an answer, within the upstream's limit, which counts inflated bytes. Memory is reserved for what
+// is held of it, and not for the size that the upstream states.
 type answerBody struct {
 	upstream    *Upstream
 	reservation *budget.Reservation

@@ -14,8 +14,8 @@ import (
 
 // connection is a connection to an upstream. An upstream may answer before a request has arrived, and close the connection.
 // Go's transport prefers the error of writing the rest of the request to the answer, whichever it sees first. So that error
-// is held back until there is nothing more to read, which is at once, unless the reader waits for the writer: over HTTP/2, it
-// may.
+// is held back until there is nothing more to read. Usually that is at once. Over HTTP/2, the reader may wait for the writer, so
+// maxHoldBack bounds it.
 type connection struct {
 	net.Conn
 	ctx context.Context // ends with the reads of the connection, whose error is the cause
@@ -68,9 +68,9 @@ func (c *connection) Close() error {
 	return c.Conn.Close()
 }
 
-// giveUpWithConnection returns a context for a request in which a body is given up when the request's connection ends, with
-// the cause of that: Go's transport waits for a read that is under way, although the caller may send no more. stop ends
-// that.
+// giveUpWithConnection returns a context for a request whose body is given up when the request's connection ends, with the
+// cause of that. Otherwise, Go's transport would wait for a read of the body, although the caller may send no more. After stop,
+// the body is not given up.
 func giveUpWithConnection(ctx context.Context, body Body) (traced context.Context, stop func()) {
 	unwatch := func() bool { return false }
 	return httptrace.WithClientTrace(ctx, &httptrace.ClientTrace{

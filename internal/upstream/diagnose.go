@@ -18,8 +18,8 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 )
 
-// judge sets the problem of an exchange, if there is one. The timeout is 0 if it was not that of the upstream. That the caller
-// has left is no failure, whatever has failed at the same time.
+// judge sets the problem of an exchange, if there is one. The timeout is 0 if the exchange had no time limit of its own. That
+// the caller has left is no failure, whatever has failed at the same time.
 func (u *Upstream) judge(ctx context.Context, timeout time.Duration, r *response, dial *dialTrace) {
 	switch {
 	case errors.Is(r.cause, problem.Left):

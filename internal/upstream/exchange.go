@@ -21,9 +21,8 @@ import (
 // more. Its error says why the answer cannot be used.
 type bodyReader func(body io.Reader, grow func(held int64) error) error
 
-// fetch sends a request and reads the answer. It returns the status, which is 200, 204 or 404, or a problem. ctx belongs to the
-// fetch and not to a caller: the transport reads values from it, and the answer belongs to all callers that wait for it. The
-// problem is problem.Left if ctx has ended.
+// fetch sends a request and reads the answer. It returns the status, which is 200, 204 or 404, or a problem. The problem is
+// problem.Left if ctx has ended. ctx must not be that of one caller, because the answer belongs to all callers that wait for it.
 func (u *Upstream) fetch(ctx context.Context, path string, params url.Values, source healthSource, read bodyReader) (int, *problem.Problem) {
 	if err := u.line.Acquire(ctx, 1); err != nil {
 		return 0, problem.Left

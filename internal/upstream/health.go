@@ -21,10 +21,10 @@ type health struct {
 	dialFailed   time.Time        // when the upstream last could not be connected to; zero since it could
 	dialProblem  *problem.Problem // of that time
 	answerFailed time.Time        // when a request last failed although it could be connected to
-	inARow       int              // requests that failed since the last that succeeded, but for those with a refused secret
+	inARow       int              // requests that failed since the last that succeeded; fail says which count
 	accepted     bool             // the secret, since it was refused
-	failures     [4]*Failure
-	last         *Failure // the last failure of the upstream or of one of its answers
+	failures     [4]*Failure      // that make the upstream unhealthy, by healthSource
+	last         *Failure         // the last failure of the upstream or of one of its answers
 
 	warnings map[string]*warning // by the code of the failure
 	begin    time.Time           // of the failures that are not over
@@ -54,8 +54,8 @@ const (
 	repeatWarning = 10 * time.Minute
 )
 
-// healthSource is how a failure was found. A failure ends when the same source finds the upstream healthy again, so each
-// source has a place in health.failures. The first that is failing counts.
+// healthSource is how a failure was found. A failure ends when the same source finds the upstream healthy again. So each source
+// that can make an upstream unhealthy has a place in health.failures. If several have a failure, the first one is shown.
 type healthSource int
 
 const (
@@ -63,7 +63,7 @@ const (
 	sourceSecret                      // a request for a report, for which the secret is refused
 	sourceRequest                     // a request for a report
 	sourceCheck
-	sourceOther // does not make the upstream unhealthy, unless it cannot be connected to
+	sourceOther // has no place: it does not make the upstream unhealthy, unless that cannot be connected to
 )
 
 // response is the outcome of an exchange with an upstream.
@@ -243,8 +243,9 @@ func (h *health) fail(source healthSource, kind problem.Kind, f *Failure) {
 	}
 }
 
-// warn returns what logs a failure, or nil if the log has its code already. Failures that come and go are logged like one
-// that lasts, unless the upstream is unhealthy. The caller holds the mutex.
+// warn returns what logs a failure, or nil if the log has its code already. A failure that makes the upstream unhealthy is
+// logged when it begins. Apart from that, each code is logged once in repeatWarning at most, also if its failures come and go.
+// The caller holds the mutex.
 func (h *health) warn(f *Failure, r response, now time.Time) func() {
 	w := h.warnings[f.Code]
 	if w == nil {
@@ -264,9 +265,10 @@ func (h *health) warn(f *Failure, r response, now time.Time) func() {
 	return func() { h.logger.Warn(h.role.String()+" fails", fields...) }
 }
 
-// settle ends the failures of requests once the last is fail_duration ago and one has succeeded since, so an upstream
-// whose answers only sometimes fail does not change its state with each of them. Nor does one that needs no secret for a
-// check, and refuses that of requests. It returns what logs that everything is over, or nil. The caller holds the mutex.
+// settle ends the failures of requests once the last is failDuration ago and a request has succeeded since. So an upstream
+// whose answers only sometimes fail does not change its state with each of them. The same holds for an upstream that refuses
+// the secret of requests, but answers checks without one. It returns what logs that everything is over, or nil. The caller
+// holds the mutex.
 func (h *health) settle(now time.Time) func() {
 	if h.failed == 0 {
 		return nil
@@ -298,7 +300,7 @@ func (h *health) settle(now time.Time) func() {
 	return func() { h.logger.Info(h.role.String()+" answers again", fields...) }
 }
 
-// settleAfter settles later, if no request fails until then. The caller holds the mutex.
+// settleAfter calls settle later, unless a request fails before. The caller holds the mutex.
 func (h *health) settleAfter(wait time.Duration) {
 	if h.settling == nil {
 		h.settling = time.AfterFunc(wait, func() { h.change(h.settle) })

@@ -35,7 +35,7 @@ func (m *Metrics) Collectors() []prometheus.Collector {
 	return []prometheus.Collector{m.total, m.seconds}
 }
 
-// count counts a request that is passed through. Its duration is the caller's as well.
+// count counts a request that is passed through. Its duration is not measured, because it depends on the caller as well.
 func (m *Metrics) count(o Origin, outcome string) {
 	m.total.WithLabelValues(o.Role.String(), o.Name, outcome).Inc()
 }

@@ -16,8 +16,8 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
 )
 
-// detached is the end of a context without its values. Caddy's transport would find there what other handlers left for
-// the caller. It would also pass on interim responses, with headers that may hold the secret.
+// detached ends with a context, but has none of its values. In the values, Caddy's transport would find what other handlers
+// left for the caller. It would also pass on interim responses, with headers that may hold the secret.
 type detached struct{ context.Context }
 
 // Value implements context.Context.
@@ -30,7 +30,8 @@ type Body interface {
 	// GiveUp ends all reads with a cause.
 	GiveUp(cause error)
 
-	// Refuse is called when the upstream has answered that it does not want the body. It keeps the rest from the upstream.
+	// Refuse is called when the upstream has answered with an error, so it does not want the body. It keeps the rest from the
+	// upstream.
 	Refuse()
 
 	// Late returns the problem of a body that did not arrive in time, or nil.
@@ -114,8 +115,7 @@ func (u *Upstream) passedRequest(ctx context.Context, req *http.Request) *http.R
 	return out
 }
 
-// judgePassed sets the problem of an exchange for a caller, if there is one. The caller gets every response as it is,
-// except those that say that the broker refuses its own secret, or speaks another protocol.
+// judgePassed sets the problem of an exchange for a caller, if there is one. Pass says which responses are problems.
 func (u *Upstream) judgePassed(ctx context.Context, r *response, dial *dialTrace) {
 	switch r.status {
 	case 0:
@@ -134,7 +134,7 @@ func (u *Upstream) judgePassed(ctx context.Context, r *response, dial *dialTrace
 	}
 }
 
-// passedAnswer is the body of the broker's response.
+// passedAnswer is the body of the broker's response. It counts the exchange when it is closed.
 type passedAnswer struct {
 	io.ReadCloser
 	upstream *Upstream

@@ -1,6 +1,6 @@
 // Package upstream asks the nodes and the broker: for reports, for what became of a submission, and for what they say about
-// themselves. It passes requests through to a broker as well. It knows when an upstream is healthy, and does not know callers
-// and caches.
+// themselves. It also passes requests through to a broker. It knows whether an upstream is healthy. It does not know who the
+// callers are, or what is kept.
 package upstream
 
 import (
@@ -39,14 +39,14 @@ type Config struct {
 
 // Options are what the upstreams of a site have in common.
 type Options struct {
-	// Transport sends the requests. Its dials should be patient (see WithPatientWrites).
+	// Transport sends the requests. It should have been given to WithPatientWrites.
 	Transport http.RoundTripper
 
 	// Budget is the memory for answers.
 	Budget *budget.Budget
 
-	// Timeout is the maximum duration of a request, including the body of the answer. It does not apply to requests that are
-	// passed through.
+	// Timeout is the maximum duration of a request, including the body of the answer. Waiting in line does not count. It does
+	// not apply to requests that are passed through.
 	Timeout time.Duration
 
 	// CheckTimeout is the maximum duration of a request for what an upstream says about itself.
@@ -58,7 +58,8 @@ type Options struct {
 	// FailDuration is how long an upstream is not asked again after it could not be connected to.
 	FailDuration time.Duration
 
-	// Notify is called when the upstream becomes unhealthy or healthy, with the name of the event and the code of the failure.
+	// Notify is called when the upstream becomes unhealthy or healthy. It gets the name of the event, and the code of the
+	// failure that began or ended.
 	Notify func(u *Upstream, event, reason string)
 
 	Logger  *zap.Logger
@@ -89,8 +90,9 @@ type Upstream struct {
 	inFlight atomic.Int64
 }
 
-// maxInFlight bounds the requests to an upstream that are in flight. Others wait in line. There is one for each report that
-// callers ask for, so the line is fair among reports, however many callers one has.
+// maxInFlight bounds the requests to an upstream that are in flight. Others wait in line. Requests that are passed through do
+// not count. There is one request for each report that callers ask for, so the line is fair among reports, however many callers
+// one has.
 const maxInFlight = 64
 
 // New returns an upstream. It must be closed.
@@ -133,8 +135,9 @@ func (u *Upstream) WarnSometimes(message string, err error) {
 	}
 }
 
-// Down returns a problem while the last dial failure is recent, so callers fail fast. It is that failure again if an operator
-// must end it, so that every caller reads how, and 503 otherwise. It returns nil if the upstream is asked.
+// Down returns a problem while the last failure to connect is recent, so callers fail fast. It returns nil if the upstream may
+// be asked. If an operator must end the failure, the problem is that failure again, so that every caller reads how. Otherwise it
+// is problem.Down.
 func (u *Upstream) Down() *problem.Problem {
 	left, cause := u.health.downFor(time.Now())
 	if left == 0 {
@@ -175,8 +178,8 @@ func (u *Upstream) HoldsSecret(text string) bool {
 	return strings.Contains(text, secret) || strings.Contains(text, url.QueryEscape(secret)) || strings.Contains(decoded, secret)
 }
 
-// problem returns a problem of the upstream. Its detail begins with the upstream's role. Callers may try again when the
-// upstream is asked again after it could not be connected to, unless the problem says another time.
+// problem returns a problem of the upstream. Its detail begins with the upstream's role. If it may pass, callers may try again
+// after FailDuration.
 func (u *Upstream) problem(kind problem.Kind, detail string) *problem.Problem {
 	p := &problem.Problem{Kind: kind, Role: u.Role, Detail: "the " + u.Role.String() + " " + detail}
 	if kind == problem.BadAnswer || p.IsPassing() {
