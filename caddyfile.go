@@ -86,46 +86,7 @@ func compareWithOthers(helper httpcaddyfile.Helper, h *Handler, place string) er
 	return nil
 }
 
-// UnmarshalCaddyfile sets up the handler from Caddyfile tokens. Syntax:
-//
-//	fsbroker_task [<matcher>] {
-//	    secret [<client name>] <secret> {
-//	        allow <endpoint>...
-//	    }
-//	    node   <appServerID> <address> [<secret>] {
-//	        secret    <secret>
-//	        secret_in header|secret|serect...
-//	    }
-//	    broker <address> [<secret>] {
-//	        secret    <secret>
-//	        secret_in header|secret|serect...
-//	        proxy     [<path>...]
-//	    }
-//	    transport http { ... }
-//	    timeout       <duration>
-//	    poll_interval <duration>
-//	    max_wait      <duration>
-//	    max_report    <size>
-//	    fail_duration <duration>
-//	    health_interval <duration>
-//	    health_timeout  <duration>
-//	    harvest [summary] [complete] {
-//	        for <duration>
-//	    }
-//	    cache {
-//	        namespace <name>
-//	        ttl       <duration>
-//	        max_size  <size>
-//	        storage   [<module> { ... }]
-//	        retention <duration>
-//	        encryption_key <key> [<older key>...]
-//	        accept_unencrypted
-//	    }
-//	}
-//
-// secret and node can be repeated. A secret is required, and so is a node or a broker. Without a matcher, the handler
-// serves the path /task, and the paths of proxy. Without arguments, these are /submit, /submit-result, /file, /reputation
-// and /system-info.
+// UnmarshalCaddyfile sets up the handler from Caddyfile tokens. docs/DIRECTIVE.md has the syntax.
 func (h *Handler) UnmarshalCaddyfile(d *caddyfile.Dispenser) error {
 	d.Next() // the directive's name
 	if d.CountRemainingArgs() > 0 {

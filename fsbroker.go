@@ -1,5 +1,5 @@
 // Package fsbroker is a plugin for the Caddy web server. Its HTTP handler, fsbroker_task, serves the fsBroker Task API
-// (GET /task): the report of a file-analysis task. The report is fetched from the processor node that holds it, and kept
+// (GET /task): the report of a file-analysis task. The report is fetched from the broker or from a processor node. It is kept
 // in memory and, if configured, in a storage. The rest of the broker's API can be passed through.
 //
 // The Task API is that of OPSWAT Filescan's fsBroker, documented at https://www.opswat.com/docs/filescan.
@@ -27,13 +27,15 @@ func init() {
 }
 
 // Handler serves the fsBroker Task API, `GET /task`. It checks the caller's secret and responds with the report of a
-// file-analysis task: the one that it keeps, or the one that the task's processor node has.
+// file-analysis task. It has the report in memory or in a storage, or else
+// [asks the broker or a processor node](https://github.com/caddy-fsbroker/caddy-fsbroker/blob/main/docs/API.md#where-a-report-comes-from).
 //
 // A caller identifies the report by the submission (`submitID`), which requires a broker, or by the node and its task
-// (`appServerID` and `taskID`). With `all=true` it asks for the complete report, and with `nocache=true` for the upstream's
-// current one, whatever is kept. With `Prefer: wait=<seconds>`, or the query parameter `wait`, the response is held until
-// the report is finished. The caller authenticates with `Authorization: Bearer <secret>`, with the header `secret` or
-// `X-Api-Key`, or with the query parameter `secret` or `serect`, which ends up in logs.
+// (`appServerID` and `taskID`). With `sha256`, it gets the newest finished report of a file that is kept. With `all=true` it
+// asks for the complete report, and with `nocache=true` for the upstream's current one, whatever is kept. With
+// `Prefer: wait=<seconds>`, or the query parameter `wait`, the response is held until the report is finished. The caller
+// authenticates with `Authorization: Bearer <secret>`, with the header `secret` or `X-Api-Key`, or with the query parameter
+// `secret` or `serect`, which ends up in logs.
 //
 // A finished report is kept for the cache's TTL, whatever the node does with it meanwhile. An unfinished report is kept
 // for the poll interval, so any number of callers that poll or wait cost an upstream one request. Errors are never kept.
@@ -55,19 +57,20 @@ type Handler struct {
 	// The secrets of the callers. At least one is required.
 	Secrets []Secret `json:"secrets,omitempty"`
 
-	// The processor nodes. A report that is named by its node and task is fetched from the node first. A node or a broker
-	// is required.
+	// The processor nodes. A report that is named by its node and task is fetched from that node first. A node or a broker is
+	// required.
 	Nodes []Node `json:"nodes,omitempty"`
 
-	// The broker. It has the reports of submissions, and those of nodes that are not configured here or do not know the
-	// task any more. Without a broker, `submitID` is rejected.
+	// The broker. It is asked for the reports of submissions, and for those that no configured node has. Without a broker,
+	// `submitID` is rejected.
 	Broker *Broker `json:"broker,omitempty"`
 
 	// How the nodes and the broker are connected to: the `http` transport of `reverse_proxy`, without its
 	// `proxy_protocol`. Default: `http` with its defaults
 	TransportRaw json.RawMessage `json:"transport,omitempty" caddy:"namespace=http.reverse_proxy.transport inline_key=protocol"`
 
-	// The maximum duration of a request to a node or the broker, including the body of its answer. Default: `30s`
+	// The maximum duration of a request to a node or the broker, including the body of its answer. Waiting in line for one of
+	// the 64 requests that each of them gets at a time does not count. Default: `30s`
 	Timeout caddy.Duration `json:"timeout,omitempty"`
 
 	// How long an unfinished report is kept, and the answer that a submission is queued, or was accepted and is not known yet.
@@ -75,27 +78,28 @@ type Handler struct {
 	PollInterval caddy.Duration `json:"poll_interval,omitempty"`
 
 	// The maximum time for which a caller can have the response held until the report is finished. It counts from the start of
-	// the request. Default: `60s`
+	// the request. A wait also ends at nine tenths of the server's write timeout, if there is one. Default: `60s`
 	MaxWait caddy.Duration `json:"max_wait,omitempty"`
 
 	// The maximum size of an answer of a node or the broker, inflated, in bytes. Default: 67108864 (64 MiB)
 	MaxReport int64 `json:"max_report,omitempty"`
 
-	// How long a node or the broker is not asked again after it could not be connected to. Default: `10s`
+	// How long a node or the broker is not asked again after it could not be connected to. It is also the `Retry-After` of
+	// problems that may pass, and how long no request may fail before a node or the broker is healthy again. Default: `10s`
 	FailDuration caddy.Duration `json:"fail_duration,omitempty"`
 
 	// The interval at which each node and the broker are asked for their `/system-info`, to check their health. One that
-	// cannot be connected to is treated as if a request for a report had failed. One that answers with anything but a JSON
-	// object is logged, and is still asked for reports, as is one of which three requests in a row have failed. The events
-	// `fsbroker_node_unhealthy` and `fsbroker_node_healthy` are emitted when the state changes, with `role`, `node`,
+	// cannot be connected to is treated as if a request for a report had not connected. One that answers too late, or with
+	// anything but a JSON object, is unhealthy. That is logged, and it is still asked for reports. The events
+	// `fsbroker_node_unhealthy` and `fsbroker_node_healthy` are emitted when the state changes, with `namespace`, `role`, `node`,
 	// `address` and `reason`, whether a check or a request has found it. Default: no checks
 	HealthInterval caddy.Duration `json:"health_interval,omitempty"`
 
-	// The maximum duration of a health check. Default: `5s`
+	// The maximum duration of a health check, and of a request for `/system-info` by the admin API. Default: `5s`
 	HealthTimeout caddy.Duration `json:"health_timeout,omitempty"`
 
-	// Whether submissions and tasks are followed until their reports are finished, although nobody asks for them. Default:
-	// they are not
+	// If it is given, submissions and tasks are followed until their reports are finished, although nobody asks for them.
+	// Default: they are not followed
 	Harvest *Harvest `json:"harvest,omitempty"`
 
 	// What is kept, and for how long.
