@@ -28,8 +28,8 @@ type emitter struct {
 	logger    *zap.Logger
 }
 
-// changed emits an event about an upstream. The reason is the code of the failure that began or ended. A handler that panics
-// costs the response nothing, which made the event.
+// changed emits an event about an upstream. The reason is the code of the failure that began or ended. If an event handler
+// panics, the request that has caused the event goes on.
 func (e *emitter) changed(u *upstream.Upstream, event, reason string) {
 	if !e.running.Load() {
 		return
