@@ -450,10 +450,3 @@ var (
 	_ caddy.Provisioner           = (*Handler)(nil)
 	_ caddyhttp.MiddlewareHandler = (*Handler)(nil)
 )
-
-func (h *Harvest) setDefaults() {
-	if !h.Summary && !h.Complete {
-		h.Summary, h.Complete = true, true
-	}
-	setDefault(&h.For, caddy.Duration(defaultHarvestFor))
-}

@@ -16,6 +16,7 @@ import (
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/budget"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/guard"
 	"github.com/caddy-fsbroker/caddy-fsbroker/internal/problem"
+	"github.com/caddy-fsbroker/caddy-fsbroker/internal/redact"
 )
 
 // judge sets the problem of an exchange, if there is one. The timeout is 0 if the exchange had no time limit of its own. That
@@ -91,13 +92,13 @@ const maxStated = 512
 
 // redact returns a text that an upstream states about itself without the secret that it was sent.
 func (u *Upstream) redact(text string) string {
+	if secret := u.secret.Value; secret != "" { // before it is shortened, so that no part of a secret is left
+		text = strings.NewReplacer(secret, redact.Placeholder, url.QueryEscape(secret), redact.Placeholder).Replace(text)
+	}
 	if len(text) > maxStated {
 		text = text[:maxStated] + "…"
 	}
-	if u.secret.Value == "" {
-		return text
-	}
-	return strings.NewReplacer(u.secret.Value, "REDACTED", url.QueryEscape(u.secret.Value), "REDACTED").Replace(text)
+	return text
 }
 
 // What an operator is told to do about a certificate.
