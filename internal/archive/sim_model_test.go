@@ -627,6 +627,8 @@ func (m *model) loaded(inc *incarnation, l load) {
 	if l.file != nil {
 		possible, absent, exempt = m.newest(inc, l, now)
 	}
+	// A query by file lists first: another load may have begun to probe meanwhile.
+	l.probing = l.probing || l.file != nil && inc.loads[storagetest.Load] > 1 && !inc.lastGood[storagetest.Load].After(inc.lastFailure[storagetest.Load])
 	switch {
 	case errors.Is(l.err, errNoRoom):
 		if !l.refusing {
@@ -649,7 +651,9 @@ func (m *model) loaded(inc *incarnation, l load) {
 		m.checkFound(inc, l, possible)
 	}
 	for _, o := range l.ops() {
-		if inc.loads[o]--; l.err == nil && l.fromStorage {
+		inc.loads[o]--
+		// A query by file may have been answered from the queue.
+		if loaded := l.file == nil || o == storagetest.List; l.err == nil && l.fromStorage && loaded {
 			inc.lastGood[o] = now
 		}
 	}
