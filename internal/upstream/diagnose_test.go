@@ -16,7 +16,7 @@ func TestSecretWhereATextIsShortened(t *testing.T) {
 		for i := range len(spelled) {
 			got := u.redact(strings.Repeat("x", maxStated-i) + spelled + strings.Repeat("y", maxStated))
 			rest := strings.Trim(strings.TrimSuffix(got, "…"), "xy")
-			if !strings.HasPrefix(redact.Placeholder, rest) || len(got) > maxStated+len("…") {
+			if rest != redact.Placeholder[:min(len(rest), len(redact.Placeholder))] || len(got) > maxStated+len("…") {
 				t.Errorf("%d bytes before the end: %q", i, rest)
 			}
 		}
