@@ -196,6 +196,13 @@ func (h *Handler) setDefaults() {
 	}
 }
 
+func (h *Harvest) setDefaults() {
+	if !h.Summary && !h.Complete {
+		h.Summary, h.Complete = true, true
+	}
+	setDefault(&h.For, caddy.Duration(defaultHarvestFor))
+}
+
 func setDefault[T comparable](option *T, value T) {
 	var unset T
 	if *option == unset {

@@ -30,13 +30,6 @@ type Harvest struct {
 
 const defaultHarvestFor = 24 * time.Hour
 
-func (h *Harvest) setDefaults() {
-	if !h.Summary && !h.Complete {
-		h.Summary, h.Complete = true, true
-	}
-	setDefault(&h.For, caddy.Duration(defaultHarvestFor))
-}
-
 // instanceName returns the name of this instance, which lasts, and the directory for the locks that tell processes apart
 // which have the same name. It must be called before Caddy's own first call, from its start on, which would write another name
 // to the file.

@@ -35,7 +35,7 @@ type lockUse uint8
 const (
 	lockUnused lockUse = iota
 	lockInUse          // it is being taken, held, or being released
-	lockHangs          // nobody waits any more for the operation under way
+	lockHangs          // an operation on it hangs, and is not waited for any more
 )
 
 // claim begins the use of a lock, and returns the use that keeps it from doing so.
@@ -52,7 +52,7 @@ func (l *locks) claim(name string) lockUse {
 	return use
 }
 
-// abandon notes that nobody waits for the operation under way.
+// abandon notes that the operation under way hangs, and is not waited for any more.
 func (l *locks) abandon(name string) {
 	l.mu.Lock()
 	defer l.mu.Unlock()

@@ -24,7 +24,7 @@ func newFixtureWithLog(line string) (f *fixture, log testenv.HangingLog) {
 	return f, log
 }
 
-// A log that hangs holds up nobody: neither who uses the archive, nor what it does itself.
+// While the log hangs, the archive can be used, and goes on with what it does itself.
 func TestLogThatHangs(t *testing.T) {
 	fill := func(f *fixture) {
 		f.storage.fail(errAway)

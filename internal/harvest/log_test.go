@@ -65,7 +65,7 @@ func (p *loggingProcess) useAll() {
 	p.oldest()
 }
 
-// A log that hangs holds up nobody: neither who uses the follower, nor what it does itself.
+// While the log hangs, the follower can be used, and goes on with what it does itself.
 func TestLogThatHangs(t *testing.T) {
 	noFolder := filepath.Join(t.TempDir(), "file")
 	if err := os.WriteFile(noFolder, nil, 0o600); err != nil {
